@@ -1,0 +1,200 @@
+//! What can go wrong, for a whole call and for a single item.
+
+use std::fmt;
+use std::time::Duration;
+
+use plumb_proto::v1;
+use tonic::{Code, Status};
+use tonic_types::StatusExt;
+
+use crate::retry::Failure;
+
+/// Why a call has no answer.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// The options make no sense; nothing was sent.
+    #[error("{0}")]
+    Options(String),
+    /// No server could be reached.
+    #[error("cannot reach {endpoints}: {reason}")]
+    Connect {
+        /// The servers that were tried.
+        endpoints: String,
+        /// What the last one said.
+        reason: String,
+    },
+    /// The server, or the way to it, refused or failed.
+    #[error(transparent)]
+    Call(#[from] Box<CallError>),
+    /// The answer does not fit the request: client and server disagree on the contract.
+    #[error("the server's answer does not fit the request: {0}")]
+    Contract(String),
+}
+
+impl Error {
+    /// The gRPC code of the failure.
+    pub fn code(&self) -> Code {
+        match self {
+            Self::Options(_) => Code::InvalidArgument,
+            Self::Connect { .. } => Code::Unavailable,
+            Self::Call(call) => call.code,
+            Self::Contract(_) => Code::Internal,
+        }
+    }
+}
+
+/// A call that ended with a status other than OK.
+#[derive(Clone, Debug, PartialEq)]
+pub struct CallError {
+    /// The status code.
+    pub code: Code,
+    /// The server's words.
+    pub message: String,
+    /// With `INVALID_ARGUMENT`: which fields, and why.
+    pub field_violations: Vec<FieldViolation>,
+    /// When the server would like to be asked again.
+    pub retry_after: Option<Duration>,
+    /// Tries that were made.
+    pub attempts: u32,
+}
+
+impl fmt::Display for CallError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: {}", code_name(self.code), self.message)?;
+        for violation in &self.field_violations {
+            write!(f, "; {violation}")?;
+        }
+        if self.attempts > 1 {
+            write!(f, " (after {} tries)", self.attempts)?;
+        }
+        Ok(())
+    }
+}
+
+impl std::error::Error for CallError {}
+
+impl CallError {
+    pub(crate) fn new(status: &Status, attempts: u32) -> Self {
+        let violations = status.get_details_bad_request().map(|d| d.field_violations).unwrap_or_default();
+        Self {
+            code: code_of(status),
+            message: status.message().to_owned(),
+            field_violations: violations
+                .into_iter()
+                .map(|v| FieldViolation { field: v.field, description: v.description })
+                .collect(),
+            retry_after: retry_after(status),
+            attempts,
+        }
+    }
+}
+
+/// A field of the request that the server refused.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct FieldViolation {
+    /// Path of the field, such as `items[3].conversation`.
+    pub field: String,
+    /// What is wrong with it.
+    pub description: String,
+}
+
+impl fmt::Display for FieldViolation {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: {}", self.field, self.description)
+    }
+}
+
+/// Why one item of a call has no score, while its neighbours may have theirs.
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
+#[error("{}: {message}", code_name(*code))]
+pub struct ItemFailure {
+    /// The code.
+    pub code: Code,
+    /// What is wrong and what to do.
+    pub message: String,
+}
+
+impl From<&v1::ItemError> for ItemFailure {
+    fn from(error: &v1::ItemError) -> Self {
+        Self { code: Code::from_i32(error.code), message: error.message.clone() }
+    }
+}
+
+impl From<&Error> for ItemFailure {
+    fn from(error: &Error) -> Self {
+        let mut message = match error {
+            Error::Call(call) => call.message.clone(),
+            other => other.to_string(),
+        };
+        if let Error::Call(call) = error {
+            call.field_violations.iter().for_each(|violation| message += &format!("; {violation}"));
+        }
+        Self { code: error.code(), message }
+    }
+}
+
+/// The score of an item, or why it has none.
+pub fn score(result: &v1::ScoreResult) -> Result<&v1::Score, ItemFailure> {
+    match &result.outcome {
+        Some(v1::score_result::Outcome::Score(score)) => Ok(score),
+        Some(v1::score_result::Outcome::Error(error)) => Err(error.into()),
+        None => Err(ItemFailure {
+            code: Code::Internal,
+            message: "the server sent neither a score nor an error for this item".into(),
+        }),
+    }
+}
+
+/// The reward of an item, or why it has none.
+pub fn reward(result: &v1::ScoreResult) -> Result<f32, ItemFailure> {
+    score(result).map(|score| score.reward)
+}
+
+/// The name of a code as gRPC writes it, such as `RESOURCE_EXHAUSTED`.
+pub fn code_name(code: Code) -> &'static str {
+    match code {
+        Code::Ok => "OK",
+        Code::Cancelled => "CANCELLED",
+        Code::Unknown => "UNKNOWN",
+        Code::InvalidArgument => "INVALID_ARGUMENT",
+        Code::DeadlineExceeded => "DEADLINE_EXCEEDED",
+        Code::NotFound => "NOT_FOUND",
+        Code::AlreadyExists => "ALREADY_EXISTS",
+        Code::PermissionDenied => "PERMISSION_DENIED",
+        Code::ResourceExhausted => "RESOURCE_EXHAUSTED",
+        Code::FailedPrecondition => "FAILED_PRECONDITION",
+        Code::Aborted => "ABORTED",
+        Code::OutOfRange => "OUT_OF_RANGE",
+        Code::Unimplemented => "UNIMPLEMENTED",
+        Code::Internal => "INTERNAL",
+        Code::Unavailable => "UNAVAILABLE",
+        Code::DataLoss => "DATA_LOSS",
+        Code::Unauthenticated => "UNAUTHENTICATED",
+    }
+}
+
+/// What the retry policy looks at.
+pub(crate) fn failure_of(status: &Status) -> Failure {
+    Failure { code: code_of(status), retry_after: retry_after(status) }
+}
+
+fn retry_after(status: &Status) -> Option<Duration> {
+    status.get_details_retry_info()?.retry_delay
+}
+
+/// The status's code, corrected where tonic made the status itself and gRPC asks for another code: a connection that
+/// broke is `UNAVAILABLE`, a deadline that passed here is `DEADLINE_EXCEEDED`.
+fn code_of(status: &Status) -> Code {
+    let mut source = std::error::Error::source(status);
+    let mut transport = false;
+    while let Some(error) = source {
+        transport |= error.is::<tonic::transport::Error>();
+        source = error.source();
+    }
+    match status.code() {
+        Code::Unknown if transport => Code::Unavailable,
+        Code::Cancelled if status.message() == tonic::TimeoutExpired(()).to_string() => Code::DeadlineExceeded,
+        code => code,
+    }
+}

@@ -1,0 +1,46 @@
+//! Rust client of Plumb: scores, ranks and generates text over gRPC.
+//!
+//! A [`Client`] is cheap to clone and shares its connections. It sends the deadline with every call, retries what is
+//! worth retrying ([`RetryPolicy`]) and answers the messages of the wire contract ([`v1`]) or a typed [`Error`]. It
+//! never makes up a value: an item without a score stays an error, see [`reward`].
+//!
+//! ```no_run
+//! use plumb_client::{Client, ClientOptions, dialogue, reward, v1};
+//!
+//! # async fn example() -> Result<(), Box<dyn std::error::Error>> {
+//! let client = Client::connect(ClientOptions::new("http://127.0.0.1:50051")).await?;
+//!
+//! let items = vec![
+//!     dialogue("What is the capital of France?", "Paris."),
+//!     dialogue("What is the capital of France?", "No idea."),
+//! ];
+//! let answer = client.score(v1::ScoreRequest { items, ..Default::default() }).await?;
+//! for result in &answer.results {
+//!     match reward(result) {
+//!         Ok(reward) => println!("{reward}"),
+//!         Err(failure) => eprintln!("{failure}"),
+//!     }
+//! }
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! Absent: nothing here knows how a server works inside, and nothing caches answers.
+
+mod client;
+mod error;
+mod input;
+mod options;
+mod retry;
+mod stream;
+
+pub use client::{Client, SERVICES};
+pub use error::{CallError, Error, FieldViolation, ItemFailure, code_name, reward, score};
+pub use input::{conversation, dialogue, text};
+pub use options::{ApiKey, ClientOptions};
+/// The messages of package `plumb.v1`.
+pub use plumb_proto::v1;
+pub use retry::RetryPolicy;
+pub use stream::Answers;
+/// gRPC status codes.
+pub use tonic::Code;

@@ -1,0 +1,8 @@
+//! The client and the command against a server in this process that does what a test tells it to.
+
+#[cfg(all(test, feature = "cli"))]
+mod command;
+#[cfg(test)]
+mod fake;
+#[cfg(test)]
+mod library;

@@ -1,0 +1,109 @@
+//! The types in which weights, activations between operations, and key/value caches are held.
+
+use half::bf16;
+use half::vec::HalfBitsVecExt;
+
+use crate::gemm::{self, Tile};
+
+mod sealed {
+    pub trait Sealed {}
+    impl Sealed for f32 {}
+    impl Sealed for half::bf16 {}
+}
+
+/// `f32` or `bf16`.
+pub trait Element: sealed::Sealed + Copy + Default + Send + Sync + PartialEq + std::fmt::Debug + 'static {
+    /// Values along the summed dimension that lie side by side in a packed matrix: the dot-product instruction for
+    /// bf16 takes two.
+    const PAIR: usize;
+    /// Name as in `--dtype`.
+    const NAME: &'static str;
+
+    /// Nearest value, ties to even.
+    fn from_f32(value: f32) -> Self;
+    /// Exact.
+    fn to_f32(self) -> f32;
+
+    /// `len` zeros, whose memory the system provides when it is first touched.
+    fn zeros(len: usize) -> Vec<Self>;
+
+    /// Multiplies rows of this type with a packed matrix of this type; see [`Tile`].
+    #[doc(hidden)]
+    fn gemm_tile(tile: Tile<'_, Self, Self>);
+    /// Multiplies rows of f32 with a packed matrix of this type; see [`Tile`].
+    #[doc(hidden)]
+    fn gemm_tile_f32(tile: Tile<'_, f32, Self>);
+}
+
+impl Element for f32 {
+    const PAIR: usize = 1;
+    const NAME: &'static str = "f32";
+
+    #[inline(always)]
+    fn from_f32(value: f32) -> Self {
+        value
+    }
+
+    #[inline(always)]
+    fn to_f32(self) -> f32 {
+        self
+    }
+
+    fn zeros(len: usize) -> Vec<Self> {
+        vec![0.0; len]
+    }
+
+    fn gemm_tile(tile: Tile<'_, f32, f32>) {
+        gemm::f32_by_f32(tile);
+    }
+
+    fn gemm_tile_f32(tile: Tile<'_, f32, f32>) {
+        gemm::f32_by_f32(tile);
+    }
+}
+
+impl Element for bf16 {
+    const PAIR: usize = 2;
+    const NAME: &'static str = "bf16";
+
+    #[inline(always)]
+    fn from_f32(value: f32) -> Self {
+        // Round to nearest even without branches, so that loops of it become vector code. A NaN with a low payload
+        // would round to infinity, hence the select.
+        let bits = value.to_bits();
+        let rounded = bits.wrapping_add(0x7fff + ((bits >> 16) & 1));
+        let bits = if value.is_nan() { bits | 0x0040_0000 } else { rounded };
+        bf16::from_bits((bits >> 16) as u16)
+    }
+
+    #[inline(always)]
+    fn to_f32(self) -> f32 {
+        f32::from_bits(u32::from(self.to_bits()) << 16)
+    }
+
+    fn zeros(len: usize) -> Vec<Self> {
+        vec![0u16; len].reinterpret_into()
+    }
+
+    fn gemm_tile(tile: Tile<'_, bf16, bf16>) {
+        gemm::bf16_by_bf16(tile);
+    }
+
+    fn gemm_tile_f32(tile: Tile<'_, f32, bf16>) {
+        gemm::f32_by_bf16(tile);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bf16_rounds_as_the_half_crate_does() {
+        for bits in (0..=u32::MAX).step_by(65_521) {
+            let value = f32::from_bits(bits);
+            let (ours, theirs) = (<bf16 as Element>::from_f32(value), bf16::from_f32(value));
+            assert!(ours == theirs || (ours.is_nan() && theirs.is_nan()), "{value:?}: {ours:?} {theirs:?}");
+        }
+    }
+}

@@ -1,0 +1,136 @@
+//! What stands on top of the decoder: log-probabilities of given tokens and a scalar head, all in f32.
+
+use crate::Element;
+use crate::linear::{Linear, PANEL};
+use crate::math::{exp, tanh};
+use crate::parallel::{Shared, for_each_piece};
+
+/// Rows that share a pass over the vocabulary.
+const ROWS: usize = 96;
+/// Panels of the vocabulary whose sums are taken together. A fixed cut, so that the order of summation does not depend
+/// on how the work is spread.
+const PANELS: usize = 16;
+
+/// `log softmax(W x)[target]` for every row of `x[rows, inputs]`, in nats. Logits live only as one panel at a time.
+///
+/// # Panics
+/// If the lengths do not fit or a target is not in the vocabulary.
+pub fn token_log_probs<E: Element>(head: &Linear<E>, softcap: Option<f32>, x: &[f32], targets: &[u32]) -> Vec<f32> {
+    let (inputs, vocabulary) = (head.inputs(), head.outputs());
+    assert_eq!(x.len(), targets.len() * inputs, "shapes of a language head");
+    assert!(targets.iter().all(|t| (*t as usize) < vocabulary), "a target outside the vocabulary");
+    let groups = vocabulary.div_ceil(PANEL * PANELS);
+    let blocks = targets.len().div_ceil(ROWS);
+    // For each row and group: the largest logit, the sum of exponentials relative to it, the target's logit.
+    let mut partial = vec![(f32::NEG_INFINITY, 0.0f32, f32::NEG_INFINITY); targets.len() * groups];
+    let shared = Shared::new(&mut partial);
+    for_each_piece(blocks * groups, 1, |piece| {
+        let (block, group) = (piece.start / groups, piece.start % groups);
+        let rows = block * ROWS..((block + 1) * ROWS).min(targets.len());
+        let x = &x[rows.start * inputs..rows.end * inputs];
+        let mut scratch = [0.0; ROWS * PANEL];
+        let sums = &mut scratch[..rows.len() * PANEL];
+        for panel in group * PANELS..((group + 1) * PANELS).min(vocabulary.div_ceil(PANEL)) {
+            head.panel(panel, x, sums, E::gemm_tile_f32);
+            let columns = PANEL.min(vocabulary - panel * PANEL);
+            for (row, logits) in rows.clone().zip(sums.chunks_exact_mut(PANEL)) {
+                // SAFETY: pieces differ in their rows or their group.
+                let partial = unsafe { &mut shared.range(row * groups + group..row * groups + group + 1)[0] };
+                let target = (targets[row] as usize).checked_sub(panel * PANEL);
+                add_panel(&mut logits[..columns], softcap, target, partial);
+            }
+        }
+    });
+    partial.chunks_exact(groups).map(merge).collect()
+}
+
+/// Takes a panel's logits into a row's running sum.
+fn add_panel(logits: &mut [f32], softcap: Option<f32>, target: Option<usize>, into: &mut (f32, f32, f32)) {
+    if let Some(cap) = softcap {
+        soft_cap(logits, cap);
+    }
+    let (max, sum, target_logit) = into;
+    if let Some(logit) = target.and_then(|t| logits.get(t)) {
+        *target_logit = *logit;
+    }
+    let panel_max = logits.iter().copied().fold(*max, f32::max);
+    let mut lanes = [0.0f32; 16];
+    for chunk in logits.chunks(16) {
+        for (lane, logit) in lanes.iter_mut().zip(chunk) {
+            *lane += exp(logit - panel_max);
+        }
+    }
+    *sum = *sum * exp(*max - panel_max) + lanes.iter().sum::<f32>();
+    *max = panel_max;
+}
+
+fn merge(groups: &[(f32, f32, f32)]) -> f32 {
+    let max = groups.iter().map(|g| g.0).fold(f32::NEG_INFINITY, f32::max);
+    let sum: f32 = groups.iter().map(|g| g.1 * exp(g.0 - max)).sum();
+    let target = groups.iter().map(|g| g.2).fold(f32::NEG_INFINITY, f32::max);
+    target - max - sum.ln()
+}
+
+/// `cap * tanh(logit / cap)` in place.
+pub fn soft_cap(logits: &mut [f32], cap: f32) {
+    for logit in logits {
+        *logit = cap * tanh(*logit / cap);
+    }
+}
+
+/// `weight . x`, summed in f32 in a fixed order.
+///
+/// # Panics
+/// If the lengths differ.
+pub fn dot(weight: &[f32], x: &[f32]) -> f32 {
+    assert_eq!(weight.len(), x.len(), "shapes of a scalar head");
+    let mut lanes = [0.0f32; 16];
+    for (w, x) in weight.chunks(16).zip(x.chunks(16)) {
+        for ((lane, w), x) in lanes.iter_mut().zip(w).zip(x) {
+            *lane += w * x;
+        }
+    }
+    lanes.iter().sum()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::linear::LinearBuilder;
+    use crate::reference;
+    use half::bf16;
+
+    fn check<E: Element>(vocabulary: usize, inputs: usize, rows: usize, softcap: Option<f32>) {
+        let weights: Vec<E> =
+            (0..vocabulary * inputs).map(|i| E::from_f32((i * 7919 % 1013) as f32 / 506.0 - 1.0)).collect();
+        let x: Vec<f32> = (0..rows * inputs).map(|i| (i * 31 % 89) as f32 / 44.0 - 1.0).collect();
+        let targets: Vec<u32> = (0..rows).map(|r| (r * 37 % vocabulary) as u32).collect();
+        let plain: Vec<f32> = weights.iter().map(|w| w.to_f32()).collect();
+        let head = LinearBuilder::new(vocabulary, inputs).rows(&weights).finish(None);
+        let found = token_log_probs(&head, softcap, &x, &targets);
+        let mut logits = reference::linear(&x, &plain, None, inputs);
+        if let Some(cap) = softcap {
+            logits.iter_mut().for_each(|l| *l = cap * (*l / cap).tanh());
+        }
+        for r in 0..rows {
+            let row = &logits[r * vocabulary..(r + 1) * vocabulary];
+            let expected = reference::log_prob(row, targets[r] as usize);
+            assert!((found[r] - expected).abs() < 1e-4, "{} {expected}", found[r]);
+            let alone = token_log_probs(&head, softcap, &x[r * inputs..(r + 1) * inputs], &targets[r..=r]);
+            assert_eq!(alone[0].to_bits(), found[r].to_bits());
+        }
+    }
+
+    #[test]
+    fn log_probs_match_the_reference_and_do_not_depend_on_neighbours() {
+        check::<f32>(50, 6, 3, None);
+        check::<f32>(2300, 34, 130, Some(5.0));
+        check::<bf16>(1025, 64, 7, None);
+    }
+
+    #[test]
+    fn dot_is_a_dot_product() {
+        let w: Vec<f32> = (0..37).map(|i| i as f32).collect();
+        assert_eq!(dot(&w, &w), (0..37).map(|i| (i * i) as f32).sum());
+    }
+}

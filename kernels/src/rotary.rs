@@ -1,0 +1,61 @@
+//! Rotary position embedding: rotates the first and the second half of a head's first `dim` elements by angles that
+//! grow with the position.
+
+/// Cosines and sines for every position of a model's context.
+#[derive(Debug)]
+pub struct Rotary {
+    dim: usize,
+    positions: usize,
+    /// `[positions, dim / 2]` pairs of cosine and sine.
+    table: Vec<(f32, f32)>,
+}
+
+impl Rotary {
+    /// A table for `positions` positions of the given inverse frequencies, `dim / 2` of them, in radians a position.
+    pub fn new(inverse_frequencies: &[f32], positions: usize) -> Self {
+        let table = (0..positions)
+            // The angle is rounded to f32 before its sine is taken, as the models were trained.
+            .flat_map(|p| inverse_frequencies.iter().map(move |f| p as f32 * f))
+            .map(|angle| (f64::from(angle).cos() as f32, f64::from(angle).sin() as f32))
+            .collect();
+        Self { dim: 2 * inverse_frequencies.len(), positions, table }
+    }
+
+    /// Positions that the table covers.
+    pub fn positions(&self) -> usize {
+        self.positions
+    }
+
+    /// Rotates one head in place.
+    ///
+    /// # Panics
+    /// If the position is not covered or the head is narrower than the rotated part.
+    pub fn apply(&self, position: usize, head: &mut [f32]) {
+        let half = self.dim / 2;
+        let table = &self.table[position * half..(position + 1) * half];
+        let (first, second) = head[..self.dim].split_at_mut(half);
+        for ((a, b), (cos, sin)) in first.iter_mut().zip(second).zip(table) {
+            (*a, *b) = (*a * cos - *b * sin, *b * cos + *a * sin);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rotates_pairs_and_leaves_the_rest() {
+        let rotary = Rotary::new(&[1.0, 0.5], 4);
+        let mut head = [1.0, 2.0, 3.0, 4.0, 5.0];
+        rotary.apply(2, &mut head);
+        let (c1, s1, c2, s2) = (2f32.cos(), 2f32.sin(), 1f32.cos(), 1f32.sin());
+        let expected = [c1 - 3.0 * s1, 2.0 * c2 - 4.0 * s2, 3.0 * c1 + s1, 4.0 * c2 + 2.0 * s2, 5.0];
+        for (a, b) in head.iter().zip(expected) {
+            assert!((a - b).abs() < 1e-6, "{a} {b}");
+        }
+        let mut same = [1.0, 2.0, 3.0, 4.0];
+        rotary.apply(0, &mut same);
+        assert_eq!(same, [1.0, 2.0, 3.0, 4.0]);
+    }
+}

@@ -1,0 +1,144 @@
+//! The tensors of a GGUF file, under the names and in the layout of Hugging Face checkpoints.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::path::{Path, PathBuf};
+
+use candle_core::quantized::GgmlDType;
+use candle_core::quantized::gguf_file::Content;
+use candle_core::{DType, Device, Tensor};
+
+use super::weights::{Description, TensorStore};
+use crate::config::{Block, Config};
+use crate::{Error, Result};
+
+/// An open file. Tensors are read, and dequantised, one at a time.
+pub(super) struct GgufTensors {
+    path: PathBuf,
+    file: File,
+    content: Content,
+    /// By Hugging Face name; names that have no such counterpart stay.
+    tensors: BTreeMap<String, Origin>,
+}
+
+struct Origin {
+    name: String,
+    layout: Layout,
+}
+
+/// How llama.cpp's converter changed a tensor.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Layout {
+    AsIs,
+    /// Llama's q and k: a head's rows `[2, half]` became `[half, 2]`, for a rotary embedding of neighbouring rows.
+    Interleaved { heads: usize },
+    /// Gemma's norms, which multiply by 1 + weight: the 1 was added.
+    PlusOne,
+}
+
+impl GgufTensors {
+    pub(super) fn new(path: &Path, file: File, content: Content, config: &Config) -> Self {
+        let named = |name: &String| {
+            let hf_name = hf_name(name, config.block);
+            let layout = match hf_name.rsplit('.').nth(1) {
+                Some("q_proj") if config.architecture == "llama" => Layout::Interleaved { heads: config.num_heads },
+                Some("k_proj") if config.architecture == "llama" => Layout::Interleaved { heads: config.num_kv_heads },
+                Some(part) if config.architecture == "gemma2" && part.ends_with("norm") => Layout::PlusOne,
+                _ => Layout::AsIs,
+            };
+            (hf_name, Origin { name: name.clone(), layout })
+        };
+        let tensors = content.tensor_infos.keys().map(named).collect();
+        Self { path: path.to_owned(), file, content, tensors }
+    }
+
+    /// Leaves out a tensor that has been dealt with.
+    pub(super) fn forget(&mut self, name: &str) {
+        self.tensors.remove(name);
+    }
+}
+
+/// `blk.3.attn_q.weight` is `model.layers.3.self_attn.q_proj.weight`.
+fn hf_name(name: &str, block: Block) -> String {
+    match name {
+        "token_embd.weight" => return "model.embed_tokens.weight".to_owned(),
+        "output_norm.weight" => return "model.norm.weight".to_owned(),
+        "output.weight" => return "lm_head.weight".to_owned(),
+        _ => {}
+    }
+    let mut parts = name.splitn(4, '.');
+    let (Some("blk"), Some(layer), Some(part), Some(kind)) = (parts.next(), parts.next(), parts.next(), parts.next())
+    else {
+        return name.to_owned();
+    };
+    let part = match part {
+        "attn_norm" => "input_layernorm",
+        "attn_q" => "self_attn.q_proj",
+        "attn_k" => "self_attn.k_proj",
+        "attn_v" => "self_attn.v_proj",
+        "attn_output" => "self_attn.o_proj",
+        "attn_q_norm" => "self_attn.q_norm",
+        "attn_k_norm" => "self_attn.k_norm",
+        "post_attention_norm" => "post_attention_layernorm",
+        "ffn_norm" if block == Block::SandwichNorm => "pre_feedforward_layernorm",
+        "ffn_norm" => "post_attention_layernorm",
+        "post_ffw_norm" => "post_feedforward_layernorm",
+        "ffn_gate" => "mlp.gate_proj",
+        "ffn_up" => "mlp.up_proj",
+        "ffn_down" => "mlp.down_proj",
+        _ => return name.to_owned(),
+    };
+    format!("model.layers.{layer}.{part}.{kind}")
+}
+
+impl TensorStore for GgufTensors {
+    fn describe(&self) -> BTreeMap<String, Description> {
+        let describe = |(name, origin): (&String, &Origin)| {
+            let info = self.content.tensor_infos.get(&origin.name)?;
+            let dtype = match info.ggml_dtype {
+                GgmlDType::F32 => DType::F32,
+                GgmlDType::F16 => DType::F16,
+                _ => DType::BF16,
+            };
+            Some((name.clone(), Description { shape: info.shape.dims().to_vec(), dtype: Some(dtype) }))
+        };
+        self.tensors.iter().filter_map(describe).collect()
+    }
+
+    fn holds(&self, name: &str) -> bool {
+        self.tensors.contains_key(name)
+    }
+
+    fn read(&self, name: &str) -> Result<Tensor> {
+        let missing = || Error::MissingTensor { name: name.to_owned(), expected: Vec::new() };
+        let origin = self.tensors.get(name).ok_or_else(missing)?;
+        let info = self.content.tensor_infos.get(&origin.name).ok_or_else(missing)?;
+        let malformed = |error: candle_core::Error| {
+            let reason = format!("tensor `{}`: {error}", origin.name);
+            Error::Malformed { path: self.path.clone(), reason }
+        };
+        let stored = info.read(&mut &self.file, self.content.tensor_data_offset, &Device::Cpu).map_err(malformed)?;
+        let tensor = origin.layout.undo(stored.dequantize(&Device::Cpu)?)?;
+        Ok(match info.ggml_dtype {
+            GgmlDType::F16 => tensor.to_dtype(DType::F16)?,
+            GgmlDType::BF16 => tensor.to_dtype(DType::BF16)?,
+            _ => tensor,
+        })
+    }
+}
+
+impl Layout {
+    /// `tensor` is f32.
+    fn undo(self, tensor: Tensor) -> Result<Tensor> {
+        match self {
+            Self::AsIs => Ok(tensor),
+            Self::PlusOne => Ok((tensor - 1.0)?),
+            Self::Interleaved { heads } => {
+                let shape = tensor.shape().clone();
+                let rows = shape.dims().first().copied().unwrap_or(0);
+                let split = (heads, rows / heads / 2, 2, shape.elem_count() / rows.max(1));
+                Ok(tensor.reshape(split)?.transpose(1, 2)?.contiguous()?.reshape(shape)?)
+            }
+        }
+    }
+}

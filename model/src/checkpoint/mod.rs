@@ -1,0 +1,215 @@
+//! Checkpoints: what a folder, a GGUF file or a Hugging Face repository holds, checked and ready to be taken.
+//!
+//! [`Checkpoint::open`] finds the files (`hub` fetches them), verifies a [`manifest`] where there is one, parses the
+//! configuration (`hf_config`), the tokenizer and the headers of the weights (`safetensors`, `gguf`), and puts an
+//! adapter (`lora`) on top. [`Weights`] then gives out each tensor once, and refuses to end while one is left.
+//!
+//! Nothing here knows what a decoder does with the tensors.
+
+pub mod manifest;
+mod fields;
+mod gguf;
+mod gguf_tensors;
+mod gguf_tokenizer;
+mod hf_config;
+mod hf_rope;
+mod hub;
+mod lora;
+mod safetensors;
+mod tokenizer;
+mod weights;
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use candle_core::DType;
+use tokenizers::Tokenizer;
+
+use self::fields::{Fields, read_json};
+use self::hf_config::Holdings;
+use self::hub::Hub;
+use self::lora::Adapter;
+use self::safetensors::Safetensors;
+use self::tokenizer::TextParts;
+pub use self::tokenizer::SpecialTokens;
+use self::weights::TensorStore;
+pub use self::weights::Weights;
+use crate::config::Config;
+use crate::{Error, Result};
+
+const CONFIG: &str = "config.json";
+
+/// What the user named.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Source {
+    /// A folder, a `.gguf` file, or the id of a Hugging Face repository, `org/name`.
+    pub model: String,
+    /// A LoRA adapter to merge: a folder or a repository id.
+    pub adapter: Option<String>,
+    /// A branch, tag or commit of the model's repository; `main` without it.
+    pub revision: Option<String>,
+}
+
+/// A model as it was saved: its description, and its weights still on disk.
+pub struct Checkpoint {
+    /// The decoder and its head.
+    pub config: Config,
+    /// The tensors, by Hugging Face names.
+    pub weights: Weights,
+    /// Text to token ids; neither pads nor truncates.
+    pub tokenizer: Tokenizer,
+    /// Its special tokens.
+    pub special: SpecialTokens,
+    /// The Jinja source of the chat template.
+    pub chat_template: Option<String>,
+    /// Type of the linear weights: F32, BF16 or F16; BF16 for a quantised GGUF file.
+    pub stored_dtype: DType,
+    /// Hex sha256 of a line `name\0sha256\n` for every file that was read (configuration, tokenizer, weights, adapter),
+    /// in the order of the names; an adapter's names begin with `adapter/`.
+    pub files_digest: String,
+    /// Where it came from.
+    pub source: Source,
+}
+
+impl Checkpoint {
+    /// Opens a checkpoint. Files are hashed, headers and configuration are read and checked; tensors are not read.
+    ///
+    /// # Errors
+    /// What is missing, damaged or not served is named, with what was expected.
+    pub fn open(source: &Source) -> Result<Self> {
+        let base = locate(&source.model, source.revision.as_deref())?;
+        let adapter_folder = match &source.adapter {
+            Some(adapter) => Some(locate_adapter(adapter)?),
+            None => None,
+        };
+        let files_digest = files_digest(&base, adapter_folder.as_deref())?;
+        let adapter = adapter_folder.as_deref().map(Adapter::open).transpose()?;
+        let Base { config, store, mut text } = match &base {
+            Location::Folder(folder) => open_folder(folder, adapter.as_ref())?,
+            Location::Gguf(path) => open_gguf(path, adapter.as_ref())?,
+        };
+        if let Some(folder) = &adapter_folder {
+            text.override_from(folder)?;
+        }
+        text.check_vocabulary(config.vocab_size)?;
+        let mut weights = Weights::new(store, adapter);
+        weights.configure(&config);
+        let stored_dtype = weights
+            .dtype()
+            .ok_or_else(|| Error::Unsupported("weights that are not F32, F16, BF16 or quantised GGUF".to_owned()))?;
+        Ok(Self {
+            config,
+            weights,
+            tokenizer: text.tokenizer,
+            special: text.special,
+            chat_template: text.chat_template,
+            stored_dtype,
+            files_digest,
+            source: source.clone(),
+        })
+    }
+}
+
+/// Where a source turned out to be.
+#[derive(Debug)]
+enum Location {
+    Folder(PathBuf),
+    Gguf(PathBuf),
+}
+
+fn locate(name: &str, revision: Option<&str>) -> Result<Location> {
+    let path = Path::new(name);
+    if path.is_dir() {
+        return Ok(Location::Folder(path.to_owned()));
+    }
+    if path.is_file() {
+        return match path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("gguf")) {
+            true => Ok(Location::Gguf(path.to_owned())),
+            false => Err(Error::Unsupported(format!("the file {name}; name a folder or a .gguf file"))),
+        };
+    }
+    if is_repository_id(name) {
+        return Ok(Location::Folder(Hub::from_env()?.fetch(name, revision)?));
+    }
+    let what = "a folder or .gguf file (a Hugging Face repository is written `org/name`)".to_owned();
+    Err(Error::MissingFile { path: path.to_owned(), what })
+}
+
+fn locate_adapter(name: &str) -> Result<PathBuf> {
+    match locate(name, None)? {
+        Location::Folder(folder) if folder.join(lora::CONFIG).is_file() => Ok(folder),
+        Location::Folder(path) => {
+            Err(Error::MissingFile { path, what: format!("`{}`, which makes a folder an adapter,", lora::CONFIG) })
+        }
+        Location::Gguf(_) => Err(Error::Unsupported(format!("the adapter {name}; adapters are folders"))),
+    }
+}
+
+/// `org/name`, of the characters that the hub allows.
+fn is_repository_id(name: &str) -> bool {
+    let plain = |part: &str| {
+        !part.is_empty()
+            && !part.starts_with(['.', '-'])
+            && part.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-'))
+    };
+    name.split_once('/').is_some_and(|(owner, name)| plain(owner) && plain(name))
+}
+
+/// Hashes what will be read, and checks it against the manifests.
+fn files_digest(base: &Location, adapter: Option<&Path>) -> Result<String> {
+    let mut digests = match base {
+        Location::Folder(folder) => {
+            let mut files = safetensors::weight_files(&with_config(folder)?)?;
+            files.push(CONFIG.to_owned());
+            files.extend(tokenizer::files(folder));
+            manifest::verified_digests(folder, &files)?
+        }
+        Location::Gguf(path) => {
+            let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+            BTreeMap::from([(name, manifest::digest(path)?)])
+        }
+    };
+    if let Some(folder) = adapter {
+        let mut files = vec![lora::CONFIG.to_owned(), lora::weight_file(folder)?];
+        files.extend(tokenizer::files(folder));
+        let found = manifest::verified_digests(folder, &files)?;
+        digests.extend(found.into_iter().map(|(name, digest)| (format!("adapter/{name}"), digest)));
+    }
+    Ok(manifest::combined(&digests))
+}
+
+/// The folder, if it is that of a model.
+fn with_config(folder: &Path) -> Result<PathBuf> {
+    if folder.join(CONFIG).is_file() {
+        return Ok(folder.to_owned());
+    }
+    let what = match folder.join(lora::CONFIG).is_file() {
+        true => format!(
+            "`{CONFIG}` (the folder holds an adapter: name the model that it was trained on, and this folder as its \
+             adapter)"
+        ),
+        false => format!("`{CONFIG}`"),
+    };
+    Err(Error::MissingFile { path: folder.to_owned(), what })
+}
+
+/// What lies under an adapter.
+struct Base {
+    config: Config,
+    store: Box<dyn TensorStore>,
+    text: TextParts,
+}
+
+fn open_folder(folder: &Path, adapter: Option<&Adapter>) -> Result<Base> {
+    let path = folder.join(CONFIG);
+    let json = read_json(&path)?;
+    let text = tokenizer::read_folder(folder, &Fields::new(&path, &json)?)?;
+    let store = Safetensors::open_folder(folder, &safetensors::weight_files(folder)?)?;
+    let config = hf_config::parse(&path, &json, &Holdings { store: Some(&store), adapter })?;
+    Ok(Base { config, store: Box::new(store), text })
+}
+
+fn open_gguf(path: &Path, adapter: Option<&Adapter>) -> Result<Base> {
+    let gguf = gguf::open(path, &Holdings { store: None, adapter })?;
+    Ok(Base { config: gguf.config, store: Box::new(gguf.tensors), text: gguf.text })
+}

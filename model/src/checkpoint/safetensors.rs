@@ -1,0 +1,183 @@
+//! Tensors in safetensors files: one file, or an index and shards.
+//!
+//! Only the headers are read when files are opened; a tensor is read from its place in the file, straight into the
+//! memory that it is used from.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+
+use bytemuck::Pod;
+use candle_core::{DType, Device, Tensor, WithDType};
+use safetensors::tensor::{Dtype, Metadata, TensorInfo};
+
+use super::fields::{Fields, read_json};
+use super::manifest::is_file_name;
+use super::weights::{Description, TensorStore};
+use crate::{Error, Result};
+
+/// The limit of the format's own reader, 100 MB.
+const MOST_HEADER: u64 = 100_000_000;
+
+pub(super) const SINGLE: &str = "model.safetensors";
+pub(super) const INDEX: &str = "model.safetensors.index.json";
+
+/// Open safetensors files with distinct tensors.
+#[derive(Debug)]
+pub(super) struct Safetensors {
+    files: Vec<OpenFile>,
+    tensors: BTreeMap<String, (usize, TensorInfo)>,
+}
+
+#[derive(Debug)]
+struct OpenFile {
+    path: PathBuf,
+    file: File,
+    /// Where the tensors begin.
+    data: u64,
+}
+
+/// The names of the files with a folder's weights, the index included.
+pub(super) fn weight_files(folder: &Path) -> Result<Vec<String>> {
+    if folder.join(SINGLE).is_file() {
+        return Ok(vec![SINGLE.to_owned()]);
+    }
+    if folder.join(INDEX).is_file() {
+        let mut files: Vec<String> = shards(folder)?.into_values().collect();
+        files.push(INDEX.to_owned());
+        files.sort();
+        files.dedup();
+        return Ok(files);
+    }
+    for pickle in ["pytorch_model.bin", "pytorch_model.bin.index.json"] {
+        if folder.join(pickle).exists() {
+            return Err(Error::Unsupported(format!(
+                "{} holds `{pickle}` and no safetensors; a pickle can run code, so it is not read. Convert it: load it \
+                 with transformers and call save_pretrained(folder, safe_serialization=True)",
+                folder.display()
+            )));
+        }
+    }
+    Err(Error::MissingFile { path: folder.to_owned(), what: format!("`{SINGLE}` or `{INDEX}`") })
+}
+
+/// The index: the shard of each tensor.
+fn shards(folder: &Path) -> Result<BTreeMap<String, String>> {
+    let path = folder.join(INDEX);
+    let json = read_json(&path)?;
+    let index = Fields::new(&path, &json)?;
+    let map = index.object("weight_map")?.ok_or_else(|| index.wrong("weight_map", "the shard of each tensor"))?;
+    let shard = |(name, value): (&String, &serde_json::Value)| match value.as_str() {
+        Some(file) if is_file_name(file) && file.ends_with(".safetensors") => Ok((name.clone(), file.to_owned())),
+        _ => Err(map.wrong(name, "the name of a .safetensors file in the same folder")),
+    };
+    map.iter().map(shard).collect()
+}
+
+impl Safetensors {
+    /// Opens what [`weight_files`] names.
+    pub(super) fn open_folder(folder: &Path, weight_files: &[String]) -> Result<Self> {
+        let shards_of = |file: &&String| file.ends_with(".safetensors");
+        let paths: Vec<_> = weight_files.iter().filter(shards_of).map(|file| folder.join(file)).collect();
+        let opened = Self::open(&paths)?;
+        if weight_files.iter().any(|file| file == INDEX) {
+            for (name, shard) in shards(folder)? {
+                let found = opened.tensors.get(&name).map(|(file, _)| &opened.files[*file].path);
+                if found != Some(&folder.join(&shard)) {
+                    let reason = format!("tensor `{name}` is not here, though {INDEX} says so");
+                    return Err(Error::Malformed { path: folder.join(shard), reason });
+                }
+            }
+        }
+        Ok(opened)
+    }
+
+    pub(super) fn open(paths: &[PathBuf]) -> Result<Self> {
+        let mut files = Vec::with_capacity(paths.len());
+        let mut tensors = BTreeMap::new();
+        for (index, path) in paths.iter().enumerate() {
+            let file = File::open(path).map_err(|source| Error::Io { path: path.clone(), source })?;
+            let (data, metadata) = read_header(path, &file)?;
+            for (name, info) in metadata.tensors() {
+                if tensors.insert(name.clone(), (index, info.clone())).is_some() {
+                    let reason = format!("tensor `{name}` is also in another shard");
+                    return Err(Error::Malformed { path: path.clone(), reason });
+                }
+            }
+            files.push(OpenFile { path: path.clone(), file, data });
+        }
+        Ok(Self { files, tensors })
+    }
+}
+
+/// Reads and checks a header; returns where the tensors begin.
+fn read_header(path: &Path, file: &File) -> Result<(u64, Metadata)> {
+    let io = |source| Error::Io { path: path.to_owned(), source };
+    let malformed = |reason: String| Error::Malformed { path: path.to_owned(), reason };
+    let length = file.metadata().map_err(io)?.len();
+    let mut prefix = [0; 8];
+    if length < prefix.len() as u64 {
+        return Err(malformed(format!("not safetensors: {length} bytes; copy or download it again")));
+    }
+    file.read_exact_at(&mut prefix, 0).map_err(io)?;
+    let header_length = u64::from_le_bytes(prefix);
+    if header_length > MOST_HEADER.min(length - 8) {
+        return Err(malformed(format!("not safetensors: a header of {header_length} bytes in a file of {length}")));
+    }
+    let mut header = vec![0; header_length as usize];
+    file.read_exact_at(&mut header, 8).map_err(io)?;
+    let metadata: Metadata =
+        serde_json::from_slice(&header).map_err(|error| malformed(format!("not safetensors: {error}")))?;
+    let data = 8 + header_length;
+    let described = metadata.data_len() as u64;
+    if described != length - data {
+        return Err(malformed(format!(
+            "the header describes {described} bytes of tensors, there are {}; copy or download it again",
+            length - data
+        )));
+    }
+    Ok((data, metadata))
+}
+
+impl TensorStore for Safetensors {
+    fn describe(&self) -> BTreeMap<String, Description> {
+        let describe = |(name, (_, info)): (&String, &(usize, TensorInfo))| {
+            let dtype = match info.dtype {
+                Dtype::F32 => Some(DType::F32),
+                Dtype::F16 => Some(DType::F16),
+                Dtype::BF16 => Some(DType::BF16),
+                _ => None,
+            };
+            (name.clone(), Description { shape: info.shape.clone(), dtype })
+        };
+        self.tensors.iter().map(describe).collect()
+    }
+
+    fn holds(&self, name: &str) -> bool {
+        self.tensors.contains_key(name)
+    }
+
+    fn read(&self, name: &str) -> Result<Tensor> {
+        let Some((file, info)) = self.tensors.get(name) else {
+            return Err(Error::MissingTensor { name: name.to_owned(), expected: Vec::new() });
+        };
+        let file = &self.files[*file];
+        match info.dtype {
+            Dtype::F32 => read::<f32>(file, info),
+            Dtype::F16 => read::<half::f16>(file, info),
+            Dtype::BF16 => read::<half::bf16>(file, info),
+            other => Err(Error::Unsupported(format!("tensor `{name}` is stored as {other}; F32, F16 and BF16 are read"))),
+        }
+    }
+}
+
+/// The header was checked: the tensor lies within the file, and its length is that of its shape.
+fn read<T: WithDType + Pod>(file: &OpenFile, info: &TensorInfo) -> Result<Tensor> {
+    let mut values = vec![T::zero(); info.shape.iter().product()];
+    let offset = file.data + info.data_offsets.0 as u64;
+    file.file
+        .read_exact_at(bytemuck::cast_slice_mut(&mut values), offset)
+        .map_err(|source| Error::Io { path: file.path.clone(), source })?;
+    Ok(Tensor::from_vec(values, info.shape.as_slice(), &Device::Cpu)?)
+}

@@ -1,0 +1,156 @@
+//! A checkpoint's tensors: each is taken once, by its Hugging Face name, and none may be left over.
+
+use std::collections::BTreeMap;
+
+use candle_core::{DType, Tensor};
+
+use super::lora::Adapter;
+use crate::config::{Config, Head};
+use crate::{Error, Result};
+
+/// Where tensors come from.
+pub(super) trait TensorStore: Send + Sync {
+    /// Every tensor, by its Hugging Face name.
+    fn describe(&self) -> BTreeMap<String, Description>;
+    /// Whether there is one of this name.
+    fn holds(&self, name: &str) -> bool;
+    /// Reads one. Its shape has been checked.
+    fn read(&self, name: &str) -> Result<Tensor>;
+}
+
+/// What is known of a tensor before it is read.
+#[derive(Clone, Debug)]
+pub(super) struct Description {
+    pub(super) shape: Vec<usize>,
+    /// What to compute in; `None` if it cannot be read.
+    pub(super) dtype: Option<DType>,
+}
+
+/// The tensors of a checkpoint, adapter included, that have not been taken.
+pub struct Weights {
+    store: Box<dyn TensorStore>,
+    left: BTreeMap<String, Stored>,
+    adapter: Option<Adapter>,
+    architecture: String,
+    inert: Inert,
+}
+
+struct Stored {
+    /// Its name in the store.
+    name: String,
+    description: Description,
+}
+
+/// The Hugging Face name of a tensor. TRL saves a value head's model under its plain names; saved by other means, its
+/// wrapper's attribute comes first.
+fn canonical(name: &str) -> &str {
+    name.strip_prefix("pretrained_model.").unwrap_or(name)
+}
+
+impl Weights {
+    pub(super) fn new(store: Box<dyn TensorStore>, adapter: Option<Adapter>) -> Self {
+        let mut left = BTreeMap::new();
+        for (name, description) in store.describe() {
+            left.insert(canonical(&name).to_owned(), Stored { name, description });
+        }
+        Self { store, left, adapter, architecture: String::new(), inert: Inert::default() }
+    }
+
+    /// Tells which tensors the model will not need.
+    pub(super) fn configure(&mut self, config: &Config) {
+        self.architecture = config.architecture.clone();
+        self.inert = Inert {
+            tied: config.tie_word_embeddings,
+            reward_on_language_model: config.head != Head::Language
+                && !config.architecture.ends_with("ForSequenceClassification"),
+        };
+    }
+
+    /// The floating point type that most elements of linear weights have.
+    pub(super) fn dtype(&self) -> Option<DType> {
+        let mut elements: Vec<(DType, usize)> = Vec::new();
+        for Description { shape, dtype } in self.left.values().map(|stored| &stored.description) {
+            let (Some(dtype), [_, _]) = (*dtype, shape.as_slice()) else { continue };
+            let count: usize = shape.iter().product();
+            match elements.iter_mut().find(|(other, _)| *other == dtype) {
+                Some((_, sum)) => *sum += count,
+                None => elements.push((dtype, count)),
+            }
+        }
+        elements.into_iter().max_by_key(|(_, count)| *count).map(|(dtype, _)| dtype)
+    }
+
+    /// Whether the tensor is there and has not been taken.
+    pub fn contains(&self, name: &str) -> bool {
+        self.left.contains_key(name) || self.adapter.as_ref().is_some_and(|adapter| adapter.replaces(name))
+    }
+
+    /// Takes a tensor, on the CPU and in its stored type (f32 if it was quantised). An adapter's part is merged into
+    /// it: computed in f32, rounded once.
+    ///
+    /// # Errors
+    /// [`Error::MissingTensor`] if it is not there or was taken, [`Error::MisshapenTensor`] if it has another shape.
+    pub fn take(&mut self, name: &str, shape: &[usize]) -> Result<Tensor> {
+        if let Some(replacement) = self.adapter.as_mut().and_then(|adapter| adapter.take_replacement(name)) {
+            self.left.remove(name);
+            let tensor = replacement?;
+            check_shape(name, tensor.dims(), shape)?;
+            return Ok(tensor);
+        }
+        let Some(stored) = self.left.get(name) else {
+            return Err(Error::MissingTensor { name: name.to_owned(), expected: shape.to_vec() });
+        };
+        check_shape(name, &stored.description.shape, shape)?;
+        let tensor = self.store.read(&stored.name)?;
+        self.left.remove(name);
+        match &mut self.adapter {
+            Some(adapter) => adapter.merge(name, tensor),
+            None => Ok(tensor),
+        }
+    }
+
+    /// Ends the taking.
+    ///
+    /// # Errors
+    /// [`Error::ExtraTensors`] with everything that was not taken and that is not known to be inert.
+    pub fn finish(self) -> Result<()> {
+        let mut names: Vec<String> = self.left.into_keys().filter(|name| !self.inert.covers(name)).collect();
+        names.extend(self.adapter.iter().flat_map(Adapter::unused));
+        if names.is_empty() {
+            return Ok(());
+        }
+        Err(Error::ExtraTensors { architecture: self.architecture, names })
+    }
+}
+
+fn check_shape(name: &str, found: &[usize], expected: &[usize]) -> Result<()> {
+    if found == expected {
+        return Ok(());
+    }
+    Err(Error::MisshapenTensor { name: name.to_owned(), found: found.to_vec(), expected: expected.to_vec() })
+}
+
+/// Which tensors may be left: the one list of what is ignored, and why.
+#[derive(Default)]
+struct Inert {
+    tied: bool,
+    /// A reward head on what was saved as, or from, a language model.
+    reward_on_language_model: bool,
+}
+
+impl Inert {
+    fn covers(&self, name: &str) -> bool {
+        let language_head = matches!(name, "lm_head.weight" | "embed_out.weight");
+        // The rotary frequencies follow from the configuration; older versions of Transformers saved them all the same.
+        name.ends_with(".rotary_emb.inv_freq")
+            // GPT-NeoX's causal mask and the value it fills in: constants, saved by older versions of Transformers.
+            || name.ends_with(".attention.bias")
+            || name.ends_with(".attention.masked_bias")
+            // A second copy of the embedding.
+            || (language_head && self.tied)
+            // The head of the language model that the reward model was made from; TRL and adapters leave it in place.
+            || (language_head && self.reward_on_language_model)
+            // OpenRLHF's buffers; the values that count are in its config.json.
+            || (self.reward_on_language_model && matches!(name, "mean" | "std"))
+    }
+}

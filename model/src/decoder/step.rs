@@ -1,0 +1,55 @@
+//! What a decoder is given to do at once.
+
+use std::ops::Range;
+
+/// Slices of sequences that run together.
+#[derive(Debug, Default)]
+pub struct Step<'a> {
+    /// The slices; no two write the same page.
+    pub sequences: Vec<StepSequence<'a>>,
+}
+
+/// The next tokens of one sequence.
+#[derive(Debug)]
+pub struct StepSequence<'a> {
+    /// Their ids; at least one.
+    pub tokens: &'a [u32],
+    /// Position of the first of them.
+    pub position: usize,
+    /// Pages of positions 0 up to the last token's.
+    pub pages: &'a [u32],
+    /// What to answer.
+    pub read: Read<'a>,
+}
+
+/// What a step answers for a sequence.
+#[derive(Debug)]
+pub enum Read<'a> {
+    /// Nothing: only keys and values are wanted.
+    Nothing,
+    /// The reward head at the last token: one value.
+    LastReward,
+    /// The reward head at each of the slice's tokens.
+    Rewards,
+    /// Log-probability, in nats, of `targets[i]` as the token after the slice's row `rows.start + i`.
+    LogProbs {
+        /// Rows of the slice.
+        rows: Range<usize>,
+        /// As many as rows.
+        targets: &'a [u32],
+    },
+    /// Vocabulary logits after the last token.
+    LastLogits,
+}
+
+impl Read<'_> {
+    /// Rows of a slice of `len` tokens that the head has to see.
+    pub(super) fn rows(&self, len: usize) -> Range<usize> {
+        match self {
+            Read::Nothing => 0..0,
+            Read::LastReward | Read::LastLogits => len - 1..len,
+            Read::Rewards => 0..len,
+            Read::LogProbs { rows, .. } => rows.clone(),
+        }
+    }
+}

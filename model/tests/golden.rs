@@ -1,0 +1,164 @@
+//! Every architecture and head against Transformers' f32 values, through the real loader.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use plumb_model::cache::PAGE;
+use plumb_model::checkpoint::Source;
+use plumb_model::decoder::{Read, Step, StepSequence};
+use plumb_model::loaded::{DTypeChoice, LoadOptions, LoadedModel};
+use plumb_model::text::HhhPrompts;
+use serde::Deserialize;
+
+#[derive(Deserialize)]
+struct Expected {
+    cases: Vec<Case>,
+}
+
+#[derive(Deserialize)]
+struct Case {
+    name: String,
+    token_ids: Vec<u32>,
+    reward: Option<f32>,
+    normalized_reward: Option<f32>,
+    token_rewards: Option<Vec<f32>>,
+    token_log_probs: Option<Vec<f32>>,
+    last_logits: Option<Vec<f32>>,
+    greedy: Option<Vec<u32>>,
+}
+
+fn fixtures() -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures")
+}
+
+fn load(model: &str, adapter: Option<&str>, dtype: DTypeChoice) -> LoadedModel {
+    let path = |name: &str| fixtures().join(name).to_string_lossy().into_owned();
+    let source = Source { model: path(model), adapter: adapter.map(path), revision: None };
+    let options = LoadOptions {
+        dtype,
+        hhh: Arc::new(HhhPrompts::default()),
+        max_input_tokens: None,
+        kv_cache_bytes: 64 << 20,
+    };
+    LoadedModel::load(&source, &options).unwrap()
+}
+
+/// Runs sequences in one step, after their first `split` tokens ran in a step of their own.
+fn run(model: &LoadedModel, sequences: &[(&[u32], usize, Read<'_>)]) -> Vec<Vec<f32>> {
+    let mut kv = model.decoder.kv_store(256);
+    let mut workspace = model.decoder.workspace();
+    let mut next = 0u32;
+    let tables: Vec<Vec<u32>> = sequences
+        .iter()
+        .map(|(tokens, ..)| {
+            let pages = tokens.len().div_ceil(PAGE) as u32;
+            next += pages;
+            (next - pages..next).rev().collect()
+        })
+        .collect();
+    let mut first = Step::default();
+    let mut second = Step::default();
+    for ((tokens, split, read), pages) in sequences.iter().zip(&tables) {
+        if *split > 0 {
+            let tokens = &tokens[..*split];
+            first.sequences.push(StepSequence { tokens, position: 0, pages, read: Read::Nothing });
+        }
+        let read = match read {
+            Read::Nothing => Read::Nothing,
+            Read::LastReward => Read::LastReward,
+            Read::Rewards => Read::Rewards,
+            Read::LastLogits => Read::LastLogits,
+            Read::LogProbs { rows, targets } => Read::LogProbs { rows: rows.clone(), targets },
+        };
+        second.sequences.push(StepSequence { tokens: &tokens[*split..], position: *split, pages, read });
+    }
+    model.decoder.step(&first, &mut kv, &mut workspace).unwrap();
+    model.decoder.step(&second, &mut kv, &mut workspace).unwrap()
+}
+
+fn worst(found: &[f32], expected: &[f32]) -> f32 {
+    assert_eq!(found.len(), expected.len());
+    found.iter().zip(expected).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max)
+}
+
+fn check(model: &str, adapter: Option<&str>, expected: &str, dtype: DTypeChoice, tolerance: f32) {
+    let text = std::fs::read_to_string(fixtures().join(expected)).unwrap();
+    let expected: Expected = serde_json::from_str(&text).unwrap();
+    let loaded = load(model, adapter, dtype);
+    let mut largest = 0.0f32;
+    for case in &expected.cases {
+        let ids = case.token_ids.as_slice();
+        if let Some(rewards) = &case.token_rewards {
+            let (mean, std) = loaded.info.normalization.unwrap_or((0.0, 1.0));
+            let rewards: Vec<f32> = rewards.iter().map(|r| (r - mean) / std).collect();
+            largest = largest.max(worst(&run(&loaded, &[(ids, 0, Read::Rewards)])[0], &rewards));
+            let last = run(&loaded, &[(ids, 0, Read::LastReward)]);
+            let reward = case.normalized_reward.or(case.reward).unwrap();
+            largest = largest.max(worst(&last[0], &[reward]));
+        }
+        if let Some(log_probs) = &case.token_log_probs {
+            let read = || Read::LogProbs { rows: 0..ids.len() - 1, targets: &ids[1..] };
+            if ids.len() > 1 {
+                largest = largest.max(worst(&run(&loaded, &[(ids, 0, read())])[0], log_probs));
+            }
+            let logits = run(&loaded, &[(ids, 0, Read::LastLogits)]);
+            largest = largest.max(worst(&logits[0], case.last_logits.as_ref().unwrap()));
+        }
+        if let (Some(greedy), DTypeChoice::F32) = (&case.greedy, dtype) {
+            let mut ids = ids.to_vec();
+            for token in greedy {
+                let logits = &run(&loaded, &[(&ids, ids.len() / 2, Read::LastLogits)])[0];
+                let best = (0..logits.len()).max_by(|a, b| logits[*a].total_cmp(&logits[*b])).unwrap();
+                assert_eq!(best as u32, *token, "{model} {}", case.name);
+                ids.push(*token);
+            }
+        }
+    }
+    println!("{model} {} {dtype:?}: largest difference {largest:.2e}", adapter.unwrap_or(""));
+    assert!(largest < tolerance, "{model}: {largest} > {tolerance}");
+}
+
+const FOLDERS: [&str; 16] = [
+    "llama-lm",
+    "llama-pm",
+    "llama-lm-sharded",
+    "qwen2-lm",
+    "qwen2-pm",
+    "qwen3-lm",
+    "qwen3-pm",
+    "mistral-lm",
+    "mistral-pm",
+    "gemma2-lm",
+    "gemma2-pm",
+    "neox-lm",
+    "neox-pm",
+    "neox-lm-sequential",
+    "openrlhf-pm",
+    "trl-value-head",
+];
+
+#[test]
+fn f32_equals_transformers_for_every_architecture() {
+    for folder in FOLDERS {
+        check(folder, None, &format!("{folder}/expected.json"), DTypeChoice::F32, 1e-4);
+    }
+}
+
+#[test]
+fn bf16_is_near_transformers_for_every_architecture() {
+    for folder in FOLDERS {
+        check(folder, None, &format!("{folder}/expected.json"), DTypeChoice::Bf16, 2e-2);
+    }
+}
+
+#[test]
+fn adapters_are_merged() {
+    check("llama-lm", Some("lora-pm"), "lora-pm/expected.json", DTypeChoice::F32, 1e-4);
+    check("qwen2-lm", Some("lora-lm"), "lora-lm/expected.json", DTypeChoice::F32, 1e-4);
+}
+
+#[test]
+fn gguf_files_equal_their_folders() {
+    check("gguf/llama-lm.gguf", None, "gguf/llama-lm.expected.json", DTypeChoice::F32, 1e-4);
+    check("gguf/qwen2-lm.gguf", None, "gguf/qwen2-lm.expected.json", DTypeChoice::F32, 1e-4);
+}

@@ -1,0 +1,248 @@
+//! The flags: each option is written once, here, with its environment variable, its default and its help.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::builder::{BoolishValueParser, RangedU64ValueParser, TypedValueParser};
+use clap::{Args, Parser};
+
+use super::secret::Secret;
+
+const EXAMPLES: &str = "\
+Examples:
+  # One model from a folder, on this machine only
+  plumb-server --model-id ./checkpoints/pm/3
+
+  # A preference model and a language model, reachable from outside, with a key
+  plumb-server --model pm=org/reward-model --model lm=./smollm2.gguf --hostname 0.0.0.0 --api-key-file /run/key
+
+  # Free ports for a test, written to a file once they are bound
+  plumb-server --model-id tests/fixtures/llama-pm --port 0 --prometheus-port 0 --port-file ports.json
+
+  # Where does every value come from?
+  plumb-server --config plumb.toml --print-config
+
+Precedence: flag, environment variable, --config file, default. The file holds the same names:
+  model = [\"pm=./checkpoints/pm/3\"]
+  max-batch-tokens = 8192
+
+Also read: HF_TOKEN, HF_HOME, HF_HUB_OFFLINE, HF_ENDPOINT (Hugging Face repositories).
+
+Exit codes: 0 after a shutdown that was asked for, 1 if a model does not load or a port is taken,
+64 if the configuration is wrong, 70 if the engine died.";
+
+/// Scores, ranks and generates text over gRPC.
+#[derive(Debug, Parser)]
+#[command(name = "plumb-server", version, after_long_help = EXAMPLES, max_term_width = 110)]
+pub(crate) struct Flags {
+    /// TOML file with any of these options.
+    #[arg(long, env = "PLUMB_CONFIG", value_name = "FILE")]
+    pub(crate) config: Option<PathBuf>,
+    /// Print every option with its value and where it comes from, then exit.
+    #[arg(long)]
+    pub(crate) print_config: bool,
+    #[command(flatten)]
+    pub(crate) models: ModelFlags,
+    #[command(flatten)]
+    pub(crate) engine: EngineFlags,
+    #[command(flatten)]
+    pub(crate) limits: LimitFlags,
+    #[command(flatten)]
+    pub(crate) network: NetworkFlags,
+    #[command(flatten)]
+    pub(crate) access: AccessFlags,
+    #[command(flatten)]
+    pub(crate) telemetry: TelemetryFlags,
+}
+
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Models")]
+pub(crate) struct ModelFlags {
+    /// A model: a folder, a .gguf file or a Hugging Face repository. Its name is the last part of the path; a folder
+    /// named by an integer is a version of the folder above it.
+    #[arg(long, env = "PLUMB_MODEL_ID", value_name = "SOURCE")]
+    pub(crate) model_id: Option<String>,
+    /// A model under a name of its own; repeat for several.
+    #[arg(long, env = "PLUMB_MODEL", value_name = "NAME=SOURCE", value_delimiter = ',')]
+    pub(crate) model: Vec<String>,
+    /// LoRA adapter to merge: plain for --model-id, NAME=SOURCE for a --model; repeat for several.
+    #[arg(long, env = "PLUMB_ADAPTER", value_name = "[NAME=]SOURCE", value_delimiter = ',')]
+    pub(crate) adapter: Vec<String>,
+    /// Branch, tag or commit of a Hugging Face repository: plain for --model-id, NAME=REVISION for a --model.
+    #[arg(long, env = "PLUMB_REVISION", value_name = "[NAME=]REVISION", value_delimiter = ',')]
+    pub(crate) revision: Vec<String>,
+    /// Type in which weights are held; auto takes the checkpoint's.
+    #[arg(long, env = "PLUMB_DTYPE", default_value = "auto")]
+    pub(crate) dtype: DType,
+    /// Which preference model an empty name means [default: the first one].
+    #[arg(long, env = "PLUMB_DEFAULT_PREFERENCE_MODEL", value_name = "NAME")]
+    pub(crate) default_preference_model: Option<String>,
+    /// Which language model an empty name means [default: the first one].
+    #[arg(long, env = "PLUMB_DEFAULT_LANGUAGE_MODEL", value_name = "NAME")]
+    pub(crate) default_language_model: Option<String>,
+    /// Replaces the built-in HHH prompt: conversations separated by lines of dashes.
+    #[arg(long, env = "PLUMB_HHH_PROMPT_FILE", value_name = "FILE")]
+    pub(crate) hhh_prompt_file: Option<PathBuf>,
+}
+
+/// Type in which weights are held.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum DType {
+    /// The checkpoint's own.
+    Auto,
+    /// 32-bit floats.
+    F32,
+    /// bfloat16.
+    Bf16,
+}
+
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Engine")]
+pub(crate) struct EngineFlags {
+    /// Most tokens in a batch.
+    #[arg(long, env = "PLUMB_MAX_BATCH_TOKENS", default_value_t = 16_384, value_parser = count())]
+    pub(crate) max_batch_tokens: usize,
+    /// Most sequences in a batch.
+    #[arg(long, env = "PLUMB_MAX_BATCH_SEQUENCES", default_value_t = 256, value_parser = count())]
+    pub(crate) max_batch_sequences: usize,
+    /// Memory for the key-value cache of each model, in MiB.
+    #[arg(long, env = "PLUMB_KV_CACHE_MIB", default_value_t = 1024, value_parser = count(), value_name = "MIB")]
+    pub(crate) kv_cache_mib: usize,
+    /// Threads that compute [default: physical cores].
+    #[arg(long, env = "PLUMB_THREADS", value_parser = count())]
+    pub(crate) threads: Option<usize>,
+    /// Threads that render and tokenize [default: logical cores, at most 8].
+    #[arg(long, env = "PLUMB_TOKENIZATION_WORKERS", value_parser = count())]
+    pub(crate) tokenization_workers: Option<usize>,
+}
+
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Limits")]
+pub(crate) struct LimitFlags {
+    /// Most calls at a time, streams included; more are refused with RESOURCE_EXHAUSTED.
+    #[arg(long, env = "PLUMB_MAX_CONCURRENT_REQUESTS", default_value_t = 512, value_parser = count())]
+    pub(crate) max_concurrent_requests: usize,
+    /// Most items, candidates or samples in a call.
+    #[arg(long, env = "PLUMB_MAX_CLIENT_BATCH_SIZE", default_value_t = 256, value_parser = count())]
+    pub(crate) max_client_batch_size: usize,
+    /// Most tokens of work that are admitted and not yet done; more are refused with RESOURCE_EXHAUSTED.
+    #[arg(long, env = "PLUMB_MAX_QUEUE_TOKENS", default_value_t = 1 << 20, value_parser = count())]
+    pub(crate) max_queue_tokens: usize,
+    /// Most tokens in an input, below what the model allows [default: what the model allows].
+    #[arg(long, env = "PLUMB_MAX_INPUT_TOKENS", value_parser = count())]
+    pub(crate) max_input_tokens: Option<usize>,
+    /// Largest message that is received or sent, in bytes.
+    #[arg(long, env = "PLUMB_MAX_MESSAGE_BYTES", default_value_t = 64 << 20, value_parser = count(), value_name = "BYTES")]
+    pub(crate) max_message_bytes: usize,
+    /// Most new tokens that a call may ask for, per sample.
+    #[arg(long, env = "PLUMB_MAX_NEW_TOKENS_LIMIT", default_value_t = 4096, value_parser = count())]
+    pub(crate) max_new_tokens_limit: usize,
+    /// New tokens per sample where a call does not say.
+    #[arg(long, env = "PLUMB_DEFAULT_MAX_NEW_TOKENS", default_value_t = 256, value_parser = count())]
+    pub(crate) default_max_new_tokens: usize,
+    /// Requests of one ScoreStream that are worked on at a time; the next is read when one is answered.
+    #[arg(long, env = "PLUMB_MAX_STREAM_IN_FLIGHT", default_value_t = 32, value_parser = count())]
+    pub(crate) max_stream_in_flight: usize,
+    /// Cut inputs over the limit at the left, where a call does not say, instead of refusing them.
+    #[arg(
+        long, env = "PLUMB_AUTO_TRUNCATE", value_parser = BoolishValueParser::new(),
+        default_value_t = false, default_missing_value = "true", num_args = 0..=1, require_equals = true
+    )]
+    pub(crate) auto_truncate: bool,
+}
+
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Network")]
+pub(crate) struct NetworkFlags {
+    /// Address to listen on, for rpcs and for metrics. The default is this machine only; a container wants 0.0.0.0.
+    #[arg(long, env = "PLUMB_HOSTNAME", default_value = "127.0.0.1")]
+    pub(crate) hostname: String,
+    /// Port of the rpcs; 0 picks a free one and logs it.
+    #[arg(long, env = "PLUMB_PORT", default_value = "50051", value_parser = port)]
+    pub(crate) port: u16,
+    /// Port of /metrics, /healthz and /readyz; 0 picks a free one and logs it.
+    #[arg(long, env = "PLUMB_PROMETHEUS_PORT", default_value = "9000", value_parser = port)]
+    pub(crate) prometheus_port: u16,
+    /// Write the bound addresses to this file as JSON: {"grpc": "127.0.0.1:50051", "metrics": "127.0.0.1:9000"}.
+    #[arg(long, env = "PLUMB_PORT_FILE", value_name = "FILE")]
+    pub(crate) port_file: Option<PathBuf>,
+    /// Ask clients to reconnect after this time, so that load spreads over replicas [default: never].
+    #[arg(long, env = "PLUMB_MAX_CONNECTION_AGE_SECS", value_parser = seconds, value_name = "SECS")]
+    pub(crate) max_connection_age_secs: Option<Duration>,
+    /// HTTP/2 ping on idle connections.
+    #[arg(long, env = "PLUMB_KEEPALIVE_INTERVAL_SECS", default_value = "30", value_parser = seconds, value_name = "SECS")]
+    pub(crate) keepalive_interval_secs: Duration,
+    /// A connection whose ping is not answered within this time is closed.
+    #[arg(long, env = "PLUMB_KEEPALIVE_TIMEOUT_SECS", default_value = "20", value_parser = seconds, value_name = "SECS")]
+    pub(crate) keepalive_timeout_secs: Duration,
+    /// Most calls at a time on one connection.
+    #[arg(
+        long, env = "PLUMB_MAX_CONCURRENT_STREAMS", default_value_t = 1024,
+        value_parser = RangedU64ValueParser::<u32>::new().range(1..)
+    )]
+    pub(crate) max_concurrent_streams: u32,
+    /// After NOT_SERVING, go on as before for this long: load balancers need it to notice.
+    #[arg(long, env = "PLUMB_LAME_DUCK_SECS", default_value = "0", value_parser = seconds, value_name = "SECS")]
+    pub(crate) lame_duck_secs: Duration,
+    /// After that, calls in flight may finish for this long; the rest fail with UNAVAILABLE.
+    #[arg(long, env = "PLUMB_DRAIN_TIMEOUT_SECS", default_value = "30", value_parser = seconds, value_name = "SECS")]
+    pub(crate) drain_timeout_secs: Duration,
+}
+
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Access")]
+pub(crate) struct AccessFlags {
+    /// Keys that clients present as `authorization: Bearer KEY`, separated by commas [default: open to all].
+    #[arg(long, env = "PLUMB_API_KEY", hide_env_values = true, value_delimiter = ',', value_name = "KEY")]
+    pub(crate) api_key: Vec<Secret>,
+    /// File with such keys, one a line.
+    #[arg(long, env = "PLUMB_API_KEY_FILE", value_name = "FILE")]
+    pub(crate) api_key_file: Option<PathBuf>,
+    /// Keys that may also load, unload and label versions, separated by commas [default: whoever may call].
+    #[arg(long, env = "PLUMB_ADMIN_API_KEY", hide_env_values = true, value_delimiter = ',', value_name = "KEY")]
+    pub(crate) admin_api_key: Vec<Secret>,
+    /// File with such keys, one a line.
+    #[arg(long, env = "PLUMB_ADMIN_API_KEY_FILE", value_name = "FILE")]
+    pub(crate) admin_api_key_file: Option<PathBuf>,
+}
+
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Telemetry")]
+pub(crate) struct TelemetryFlags {
+    /// What is logged, in the syntax of tracing's EnvFilter: `info`, `plumb=debug,h2=warn`.
+    #[arg(long, env = "RUST_LOG", default_value = "info", value_name = "FILTER")]
+    pub(crate) log: String,
+    /// One JSON object a line instead of text.
+    #[arg(
+        long, env = "PLUMB_JSON_OUTPUT", value_parser = BoolishValueParser::new(),
+        default_value_t = false, default_missing_value = "true", num_args = 0..=1, require_equals = true
+    )]
+    pub(crate) json_output: bool,
+    /// Send traces to this OTLP collector over gRPC, such as http://localhost:4317 [default: no traces].
+    #[arg(long, env = "PLUMB_OTLP_ENDPOINT", value_name = "URL")]
+    pub(crate) otlp_endpoint: Option<String>,
+    /// Name of this service in traces.
+    #[arg(long, env = "PLUMB_OTLP_SERVICE_NAME", default_value = "plumb-server", value_name = "NAME")]
+    pub(crate) otlp_service_name: String,
+}
+
+/// A number of things, at least one.
+fn count() -> impl TypedValueParser<Value = usize> {
+    RangedU64ValueParser::<u64>::new().range(1..=u64::from(u32::MAX)).map(|value| value as usize)
+}
+
+fn port(text: &str) -> Result<u16, String> {
+    text.parse().map_err(|_| {
+        // Kubernetes injects NAME_PORT=tcp://IP:PORT for every Service of the namespace, one named `plumb` included.
+        if text.starts_with("tcp://") {
+            "this is a Kubernetes service link; set `enableServiceLinks: false` on the pod".to_owned()
+        } else {
+            "not a port, 0 to 65535".to_owned()
+        }
+    })
+}
+
+fn seconds(text: &str) -> Result<Duration, String> {
+    let seconds: f64 = text.parse().map_err(|_| "not a number of seconds".to_owned())?;
+    Duration::try_from_secs_f64(seconds).map_err(|error| error.to_string())
+}

@@ -1,0 +1,322 @@
+//! Configuration: flags, environment, a TOML file and defaults become a [`Config`] that cannot be wrong in itself.
+//!
+//! `args` says what the options are; `file` puts a file's values in the place of defaults; `models` reads
+//! `NAME=SOURCE` lists; here the result is checked and turned into what the rest of the server asks for. Nothing is
+//! opened or bound on the way, apart from the files of options.
+
+mod args;
+mod file;
+mod models;
+mod secret;
+
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use clap::parser::ValueSource;
+use clap::{ArgMatches, Command, CommandFactory as _, FromArgMatches as _};
+
+pub use self::args::DType;
+use self::args::Flags;
+use self::file::FileValues;
+pub use self::models::ModelConfig;
+pub use self::secret::Secret;
+
+/// Everything that is decided before the server starts.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// What is served; at least one.
+    pub models: Vec<ModelConfig>,
+    /// Which models an empty name means.
+    pub defaults: Defaults,
+    /// Type in which weights are held.
+    pub dtype: DType,
+    /// Replaces the built-in HHH prompt.
+    pub hhh_prompt_file: Option<PathBuf>,
+    /// Sizes of the engine.
+    pub engine: EngineSizes,
+    /// What a call may ask for.
+    pub limits: Limits,
+    /// Where the server listens.
+    pub listen: Listen,
+    /// Behaviour of connections.
+    pub http2: Http2,
+    /// Who may call.
+    pub access: Access,
+    /// How the server stops.
+    pub shutdown: Shutdown,
+    /// Logs and traces.
+    pub telemetry: Telemetry,
+    /// Every option with its value and origin, for the log; secrets are masked.
+    pub origins: Vec<Origin>,
+}
+
+/// Which model an empty name means; unset: the first of its kind.
+#[derive(Clone, Debug, Default)]
+pub struct Defaults {
+    /// For `Score` and `Rank`.
+    pub preference: Option<String>,
+    /// For `Generate`.
+    pub language: Option<String>,
+}
+
+/// Sizes of the engine.
+#[derive(Clone, Debug)]
+pub struct EngineSizes {
+    /// Most tokens in a batch.
+    pub max_batch_tokens: usize,
+    /// Most sequences in a batch.
+    pub max_batch_sequences: usize,
+    /// Key-value cache of each model.
+    pub kv_cache_bytes: usize,
+    /// Threads that compute.
+    pub threads: usize,
+    /// Threads that render and tokenize.
+    pub tokenization_workers: usize,
+}
+
+/// What a call may ask for.
+#[derive(Clone, Debug)]
+pub struct Limits {
+    /// Calls at a time.
+    pub max_concurrent_requests: usize,
+    /// Items, candidates or samples in a call.
+    pub max_client_batch_size: usize,
+    /// Tokens of work admitted and not yet done.
+    pub max_queue_tokens: usize,
+    /// Tokens in an input; the model may allow less.
+    pub max_input_tokens: Option<usize>,
+    /// Size of a message.
+    pub max_message_bytes: usize,
+    /// New tokens that a call may ask for, per sample.
+    pub max_new_tokens_limit: usize,
+    /// New tokens per sample where a call does not say.
+    pub default_max_new_tokens: usize,
+    /// Requests of one stream that are worked on at a time.
+    pub max_stream_in_flight: usize,
+    /// Cut inputs over the limit where a call does not say.
+    pub auto_truncate: bool,
+}
+
+/// Where the server listens.
+#[derive(Clone, Debug)]
+pub struct Listen {
+    /// Name or address of the interface.
+    pub hostname: String,
+    /// Port of the rpcs; 0 for any.
+    pub port: u16,
+    /// Port of metrics; 0 for any.
+    pub prometheus_port: u16,
+    /// Where the bound addresses are written.
+    pub port_file: Option<PathBuf>,
+}
+
+/// Behaviour of connections.
+#[derive(Clone, Debug)]
+pub struct Http2 {
+    /// Clients are asked to reconnect after this time.
+    pub max_connection_age: Option<Duration>,
+    /// Ping on idle connections.
+    pub keepalive_interval: Duration,
+    /// How long a ping may stay unanswered.
+    pub keepalive_timeout: Duration,
+    /// Calls at a time on a connection.
+    pub max_concurrent_streams: u32,
+}
+
+/// Who may call.
+#[derive(Clone, Debug)]
+pub struct Access {
+    /// Keys for every rpc that changes nothing; none: open.
+    pub api_keys: Vec<Secret>,
+    /// Keys for every rpc; none: whoever may call may also change models.
+    pub admin_api_keys: Vec<Secret>,
+}
+
+/// How the server stops.
+#[derive(Clone, Copy, Debug)]
+pub struct Shutdown {
+    /// From NOT_SERVING to the end of accepting.
+    pub lame_duck: Duration,
+    /// From there until what is in flight fails.
+    pub drain_timeout: Duration,
+}
+
+/// Logs and traces.
+#[derive(Clone, Debug)]
+pub struct Telemetry {
+    /// An `EnvFilter`.
+    pub log: String,
+    /// Logs as JSON.
+    pub json_output: bool,
+    /// Collector of traces.
+    pub otlp_endpoint: Option<String>,
+    /// Name of this service in traces.
+    pub otlp_service_name: String,
+}
+
+/// An option, its value and where that comes from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Origin {
+    /// Name as in `--name`.
+    pub option: String,
+    /// Its value; masked if secret.
+    pub value: String,
+    /// `flag`, `environment`, `file` or `default`.
+    pub origin: &'static str,
+}
+
+/// Why there is no configuration.
+#[derive(Debug)]
+pub enum ConfigError {
+    /// The flags are wrong, or help or the version was asked for.
+    Flags(clap::Error),
+    /// `--print-config` was asked for: every option in a line.
+    Printed(Vec<Origin>),
+    /// Something else is wrong.
+    Wrong(String),
+}
+
+impl Config {
+    /// Reads the command line, the environment and the file that they name.
+    ///
+    /// # Errors
+    /// What is wrong, or that only a print was asked for.
+    pub fn parse(arguments: impl IntoIterator<Item = impl Into<OsString> + Clone>) -> Result<Self, ConfigError> {
+        let arguments: Vec<OsString> = arguments.into_iter().map(Into::into).collect();
+        let command = Flags::command();
+        // The first pass finds the file; what it finds wrong is wrong whatever the file says.
+        let matches = command.clone().try_get_matches_from(&arguments).map_err(ConfigError::Flags)?;
+        let Some(path) = matches.get_one::<PathBuf>("config") else {
+            return Self::from_matches(&command, matches, &FileValues::new());
+        };
+        let values = file::read(path, &command).map_err(ConfigError::Wrong)?;
+        let command = file::apply(command, &values);
+        let matches = command.clone().try_get_matches_from(&arguments).map_err(ConfigError::Flags)?;
+        Self::from_matches(&command, matches, &values)
+    }
+
+    fn from_matches(command: &Command, matches: ArgMatches, file: &FileValues) -> Result<Self, ConfigError> {
+        let origins = origins(command, &matches, file);
+        let flags = Flags::from_arg_matches(&matches).map_err(ConfigError::Flags)?;
+        if flags.print_config {
+            return Err(ConfigError::Printed(origins));
+        }
+        Self::from_flags(flags, origins).map_err(ConfigError::Wrong)
+    }
+
+    fn from_flags(flags: Flags, origins: Vec<Origin>) -> Result<Self, String> {
+        let Flags { config: _, print_config: _, models, engine, limits, network, access, telemetry } = flags;
+        let served = models::resolve(&models)?;
+        let defaults =
+            Defaults { preference: models.default_preference_model, language: models.default_language_model };
+        for (option, name) in
+            [("preference", defaults.preference.as_deref()), ("language", defaults.language.as_deref())]
+        {
+            if let Some(name) = name.filter(|name| served.iter().all(|model| model.name != **name)) {
+                return Err(format!("--default-{option}-model {name}: no model has this name"));
+            }
+        }
+        if limits.default_max_new_tokens > limits.max_new_tokens_limit {
+            return Err(format!(
+                "--default-max-new-tokens {} is above --max-new-tokens-limit {}",
+                limits.default_max_new_tokens, limits.max_new_tokens_limit
+            ));
+        }
+        let logical_cores = std::thread::available_parallelism().map_or(1, usize::from);
+        Ok(Self {
+            models: served,
+            defaults,
+            dtype: models.dtype,
+            hhh_prompt_file: models.hhh_prompt_file,
+            engine: EngineSizes {
+                max_batch_tokens: engine.max_batch_tokens,
+                max_batch_sequences: engine.max_batch_sequences,
+                kv_cache_bytes: engine.kv_cache_mib << 20,
+                // The physical count is of the machine, the logical one of what a container may use.
+                threads: engine.threads.unwrap_or_else(|| num_cpus::get_physical().min(logical_cores).max(1)),
+                tokenization_workers: engine.tokenization_workers.unwrap_or_else(|| logical_cores.min(8)),
+            },
+            limits: Limits {
+                max_concurrent_requests: limits.max_concurrent_requests,
+                max_client_batch_size: limits.max_client_batch_size,
+                max_queue_tokens: limits.max_queue_tokens,
+                max_input_tokens: limits.max_input_tokens,
+                max_message_bytes: limits.max_message_bytes,
+                max_new_tokens_limit: limits.max_new_tokens_limit,
+                default_max_new_tokens: limits.default_max_new_tokens,
+                max_stream_in_flight: limits.max_stream_in_flight,
+                auto_truncate: limits.auto_truncate,
+            },
+            http2: Http2 {
+                max_connection_age: network.max_connection_age_secs,
+                keepalive_interval: network.keepalive_interval_secs,
+                keepalive_timeout: network.keepalive_timeout_secs,
+                max_concurrent_streams: network.max_concurrent_streams,
+            },
+            shutdown: Shutdown { lame_duck: network.lame_duck_secs, drain_timeout: network.drain_timeout_secs },
+            listen: Listen {
+                hostname: network.hostname,
+                port: network.port,
+                prometheus_port: network.prometheus_port,
+                port_file: network.port_file,
+            },
+            access: Access {
+                api_keys: keys(access.api_key, access.api_key_file.as_deref())?,
+                admin_api_keys: keys(access.admin_api_key, access.admin_api_key_file.as_deref())?,
+            },
+            telemetry: Telemetry {
+                log: telemetry.log,
+                json_output: telemetry.json_output,
+                otlp_endpoint: telemetry.otlp_endpoint,
+                otlp_service_name: telemetry.otlp_service_name,
+            },
+            origins,
+        })
+    }
+}
+
+/// Keys from the option and from the lines of a file. An empty key would let everybody in who sends none.
+fn keys(mut keys: Vec<Secret>, file: Option<&Path>) -> Result<Vec<Secret>, String> {
+    if let Some(path) = file {
+        let text = std::fs::read_to_string(path).map_err(|error| format!("{}: {error}", path.display()))?;
+        let lines: Vec<_> = text.lines().filter(|line| !line.trim().is_empty()).collect();
+        if lines.is_empty() {
+            return Err(format!("{}: there is no key in it", path.display()));
+        }
+        keys.extend(lines.into_iter().filter_map(|line| line.parse().ok()));
+    }
+    if keys.iter().any(|key| key.reveal().is_empty()) {
+        return Err("a key is empty".to_owned());
+    }
+    Ok(keys)
+}
+
+fn origins(command: &Command, matches: &ArgMatches, file: &FileValues) -> Vec<Origin> {
+    let options = command.get_arguments().filter_map(|argument| Some((argument, argument.get_long()?)));
+    options
+        .filter(|(argument, _)| !["help", "version", "print_config"].contains(&argument.get_id().as_str()))
+        .map(|(argument, long)| {
+            let id = argument.get_id().as_str();
+            let values: Vec<_> = matches
+                .get_raw(id)
+                .into_iter()
+                .flatten()
+                .map(|value| match argument.is_hide_env_values_set() {
+                    true => secret::MASK.into(),
+                    false => value.to_string_lossy(),
+                })
+                .collect();
+            let origin = match matches.value_source(id) {
+                Some(ValueSource::CommandLine) => "flag",
+                Some(ValueSource::EnvVariable) => "environment",
+                _ if file.contains_key(id) => "file",
+                _ => "default",
+            };
+            Origin { option: long.to_owned(), value: values.join(","), origin }
+        })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests;

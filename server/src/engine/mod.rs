@@ -1,0 +1,320 @@
+//! One thread owns the device; everything else talks to it through [`Engine`].
+//!
+//! Read [`scheduler`] first: it decides what runs. `worker` is the thread, [`sampling`] draws tokens.
+
+pub mod sampling;
+pub mod scheduler;
+mod worker;
+
+use std::ops::{Deref, Range};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use plumb_model::loaded::LoadedModel;
+use tokio::sync::{mpsc, oneshot, watch};
+
+pub use scheduler::Priority;
+
+use crate::admission::TokenPermit;
+use crate::error::{Error, Result};
+use sampling::Sampler;
+use scheduler::{Limits, ModelKey};
+use worker::{Command, Worker};
+
+/// How the engine runs.
+#[derive(Clone, Copy, Debug)]
+pub struct EngineOptions {
+    /// Tokens in a step.
+    pub max_batch_tokens: usize,
+    /// Sequences in a step.
+    pub max_batch_sequences: usize,
+    /// Prompt tokens in a step that also decodes: what a decoding stream may have to wait for.
+    pub max_prefill_beside_decode: usize,
+    /// Threads that compute.
+    pub threads: usize,
+}
+
+impl EngineOptions {
+    fn limits(self) -> Limits {
+        Limits {
+            max_batch_tokens: self.max_batch_tokens.max(1),
+            max_batch_sequences: self.max_batch_sequences.max(1),
+            max_prefill_beside_decode: self.max_prefill_beside_decode.max(1),
+        }
+    }
+}
+
+/// What goes with every piece of work.
+#[derive(Debug)]
+pub struct JobMeta {
+    /// How urgent it is.
+    pub priority: Priority,
+    /// When its answer is of no use any more.
+    pub deadline: Option<Instant>,
+    /// When it came.
+    pub arrived: Instant,
+    /// Leading tokens whose state is kept for as long as the model lives: the HHH prompt; 0 for none.
+    pub pinned_prefix: usize,
+    /// Held until the work is done.
+    pub permit: Option<TokenPermit>,
+}
+
+/// What is wanted of a sequence.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Want {
+    /// The reward at the last token.
+    Reward,
+    /// The reward at every token.
+    TokenRewards,
+    /// Log-probabilities of the tokens in the range, each given everything before it; the range starts at 1 or later.
+    LogProbs(Range<usize>),
+}
+
+/// A sequence to score.
+#[derive(Debug)]
+pub struct Sequence {
+    /// The model.
+    pub model: ModelHandle,
+    /// Token ids; at least one.
+    pub tokens: Vec<u32>,
+    /// What is wanted.
+    pub want: Want,
+    /// The rest.
+    pub meta: JobMeta,
+}
+
+/// A sequence's answer.
+#[derive(Clone, Debug)]
+pub struct SequenceOutput {
+    /// What was wanted, in the order of the tokens.
+    pub values: Vec<f32>,
+    /// Tokens whose state was already there.
+    pub cached_tokens: usize,
+    /// From arrival to the first step.
+    pub queued: Duration,
+    /// When the first step began.
+    pub started: Instant,
+    /// When the last one ended.
+    pub finished: Instant,
+}
+
+/// A sequence to continue.
+#[derive(Debug)]
+pub struct GenerateJob {
+    /// The model.
+    pub model: ModelHandle,
+    /// Token ids; at least one.
+    pub tokens: Vec<u32>,
+    /// Draws the tokens.
+    pub sampler: Sampler,
+    /// Most tokens to draw; at least one.
+    pub max_new_tokens: usize,
+    /// End at an end-of-text token.
+    pub stop_at_eos: bool,
+    /// The rest.
+    pub meta: JobMeta,
+}
+
+/// What happens to a sequence that is continued.
+#[derive(Clone, Debug, PartialEq)]
+pub enum GenerateEvent {
+    /// The prompt is computed.
+    Started {
+        /// Tokens whose state was already there.
+        cached_tokens: usize,
+        /// From arrival to the first step.
+        queued: Duration,
+    },
+    /// A token was drawn.
+    Token {
+        /// Its id.
+        id: u32,
+        /// Its log-probability under the model's own distribution, in nats.
+        log_prob: f32,
+    },
+    /// No more tokens follow.
+    Finished(Finish),
+}
+
+/// Why a sequence ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Finish {
+    /// An end-of-text token.
+    Eos,
+    /// The most tokens that were asked for.
+    Length,
+}
+
+/// How busy the engine is.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct QueueLoad {
+    /// Sequences that have not begun.
+    pub waiting_sequences: usize,
+    /// Their tokens.
+    pub waiting_tokens: usize,
+    /// Sequences that have begun.
+    pub running: usize,
+    /// Recent speed; 0 before the first step.
+    pub tokens_per_second: f64,
+}
+
+/// What the thread tells without being asked.
+#[derive(Debug, Default)]
+struct Gauges {
+    /// Sent and not yet taken in.
+    arriving: AtomicUsize,
+    waiting_sequences: AtomicUsize,
+    waiting_tokens: AtomicUsize,
+    running: AtomicUsize,
+    /// Bits of an f64.
+    tokens_per_second: AtomicU64,
+}
+
+impl Gauges {
+    /// Moves the average towards a step's speed.
+    fn record_rate(&self, tokens: usize, duration: Duration) {
+        let rate = tokens as f64 / duration.as_secs_f64().max(1e-6);
+        let old = f64::from_bits(self.tokens_per_second.load(Ordering::Relaxed));
+        let new = if old == 0.0 { rate } else { 0.9 * old + 0.1 * rate };
+        self.tokens_per_second.store(new.to_bits(), Ordering::Relaxed);
+    }
+}
+
+/// The handle to the engine thread, which ends when the last handle is gone.
+#[derive(Clone, Debug)]
+pub struct Engine {
+    commands: std::sync::mpsc::Sender<Command>,
+    gauges: Arc<Gauges>,
+    alive: watch::Receiver<bool>,
+    draining: Arc<AtomicBool>,
+    next_key: Arc<AtomicU64>,
+}
+
+/// A model that the engine can run. When the last handle is gone the engine gives its memory back.
+#[derive(Clone, Debug)]
+pub struct ModelHandle(Arc<Attached>);
+
+#[derive(Debug)]
+struct Attached {
+    key: ModelKey,
+    model: Arc<LoadedModel>,
+    commands: std::sync::mpsc::Sender<Command>,
+}
+
+impl Drop for Attached {
+    fn drop(&mut self) {
+        // The thread may have ended before.
+        drop(self.commands.send(Command::Detach(self.key)));
+    }
+}
+
+impl Deref for ModelHandle {
+    type Target = LoadedModel;
+
+    fn deref(&self) -> &LoadedModel {
+        &self.0.model
+    }
+}
+
+impl ModelHandle {
+    fn key(&self) -> ModelKey {
+        self.0.key
+    }
+
+    /// Handles of the model, this one included: work in flight holds one each.
+    pub fn holders(&self) -> usize {
+        Arc::strong_count(&self.0)
+    }
+}
+
+impl Engine {
+    /// Starts the thread and its pool.
+    pub fn start(options: EngineOptions) -> Result<Engine> {
+        let pool = rayon::ThreadPoolBuilder::new()
+            .num_threads(options.threads)
+            .thread_name(|i| format!("plumb-compute-{i}"))
+            .build()
+            .map_err(|error| Error::internal(format!("cannot start the compute threads: {error}")))?;
+        let (commands, receiver) = std::sync::mpsc::channel();
+        let gauges = Arc::new(Gauges::default());
+        let (alive_sender, alive) = watch::channel(true);
+        let worker = Worker::new(options, receiver, gauges.clone(), pool);
+        std::thread::Builder::new()
+            .name("plumb-engine".into())
+            .spawn(move || {
+                // Dropping the sender tells of the thread's end, whatever ended it.
+                let _alive = alive_sender;
+                worker.run();
+            })
+            .map_err(|error| Error::internal(format!("cannot start the engine thread: {error}")))?;
+        Ok(Engine { commands, gauges, alive, draining: Arc::default(), next_key: Arc::new(AtomicU64::new(1)) })
+    }
+
+    /// Makes room for a model and tries it out. `name` and `version` are for logs and metrics.
+    pub async fn attach(&self, model: Arc<LoadedModel>, name: &str, version: u64) -> Result<ModelHandle> {
+        let key = self.next_key.fetch_add(1, Ordering::Relaxed);
+        let (reply, answer) = oneshot::channel();
+        self.send(Command::Attach { key, model: model.clone(), name: (name.into(), version), reply })?;
+        answer.await.map_err(|_| Error::DeviceLost)??;
+        Ok(ModelHandle(Arc::new(Attached { key, model, commands: self.commands.clone() })))
+    }
+
+    /// Runs a sequence. Dropping the future takes it out of the queue.
+    pub async fn run(&self, sequence: Sequence) -> Result<SequenceOutput> {
+        self.submit(sequence)?.await.map_err(|_| Error::DeviceLost)?
+    }
+
+    /// Puts a sequence into the queue at once; the answer is awaited by itself.
+    pub fn submit(&self, sequence: Sequence) -> Result<oneshot::Receiver<Result<SequenceOutput>>> {
+        let (reply, answer) = oneshot::channel();
+        self.send_work(Command::Run { sequence, reply })?;
+        Ok(answer)
+    }
+
+    /// Continues a sequence. Dropping the receiver ends it at the next step.
+    pub fn generate(&self, job: GenerateJob) -> Result<mpsc::Receiver<Result<GenerateEvent>>> {
+        // Room for every event, so that a slow reader never holds the engine up.
+        let (events, receiver) = mpsc::channel(job.max_new_tokens + 3);
+        self.send_work(Command::Generate { job, events })?;
+        Ok(receiver)
+    }
+
+    /// Turns to an error once the thread has ended.
+    pub fn alive(&self) -> watch::Receiver<bool> {
+        self.alive.clone()
+    }
+
+    /// Refuses new work, finishes what is there, and fails what is left at the deadline.
+    pub async fn drain(&self, deadline: Instant) {
+        self.draining.store(true, Ordering::Release);
+        let (reply, answer) = oneshot::channel();
+        if self.send(Command::Drain { deadline, reply }).is_ok() {
+            // An error means that the thread has ended: nothing is left either.
+            drop(answer.await);
+        }
+    }
+
+    /// How busy the engine is.
+    pub fn load(&self) -> QueueLoad {
+        QueueLoad {
+            waiting_sequences: self.gauges.waiting_sequences.load(Ordering::Relaxed)
+                + self.gauges.arriving.load(Ordering::Relaxed),
+            waiting_tokens: self.gauges.waiting_tokens.load(Ordering::Relaxed),
+            running: self.gauges.running.load(Ordering::Relaxed),
+            tokens_per_second: f64::from_bits(self.gauges.tokens_per_second.load(Ordering::Relaxed)),
+        }
+    }
+
+    fn send_work(&self, command: Command) -> Result<()> {
+        if self.draining.load(Ordering::Acquire) {
+            return Err(Error::Draining);
+        }
+        self.gauges.arriving.fetch_add(1, Ordering::Relaxed);
+        self.send(command)
+    }
+
+    fn send(&self, command: Command) -> Result<()> {
+        self.commands.send(command).map_err(|_| Error::DeviceLost)
+    }
+}

@@ -1,0 +1,15 @@
+//! One type for everything that is worth telling. `emit` writes the log line and moves the metrics; nothing else in the
+//! crate does either.
+//!
+//! Levels say what an operator has to do: `error` somebody has to act, `warn` somebody should look, `info` a change of
+//! state, `debug` the life of single calls.
+
+pub mod engine;
+pub mod model;
+pub mod process;
+pub mod request;
+
+pub use engine::*;
+pub use model::*;
+pub use process::*;
+pub use request::*;

@@ -1,0 +1,118 @@
+//! Events of a version's life.
+
+use std::time::Duration;
+
+use metrics::{counter, gauge, histogram};
+use plumb_proto::v1;
+use tonic::Code;
+use tracing::{error, info};
+
+use crate::error::Error;
+use crate::telemetry::metrics as names;
+
+/// A version is in another state.
+pub struct ModelStateChanged<'a> {
+    /// The version as it is now.
+    pub status: &'a v1::ModelStatus,
+    /// The state that it left; `None` for a new one.
+    pub from: Option<v1::ModelState>,
+}
+
+impl ModelStateChanged<'_> {
+    /// Logs and shows it.
+    pub fn emit(self) {
+        let identity = self.status.model.clone().unwrap_or_default();
+        let (model, version) = (identity.name, identity.version.to_string());
+        let to = state_name(self.status.state());
+        info!(target: "plumb::models", model, version, state = to, error = self.status.error, "model");
+        if let Some(from) = self.from {
+            let gauge = gauge!(
+                names::MODEL_STATE.name, "model" => model.clone(), "version" => version.clone(), "reason" => state_name(from)
+            );
+            gauge.set(0.0);
+        }
+        gauge!(names::MODEL_STATE.name, "model" => model.clone(), "version" => version.clone(), "reason" => to).set(1.0);
+        let in_memory = match self.status.state() {
+            v1::ModelState::Available => 1.0,
+            v1::ModelState::Ended => 0.0,
+            _ => return,
+        };
+        let Some(details) = &self.status.details else { return };
+        let kind = match details.kind() {
+            v1::ModelKind::Language => "language",
+            v1::ModelKind::Preference => "preference",
+            v1::ModelKind::Unspecified => "unknown",
+        };
+        gauge!(names::MODEL_WEIGHT_BYTES.name, "model" => model.clone(), "version" => version.clone())
+            .set(in_memory * details.weight_bytes as f64);
+        let info = gauge!(
+            names::MODEL_INFO.name, "model" => model, "version" => version, "kind" => kind,
+            "digest" => identity.weights_digest, "dtype" => details.dtype.clone()
+        );
+        info.set(in_memory);
+    }
+}
+
+/// A state as it is written in logs and metrics.
+fn state_name(state: v1::ModelState) -> &'static str {
+    match state {
+        v1::ModelState::Unspecified => "unknown",
+        v1::ModelState::Start => "start",
+        v1::ModelState::Loading => "loading",
+        v1::ModelState::Warming => "warming",
+        v1::ModelState::Available => "available",
+        v1::ModelState::Draining => "draining",
+        v1::ModelState::Ended => "ended",
+        v1::ModelState::Failed => "failed",
+    }
+}
+
+/// A load came to an end.
+pub struct ModelLoaded<'a> {
+    /// Name of the model.
+    pub model: &'a str,
+    /// Its version.
+    pub version: u64,
+    /// Since it was asked for.
+    pub duration: Duration,
+    /// Why it failed; `None` if it is available.
+    pub error: Option<&'a Error>,
+}
+
+impl ModelLoaded<'_> {
+    /// Logs and counts it.
+    pub fn emit(self) {
+        let Self { model, version, duration, error } = self;
+        let code = error.map_or(Code::Ok, Error::code);
+        match error {
+            None => info!(target: "plumb::models", model, version, ?duration, "loaded"),
+            Some(error) => error!(target: "plumb::models", model, version, ?duration, %error, "load failed"),
+        }
+        let code = super::request::code_name(code);
+        counter!(names::MODEL_LOADS.name, "model" => model.to_owned(), "code" => code).increment(1);
+        histogram!(names::MODEL_LOAD_DURATION.name, "model" => model.to_owned()).record(duration);
+    }
+}
+
+/// A call that names no version gets another one from now on.
+pub struct ActiveVersionChanged<'a> {
+    /// Name of the model.
+    pub model: &'a str,
+    /// The version before, if there was one.
+    pub from: Option<u64>,
+    /// The version now, if there is one.
+    pub to: Option<u64>,
+}
+
+impl ActiveVersionChanged<'_> {
+    /// Logs and counts it.
+    pub fn emit(self) {
+        let Self { model, from, to } = self;
+        info!(target: "plumb::models", model, from, to, "active version");
+        // 0 is no version: the first is 1.
+        gauge!(names::MODEL_ACTIVE_VERSION.name, "model" => model.to_owned()).set(to.unwrap_or(0) as f64);
+        if from.is_some() && to.is_some() {
+            counter!(names::MODEL_SWAPS.name, "model" => model.to_owned()).increment(1);
+        }
+    }
+}

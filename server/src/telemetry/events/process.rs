@@ -1,0 +1,139 @@
+//! Events of the process: start, readiness, stop.
+
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use metrics::gauge;
+use tracing::{debug, error, info, warn};
+
+use crate::config::Origin;
+use crate::error::Error;
+use crate::telemetry::metrics as names;
+
+/// The configuration was read.
+pub struct ConfigLoaded<'a> {
+    /// Every option; secrets are masked.
+    pub origins: &'a [Origin],
+}
+
+impl ConfigLoaded<'_> {
+    /// Logs what somebody chose; defaults are for `debug`.
+    pub fn emit(self) {
+        info!(target: "plumb", version = env!("CARGO_PKG_VERSION"), "plumb-server");
+        for Origin { option, value, origin } in self.origins {
+            match *origin {
+                "default" => debug!(target: "plumb::config", option, value, origin, "option"),
+                _ => info!(target: "plumb::config", option, value, origin, "option"),
+            }
+        }
+    }
+}
+
+/// The ports are bound.
+pub struct Listening {
+    /// Where rpcs are taken.
+    pub grpc: SocketAddr,
+    /// Where metrics and probes are taken.
+    pub metrics: SocketAddr,
+}
+
+impl Listening {
+    /// Logs the addresses.
+    pub fn emit(self) {
+        info!(target: "plumb", grpc = %self.grpc, metrics = %self.metrics, "listening");
+    }
+}
+
+/// The server as a whole began or ceased to serve.
+pub struct ReadinessChanged {
+    /// Whether it serves now.
+    pub ready: bool,
+}
+
+impl ReadinessChanged {
+    /// Logs and shows it.
+    pub fn emit(self) {
+        let status = if self.ready { "SERVING" } else { "NOT_SERVING" };
+        info!(target: "plumb", status, "health");
+        gauge!(names::READY.name).set(f64::from(u8::from(self.ready)));
+    }
+}
+
+/// A step of the shutdown.
+pub enum ShutdownStep {
+    /// Somebody asked for it.
+    Asked {
+        /// SIGTERM, SIGINT or what else.
+        by: &'static str,
+    },
+    /// Load balancers get time to notice.
+    LameDuck {
+        /// How long.
+        pause: Duration,
+    },
+    /// No new connections; calls in flight may finish.
+    Draining {
+        /// Calls in flight.
+        in_flight: usize,
+        /// How long they may take.
+        timeout: Duration,
+    },
+    /// The time was up.
+    TimedOut {
+        /// Calls that were still in flight and failed.
+        in_flight: usize,
+    },
+    /// All is done.
+    Done,
+}
+
+impl ShutdownStep {
+    /// Logs it.
+    pub fn emit(self) {
+        match self {
+            Self::Asked { by } => info!(target: "plumb::shutdown", by, "shutting down"),
+            Self::LameDuck { pause } => info!(target: "plumb::shutdown", ?pause, "still serving, as a lame duck"),
+            Self::Draining { in_flight, timeout } => {
+                info!(target: "plumb::shutdown", in_flight, ?timeout, "draining");
+            }
+            Self::TimedOut { in_flight } => warn!(target: "plumb::shutdown", in_flight, "drain timed out"),
+            Self::Done => info!(target: "plumb::shutdown", "done"),
+        }
+    }
+}
+
+/// Physical memory was measured.
+pub struct MemorySampled {
+    /// Of the process.
+    pub bytes: u64,
+}
+
+impl MemorySampled {
+    /// Shows it.
+    pub fn emit(self) {
+        gauge!(names::RESIDENT_MEMORY.name).set(self.bytes as f64);
+    }
+}
+
+/// A thread of the CPU pool panicked: a fault of ours, or of a tokenizer.
+pub struct WorkerPanicked;
+
+impl WorkerPanicked {
+    /// Calls for help.
+    pub fn emit(self) {
+        error!(target: "plumb", "a tokenization worker panicked; its call fails, the server goes on");
+    }
+}
+
+/// The server ends with an error.
+pub struct Fatal<'a> {
+    /// Why.
+    pub error: &'a Error,
+}
+
+impl Fatal<'_> {
+    /// Logs it.
+    pub fn emit(self) {
+        error!(target: "plumb", error = %self.error, "the server ends");
+    }
+}
