@@ -183,18 +183,20 @@ fn retry_after(status: &Status) -> Option<Duration> {
     status.get_details_retry_info()?.retry_delay
 }
 
-/// The status's code, corrected where tonic made the status itself and gRPC asks for another code: a connection that
-/// broke is `UNAVAILABLE`, a deadline that passed here is `DEADLINE_EXCEEDED`.
+/// The status's code, corrected where the status comes from tonic and not from the server: a connection that broke is
+/// `UNAVAILABLE` and a deadline that passed here is `DEADLINE_EXCEEDED`, as the gRPC specification has it.
 fn code_of(status: &Status) -> Code {
+    // Only a status that tonic made has a source; a server's own has none.
     let mut source = std::error::Error::source(status);
-    let mut transport = false;
+    let local = source.is_some();
     while let Some(error) = source {
-        transport |= error.is::<tonic::transport::Error>();
+        if error.is::<tonic::TimeoutExpired>() {
+            return Code::DeadlineExceeded;
+        }
         source = error.source();
     }
     match status.code() {
-        Code::Unknown if transport => Code::Unavailable,
-        Code::Cancelled if status.message() == tonic::TimeoutExpired(()).to_string() => Code::DeadlineExceeded,
+        Code::Unknown | Code::Cancelled if local => Code::Unavailable,
         code => code,
     }
 }

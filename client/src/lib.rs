@@ -40,7 +40,7 @@ pub use input::{conversation, dialogue, text};
 pub use options::{ApiKey, ClientOptions};
 /// The messages of package `plumb.v1`.
 pub use plumb_proto::v1;
-pub use retry::RetryPolicy;
+pub use retry::{Failure, RetryPolicy};
 pub use stream::Answers;
 /// gRPC status codes.
 pub use tonic::Code;

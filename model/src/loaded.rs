@@ -111,7 +111,11 @@ impl LoadedModel {
         let text = TextPipeline::new(TextConfig {
             tokenizer,
             chat_template,
-            special,
+            bos: special.bos,
+            eos: special.eos,
+            pad: special.pad,
+            unk: special.unk,
+            eos_ids: special.eos_ids,
             vocab_size: config.vocab_size,
             max_tokens: max_input_tokens,
             hhh: options.hhh.clone(),

@@ -1,13 +1,13 @@
 //! Every architecture and head against Transformers' f32 values, through the real loader.
 
+#![expect(clippy::unwrap_used, reason = "a test ends where it fails")]
+
 use std::path::PathBuf;
-use std::sync::Arc;
 
 use plumb_model::cache::PAGE;
-use plumb_model::checkpoint::Source;
-use plumb_model::decoder::{Read, Step, StepSequence};
-use plumb_model::loaded::{DTypeChoice, LoadOptions, LoadedModel};
-use plumb_model::text::HhhPrompts;
+use plumb_model::checkpoint::{Checkpoint, Source};
+use plumb_model::config::Head;
+use plumb_model::decoder::{DType, Decoder, Read, Step, StepSequence};
 use serde::Deserialize;
 
 #[derive(Deserialize)]
@@ -31,20 +31,26 @@ fn fixtures() -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures")
 }
 
-fn load(model: &str, adapter: Option<&str>, dtype: DTypeChoice) -> LoadedModel {
+struct Model {
+    decoder: Decoder,
+    normalization: Option<(f32, f32)>,
+}
+
+fn load(model: &str, adapter: Option<&str>, dtype: DType) -> Model {
     let path = |name: &str| fixtures().join(name).to_string_lossy().into_owned();
     let source = Source { model: path(model), adapter: adapter.map(path), revision: None };
-    let options = LoadOptions {
-        dtype,
-        hhh: Arc::new(HhhPrompts::default()),
-        max_input_tokens: None,
-        kv_cache_bytes: 64 << 20,
+    let mut checkpoint = Checkpoint::open(&source).unwrap();
+    let decoder = Decoder::build(&checkpoint.config, &mut checkpoint.weights, dtype, 512).unwrap();
+    checkpoint.weights.finish().unwrap();
+    let normalization = match checkpoint.config.head {
+        Head::Reward(head) => head.normalization,
+        Head::Language => None,
     };
-    LoadedModel::load(&source, &options).unwrap()
+    Model { decoder, normalization }
 }
 
 /// Runs sequences in one step, after their first `split` tokens ran in a step of their own.
-fn run(model: &LoadedModel, sequences: &[(&[u32], usize, Read<'_>)]) -> Vec<Vec<f32>> {
+fn run(model: &Model, sequences: &[(&[u32], usize, Read<'_>)]) -> Vec<Vec<f32>> {
     let mut kv = model.decoder.kv_store(256);
     let mut workspace = model.decoder.workspace();
     let mut next = 0u32;
@@ -81,7 +87,7 @@ fn worst(found: &[f32], expected: &[f32]) -> f32 {
     found.iter().zip(expected).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max)
 }
 
-fn check(model: &str, adapter: Option<&str>, expected: &str, dtype: DTypeChoice, tolerance: f32) {
+fn check(model: &str, adapter: Option<&str>, expected: &str, dtype: DType, tolerance: f32) {
     let text = std::fs::read_to_string(fixtures().join(expected)).unwrap();
     let expected: Expected = serde_json::from_str(&text).unwrap();
     let loaded = load(model, adapter, dtype);
@@ -89,7 +95,7 @@ fn check(model: &str, adapter: Option<&str>, expected: &str, dtype: DTypeChoice,
     for case in &expected.cases {
         let ids = case.token_ids.as_slice();
         if let Some(rewards) = &case.token_rewards {
-            let (mean, std) = loaded.info.normalization.unwrap_or((0.0, 1.0));
+            let (mean, std) = loaded.normalization.unwrap_or((0.0, 1.0));
             let rewards: Vec<f32> = rewards.iter().map(|r| (r - mean) / std).collect();
             largest = largest.max(worst(&run(&loaded, &[(ids, 0, Read::Rewards)])[0], &rewards));
             let last = run(&loaded, &[(ids, 0, Read::LastReward)]);
@@ -104,7 +110,7 @@ fn check(model: &str, adapter: Option<&str>, expected: &str, dtype: DTypeChoice,
             let logits = run(&loaded, &[(ids, 0, Read::LastLogits)]);
             largest = largest.max(worst(&logits[0], case.last_logits.as_ref().unwrap()));
         }
-        if let (Some(greedy), DTypeChoice::F32) = (&case.greedy, dtype) {
+        if let (Some(greedy), DType::F32) = (&case.greedy, dtype) {
             let mut ids = ids.to_vec();
             for token in greedy {
                 let logits = &run(&loaded, &[(&ids, ids.len() / 2, Read::LastLogits)])[0];
@@ -140,25 +146,25 @@ const FOLDERS: [&str; 16] = [
 #[test]
 fn f32_equals_transformers_for_every_architecture() {
     for folder in FOLDERS {
-        check(folder, None, &format!("{folder}/expected.json"), DTypeChoice::F32, 1e-4);
+        check(folder, None, &format!("{folder}/expected.json"), DType::F32, 1e-4);
     }
 }
 
 #[test]
 fn bf16_is_near_transformers_for_every_architecture() {
     for folder in FOLDERS {
-        check(folder, None, &format!("{folder}/expected.json"), DTypeChoice::Bf16, 2e-2);
+        check(folder, None, &format!("{folder}/expected.json"), DType::Bf16, 2e-2);
     }
 }
 
 #[test]
 fn adapters_are_merged() {
-    check("llama-lm", Some("lora-pm"), "lora-pm/expected.json", DTypeChoice::F32, 1e-4);
-    check("qwen2-lm", Some("lora-lm"), "lora-lm/expected.json", DTypeChoice::F32, 1e-4);
+    check("llama-lm", Some("lora-pm"), "lora-pm/expected.json", DType::F32, 1e-4);
+    check("qwen2-lm", Some("lora-lm"), "lora-lm/expected.json", DType::F32, 1e-4);
 }
 
 #[test]
 fn gguf_files_equal_their_folders() {
-    check("gguf/llama-lm.gguf", None, "gguf/llama-lm.expected.json", DTypeChoice::F32, 1e-4);
-    check("gguf/qwen2-lm.gguf", None, "gguf/qwen2-lm.expected.json", DTypeChoice::F32, 1e-4);
+    check("gguf/llama-lm.gguf", None, "gguf/llama-lm.expected.json", DType::F32, 1e-4);
+    check("gguf/qwen2-lm.gguf", None, "gguf/qwen2-lm.expected.json", DType::F32, 1e-4);
 }

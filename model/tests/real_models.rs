@@ -1,6 +1,8 @@
 //! Checkpoints too large to commit: those in the folder that `PLUMB_MODELS` names, as `../shared/tools/peers` makes it
 //! (`smollm2/`, and somewhere below the folder the GGUF file that it was made from).
 
+#![expect(clippy::unwrap_used, reason = "a test may stop where it stands, in its helpers too")]
+
 use std::path::{Path, PathBuf};
 
 use plumb_model::checkpoint::{Checkpoint, Source};
@@ -22,7 +24,8 @@ fn open(path: &Path) -> Checkpoint {
 
 /// The first GGUF file in a folder or below it.
 fn find_gguf(folder: &Path) -> Option<PathBuf> {
-    let mut entries: Vec<_> = std::fs::read_dir(folder).ok()?.filter_map(Result::ok).map(|entry| entry.path()).collect();
+    let mut entries: Vec<_> =
+        std::fs::read_dir(folder).ok()?.filter_map(Result::ok).map(|entry| entry.path()).collect();
     entries.sort();
     let is_gguf = |path: &&PathBuf| path.extension().is_some_and(|extension| extension == "gguf");
     let here = entries.iter().find(is_gguf).cloned();

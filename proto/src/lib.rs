@@ -1,7 +1,11 @@
 //! The wire contract of Plumb, generated from `plumb/v1/*.proto`. Nothing here has logic.
 
 /// Messages, clients and servers of package `plumb.v1`.
-#[expect(missing_docs, clippy::doc_markdown, clippy::doc_lazy_continuation, reason = "generated code; the comments are the proto's")]
+#[expect(
+    clippy::allow_attributes,
+    clippy::allow_attributes_without_reason,
+    reason = "generated code; the comments are the proto's"
+)]
 pub mod v1 {
     tonic::include_proto!("plumb.v1");
 }

@@ -273,12 +273,7 @@ mod tests {
         // Unknown model, version, label.
         check(Error::not_found("why"), Code::NotFound, false, false);
         // Queue or token budget full.
-        check(
-            Error::ResourceExhausted { what: message(), retry_after: after },
-            Code::ResourceExhausted,
-            false,
-            true,
-        );
+        check(Error::ResourceExhausted { what: message(), retry_after: after }, Code::ResourceExhausted, false, true);
         // Starting, draining, device lost.
         check(Error::Starting { message: message() }, Code::Unavailable, false, true);
         check(Error::Draining, Code::Unavailable, false, true);

@@ -1,1 +1,25 @@
-//! TBD
+//! The server: scores, ranks and generates over gRPC.
+//!
+//! In reading order: [`config`] is what is decided before the start; [`app`] puts everything together and [`shutdown`]
+//! takes it apart; [`error`] is what can go wrong. A call passes the `layers`, reaches one of the `services`, is
+//! tokenized on the `pool`, resolved by the `registry`, admitted by [`admission`] and computed by the [`engine`].
+//! `health` and [`telemetry`] tell how that goes.
+//!
+//! Nothing here knows what a model computes, nor how to train one.
+
+pub mod admission;
+pub mod app;
+pub mod config;
+pub mod engine;
+pub mod error;
+mod health;
+mod layers;
+mod pool;
+mod registry;
+mod services;
+pub mod shutdown;
+pub mod telemetry;
+
+pub use app::{Failure, Server, run};
+pub use config::Config;
+pub use error::Error;

@@ -1,2 +1,12 @@
-//! TBD
-fn main() {}
+//! `plumb-server`: see `plumb-server --help`.
+
+use std::process::ExitCode;
+
+use plumb_server::Config;
+
+fn main() -> ExitCode {
+    match Config::parse(std::env::args_os()) {
+        Ok(config) => plumb_server::run(config),
+        Err(error) => error.report(),
+    }
+}

@@ -7,14 +7,14 @@ use crate::error::{Error, Result};
 use crate::telemetry::events::WorkerPanicked;
 
 /// Threads for short computations.
-pub struct CpuPool(ThreadPool);
+pub(crate) struct CpuPool(ThreadPool);
 
 impl CpuPool {
     /// A pool of so many threads.
     ///
     /// # Errors
     /// If they cannot be started.
-    pub fn new(threads: usize) -> Result<Self> {
+    pub(crate) fn new(threads: usize) -> Result<Self> {
         let pool = ThreadPoolBuilder::new()
             .num_threads(threads)
             .thread_name(|i| format!("plumb-text-{i}"))
@@ -28,7 +28,7 @@ impl CpuPool {
     ///
     /// # Errors
     /// `Internal` if the computation panicked.
-    pub async fn run<T: Send + 'static>(&self, compute: impl FnOnce() -> T + Send + 'static) -> Result<T> {
+    pub(crate) async fn run<T: Send + 'static>(&self, compute: impl FnOnce() -> T + Send + 'static) -> Result<T> {
         let (sender, receiver) = oneshot::channel();
         self.0.spawn(move || {
             // Nobody waits any more if this fails.

@@ -3,11 +3,12 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use anyhow::Context;
 use clap::{Args, ValueEnum};
-use plumb_client::{ApiKey, Client, ClientOptions, RetryPolicy, v1};
+use plumb_client::{ApiKey, Client, ClientOptions, Error, RetryPolicy, v1};
 
 use super::Usage;
+
+const SERVER: &str = "Server and output";
 
 /// What every subcommand takes.
 #[derive(Args)]
@@ -16,6 +17,7 @@ pub(crate) struct Global {
     #[arg(
         long,
         global = true,
+        help_heading = SERVER,
         env = "PLUMB_SERVER",
         value_name = "URL",
         value_delimiter = ',',
@@ -23,22 +25,44 @@ pub(crate) struct Global {
     )]
     server: Vec<String>,
     /// Bearer token
-    #[arg(long, global = true, env = "PLUMB_API_KEY", hide_env_values = true, value_name = "KEY")]
+    #[arg(
+        long,
+        global = true,
+        help_heading = SERVER,
+        env = "PLUMB_API_KEY",
+        hide_env_values = true,
+        value_name = "KEY",
+    )]
     api_key: Option<String>,
     /// PEM file of an authority to trust beside the system's, for https
-    #[arg(long, global = true, env = "PLUMB_CA_CERT", value_name = "FILE")]
+    #[arg(long, global = true, help_heading = SERVER, env = "PLUMB_CA_CERT", value_name = "FILE")]
     ca_cert: Option<PathBuf>,
     /// Longest wait for the answer to a call, all tries together [default: 300; for models load: 3600]
-    #[arg(long, global = true, env = "PLUMB_TIMEOUT_SECS", value_name = "SECS", value_parser = seconds)]
+    #[arg(
+        long,
+        global = true,
+        help_heading = SERVER,
+        env = "PLUMB_TIMEOUT_SECS",
+        value_name = "SECS",
+        value_parser = seconds,
+    )]
     timeout_secs: Option<Duration>,
     /// Longest wait for a connection
-    #[arg(long, global = true, env = "PLUMB_CONNECT_TIMEOUT_SECS", value_name = "SECS", value_parser = seconds, default_value = "5")]
+    #[arg(
+        long,
+        global = true,
+        help_heading = SERVER,
+        env = "PLUMB_CONNECT_TIMEOUT_SECS",
+        value_name = "SECS",
+        value_parser = seconds,
+        default_value = "5",
+    )]
     connect_timeout_secs: Duration,
     /// How often a call that may succeed later is tried again
-    #[arg(long, global = true, env = "PLUMB_MAX_RETRIES", value_name = "N", default_value_t = 4)]
+    #[arg(long, global = true, help_heading = SERVER, env = "PLUMB_MAX_RETRIES", value_name = "N", default_value_t = 4)]
     max_retries: u32,
     /// Write JSON lines instead of tables
-    #[arg(long, global = true)]
+    #[arg(long, global = true, help_heading = SERVER)]
     pub(crate) json: bool,
 }
 
@@ -64,7 +88,12 @@ impl Global {
             retry,
             ..ClientOptions::default()
         };
-        Client::connect(options).await.context("is plumb-server running, and is --server right?")
+        Client::connect(options).await.map_err(|error| match error {
+            Error::Connect { .. } => {
+                anyhow::Error::new(error).context("no server; is plumb-server running, and is --server right?")
+            }
+            other => other.into(),
+        })
     }
 
     /// The deadline of calls that take about `usual` unless the user knows better.

@@ -186,19 +186,30 @@ pub(crate) fn with_response(prompt: &v1::Input, response: &str) -> v1::Input {
     whole
 }
 
-/// The first words of the last thing said, for tables.
+/// For tables: the first words of the last thing said, or the last words of a text, where its answer is.
 pub(crate) fn preview(input: &v1::Input) -> String {
     let words = match &input.input {
         Some(v1::input::Input::Conversation(c)) => c.messages.last().map_or("", |m| m.content.as_str()),
-        Some(v1::input::Input::Text(text)) => text.as_str(),
+        Some(v1::input::Input::Text(text)) => return ending(text),
         Some(v1::input::Input::TokenIds(_)) | None => "",
     };
     shorten(words)
 }
 
-/// At most 60 characters, on one line.
+/// The last 60 characters, on one line.
+fn ending(text: &str) -> String {
+    let mut last: Vec<char> = text.trim_end().chars().rev().take(WIDTH + 1).collect();
+    let cut = last.len() > WIDTH;
+    last.truncate(if cut { WIDTH - 1 } else { WIDTH });
+    let words: String = last.into_iter().rev().collect();
+    (if cut { "…" } else { "" }).to_owned() + &shorten(&words)
+}
+
+/// Characters of a text in a table.
+const WIDTH: usize = 60;
+
+/// The first 60 characters, on one line.
 pub(crate) fn shorten(words: &str) -> String {
-    const WIDTH: usize = 60;
     let mut short: String =
         words.split_whitespace().flat_map(|w| [" ", w]).flat_map(str::chars).skip(1).take(WIDTH + 1).collect();
     if short.chars().count() > WIDTH {
@@ -288,5 +299,8 @@ mod tests {
         assert_eq!(shorten("a\n  b\tc "), "a b c");
         assert_eq!(shorten(&"é".repeat(60)), "é".repeat(60));
         assert_eq!(shorten(&"é".repeat(61)), "é".repeat(59) + "…");
+        assert_eq!(preview(&text("a\n  b ")), "a b");
+        assert_eq!(preview(&text("a".to_owned() + &"é".repeat(60))), "…".to_owned() + &"é".repeat(59));
+        assert_eq!(preview(&dialogue("q", "a")), "a");
     }
 }

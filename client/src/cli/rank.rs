@@ -12,7 +12,7 @@ use super::input::{Body, Reading, Record, prompt_input, shorten};
 use super::output::{Failure, Model, Origin, describe, print, print_json, table};
 use super::progress::Progress;
 use super::scoring::is_passing;
-use super::source::{self, Read1, SourceArgs};
+use super::source::{self, ReadLine, SourceArgs};
 use super::{Outcome, Usage};
 
 const EXAMPLES: &str = "\
@@ -101,7 +101,7 @@ struct Answer {
 }
 
 /// Ranks a line's candidates; an error would meet the next line too.
-async fn rank(client: &Client, args: &RankArgs, read: Read1, several_files: bool) -> Result<Answer, Error> {
+async fn rank(client: &Client, args: &RankArgs, read: ReadLine, several_files: bool) -> Result<Answer, Error> {
     let broken = |reason: String| ItemFailure { code: plumb_client::Code::InvalidArgument, message: reason };
     let Record { place, id, body } = match read {
         Ok(record) => record,

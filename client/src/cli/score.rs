@@ -12,7 +12,7 @@ use super::input::{Body, Reading, Record, preview, prompt_input, with_response};
 use super::output::{Failure, Lines, Model, Origin, describe, print, table, visible};
 use super::progress::Progress;
 use super::scoring::{Batch, ScoringArgs};
-use super::source::{self, Read1, SourceArgs};
+use super::source::{self, ReadLine, SourceArgs};
 use super::stats::{Distribution, Preferences};
 use super::{Outcome, Usage};
 
@@ -91,7 +91,7 @@ pub(crate) async fn run(global: &Global, args: ScoreArgs) -> anyhow::Result<Outc
     report.finish(global.json && args.output.is_none())
 }
 
-fn literals(args: &ScoreArgs, reading: Reading) -> Result<Vec<Read1>, Usage> {
+fn literals(args: &ScoreArgs, reading: Reading) -> Result<Vec<ReadLine>, Usage> {
     let mut bodies: Vec<Body> = args.text.iter().map(|text| Body::Single(plumb_client::text(text.as_str()))).collect();
     if let Some(prompt) = &args.prompt {
         let prompt = prompt_input(prompt.clone(), reading).map_err(Usage)?;
@@ -110,7 +110,7 @@ enum Side {
 
 /// What is remembered of an item while it is scored.
 struct Slot {
-    record: Result<Record0, source::Broken>,
+    record: Result<Header, source::Broken>,
     side: Option<Side>,
     candidate: Option<usize>,
     preview: String,
@@ -119,12 +119,12 @@ struct Slot {
 }
 
 /// A record without its texts.
-struct Record0 {
+struct Header {
     place: super::input::Place,
     id: Option<serde_json::Value>,
 }
 
-fn slots(read: Read1) -> Vec<(Slot, Option<v1::Input>)> {
+fn slots(read: ReadLine) -> Vec<(Slot, Option<v1::Input>)> {
     let Record { place, id, body } = match read {
         Ok(record) => record,
         Err(broken) => {
@@ -133,7 +133,7 @@ fn slots(read: Read1) -> Vec<(Slot, Option<v1::Input>)> {
         }
     };
     let slot = |input: v1::Input, side, candidate, last| {
-        let record = Ok(Record0 { place: place.clone(), id: id.clone() });
+        let record = Ok(Header { place: place.clone(), id: id.clone() });
         (Slot { record, side, candidate, preview: preview(&input), last }, Some(input))
     };
     match body {
@@ -372,7 +372,7 @@ impl Report {
             text += &table(header, self.rows);
             text += &self.tokens;
             text += "\n";
-        } else {
+        } else if self.rewards.n() > ROWS as u64 {
             text += &self.rewards.describe("reward");
         }
         text += &self.pairs.describe();

@@ -24,7 +24,7 @@ pub(crate) struct Broken {
 }
 
 /// A line, understood or not.
-pub(crate) type Read1 = Result<Record, Broken>;
+pub(crate) type ReadLine = Result<Record, Broken>;
 
 /// Which part of the files is read, and how.
 #[derive(Args, Clone)]
@@ -58,7 +58,7 @@ pub(crate) fn files_or_stdin(files: Vec<PathBuf>) -> Result<Vec<PathBuf>, Usage>
 }
 
 /// The lines of all files in their order. Dropping the stream stops the reading.
-pub(crate) fn read(files: Vec<PathBuf>, reading: Reading, limit: Option<u64>) -> ReceiverStream<Read1> {
+pub(crate) fn read(files: Vec<PathBuf>, reading: Reading, limit: Option<u64>) -> ReceiverStream<ReadLine> {
     let (sender, receiver) = mpsc::channel(AHEAD);
     tokio::task::spawn_blocking(move || {
         let mut left = limit.unwrap_or(u64::MAX);
@@ -76,7 +76,7 @@ pub(crate) fn read(files: Vec<PathBuf>, reading: Reading, limit: Option<u64>) ->
 }
 
 /// Sends every line of a file until `send` has enough, in which case the answer is false.
-pub(crate) fn read_file(path: &Path, reading: Reading, send: &mut dyn FnMut(Read1) -> bool) -> bool {
+pub(crate) fn read_file(path: &Path, reading: Reading, send: &mut dyn FnMut(ReadLine) -> bool) -> bool {
     let file: Arc<Path> = path.into();
     let mut number = 0;
     let broken = |line, reason: String| Err(Broken { place: Place { file: Some(file.clone()), line }, reason });
@@ -124,7 +124,7 @@ pub(crate) fn count_lines(files: &[PathBuf]) -> Option<u64> {
 }
 
 /// Records from texts on the command line.
-pub(crate) fn records(bodies: impl IntoIterator<Item = Body>) -> Vec<Read1> {
+pub(crate) fn records(bodies: impl IntoIterator<Item = Body>) -> Vec<ReadLine> {
     let place = |i| Place { file: None, line: i as u64 + 1 };
     bodies.into_iter().enumerate().map(|(i, body)| Ok(Record { place: place(i), id: None, body })).collect()
 }
@@ -157,7 +157,7 @@ mod tests {
 
     async fn collect(files: &[&Path], limit: Option<u64>) -> Vec<String> {
         let files = files.iter().map(|f| f.to_path_buf()).collect();
-        let show = |read: Read1| match read {
+        let show = |read: ReadLine| match read {
             Ok(record) => format!("{} {:?}", record.place.line, record.id),
             Err(broken) => format!("{} broken", broken.place.line),
         };

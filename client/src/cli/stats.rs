@@ -186,14 +186,15 @@ mod tests {
         assert!((a - low).abs() < 5e-4 && (b - high).abs() < 5e-4, "{a} {b}, expected {low} {high}");
     }
 
-    // Values of R's binom::binom.wilson and of the closed form.
+    // Newcombe 1998, "Two-sided confidence intervals for the single proportion", table I, method 3.
     #[test]
     fn wilson_intervals() {
-        near(wilson(5.0, 10), 0.2366, 0.7634);
-        near(wilson(0.0, 10), 0.0, 0.2775);
-        near(wilson(10.0, 10), 0.7225, 1.0);
         near(wilson(81.0, 263), 0.2553, 0.3662);
-        near(wilson(0.5, 1), 0.0945, 0.9055);
+        near(wilson(15.0, 148), 0.0624, 0.1605);
+        near(wilson(0.0, 20), 0.0, 0.1611);
+        near(wilson(1.0, 29), 0.0061, 0.1718);
+        // A tie: half a success.
+        near(wilson(0.5, 1), 0.0546, 0.9454);
         assert_eq!(wilson(0.0, 0), None);
     }
 

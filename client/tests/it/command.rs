@@ -191,6 +191,22 @@ async fn a_failed_call_fails_its_items_and_a_refused_one_ends_the_run() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_run_that_ends_does_not_wait_for_its_input() {
+    let fake = Fake::start([Step::Fail(Status::not_found("no model named pm"))]).await;
+    let url = fake.url.clone();
+    let run = tokio::task::spawn_blocking(move || {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_plumb"));
+        command.args(["--server", &url, "score", "-"]).stdin(Stdio::piped()).stderr(Stdio::null());
+        let mut child = command.spawn().unwrap();
+        // Kept open until the command has ended; a part of a batch is sent after a moment all the same.
+        let mut stdin = child.stdin.take().unwrap();
+        stdin.write_all(b"{\"text\": \"a\"}\n").unwrap();
+        child.wait().unwrap()
+    });
+    assert_eq!(run.await.unwrap().code(), Some(2));
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn rank_candidates() {
     let fake = Fake::start([]).await;
     let run = plumb(&fake, &["rank", "--prompt", "q", "a", "ccc", "bb"]).await;

@@ -17,13 +17,13 @@ use tokio::net::TcpListener;
 use tokio::sync::watch;
 use tokio_stream::wrappers::TcpListenerStream;
 use tonic::metadata::MetadataMap;
-use tonic::transport::Server;
+use tonic::transport::{Identity, Server, ServerTlsConfig};
 use tonic::{Code, Request, Response, Status};
 use tonic_health::ServingStatus;
 
 /// What the next Score or Generate call meets; calls without a step are answered.
 #[derive(Clone, Debug)]
-pub enum Step {
+pub(crate) enum Step {
     Answer,
     Fail(Status),
     /// Answered once so many calls have arrived.
@@ -34,8 +34,8 @@ pub enum Step {
 }
 
 #[derive(Clone)]
-pub struct Fake {
-    pub url: String,
+pub(crate) struct Fake {
+    pub(crate) url: String,
     steps: Arc<Mutex<VecDeque<Step>>>,
     calls: watch::Sender<usize>,
     seen: Arc<Mutex<Vec<MetadataMap>>>,
@@ -43,20 +43,32 @@ pub struct Fake {
 }
 
 impl Fake {
-    pub async fn start(steps: impl IntoIterator<Item = Step>) -> Self {
+    pub(crate) async fn start(steps: impl IntoIterator<Item = Step>) -> Self {
+        Self::start_on(Server::builder(), "http://127.0.0.1", steps).await
+    }
+
+    /// With TLS, for `https://localhost`; also answers the certificate.
+    pub(crate) async fn start_tls() -> (Self, String) {
+        let own = rcgen::generate_simple_self_signed(["localhost".to_owned()]).unwrap();
+        let identity = Identity::from_pem(own.cert.pem(), own.signing_key.serialize_pem());
+        let server = Server::builder().tls_config(ServerTlsConfig::new().identity(identity)).unwrap();
+        (Self::start_on(server, "https://localhost", []).await, own.cert.pem())
+    }
+
+    async fn start_on(mut server: Server, host: &str, steps: impl IntoIterator<Item = Step>) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let (health, health_service) = tonic_health::server::health_reporter();
         for service in SERVICES {
             health.set_service_status(service, ServingStatus::Serving).await;
         }
         let fake = Self {
-            url: format!("http://{}", listener.local_addr().unwrap()),
+            url: format!("{host}:{}", listener.local_addr().unwrap().port()),
             steps: Arc::new(Mutex::new(steps.into_iter().collect())),
             calls: watch::Sender::new(0),
             seen: Arc::default(),
             health,
         };
-        let server = Server::builder()
+        let server = server
             .add_service(PreferenceServer::new(fake.clone()))
             .add_service(GenerationServer::new(fake.clone()))
             .add_service(ModelsServer::new(fake.clone()))
@@ -67,17 +79,17 @@ impl Fake {
     }
 
     /// Score and Generate calls that arrived.
-    pub fn calls(&self) -> usize {
+    pub(crate) fn calls(&self) -> usize {
         *self.calls.borrow()
     }
 
     /// A header of the last call.
-    pub fn header(&self, name: &str) -> Option<String> {
+    pub(crate) fn header(&self, name: &str) -> Option<String> {
         let seen = self.seen.lock().unwrap();
         seen.last()?.get(name).map(|value| value.to_str().unwrap().to_owned())
     }
 
-    pub async fn set_health(&self, service: &str, status: ServingStatus) {
+    pub(crate) async fn set_health(&self, service: &str, status: ServingStatus) {
         self.health.set_service_status(service, status).await;
     }
 

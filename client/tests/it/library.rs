@@ -160,6 +160,16 @@ async fn servers_that_can_not_be_reached() {
 }
 
 #[tokio::test]
+async fn https_with_a_private_authority() {
+    let (fake, certificate) = Fake::start_tls().await;
+    assert!(fake.url.starts_with("https://"));
+    let trusting = ClientOptions { ca_certificate_pem: Some(certificate.into()), ..options(&fake.url) };
+    Client::connect(trusting).await.unwrap().score(one_item()).await.unwrap();
+    let stranger = Client::connect(options(&fake.url)).await;
+    assert!(matches!(stranger, Err(Error::Connect { .. })), "{stranger:?}");
+}
+
+#[tokio::test]
 async fn calls_take_turns_and_pass_a_dead_server_over() {
     let (a, b) = (Fake::start([]).await, Fake::start([]).await);
     let endpoints = vec![a.url.clone(), nobody().await, b.url.clone()];

@@ -1,6 +1,6 @@
 //! The client and the command against a server in this process that does what a test tells it to.
 
-#[cfg(all(test, feature = "cli"))]
+#[cfg(test)]
 mod command;
 #[cfg(test)]
 mod fake;

@@ -76,12 +76,15 @@ fn read_content(path: &Path, file: &File) -> Result<Content> {
 
 /// Divisors of the frequencies, `[dim / 2]`.
 fn rope_factors(path: &Path, tensors: &GgufTensors, dim: usize) -> Result<Vec<f32>> {
-    let factors = tensors.read(ROPE_FACTORS)?.flatten_all()?.to_vec1::<f32>()?;
-    if factors.len() != dim / 2 || !factors.iter().all(|factor| factor.is_finite() && *factor > 0.0) {
-        let reason = format!("`{ROPE_FACTORS}` should be {} numbers above 0", dim / 2);
-        return Err(Error::Malformed { path: path.to_owned(), reason });
+    let described = tensors.describe().remove(ROPE_FACTORS);
+    if described.is_some_and(|tensor| tensor.shape == [dim / 2]) {
+        let factors = tensors.read(ROPE_FACTORS)?.to_vec1::<f32>()?;
+        if factors.iter().all(|factor| factor.is_finite() && *factor > 0.0) {
+            return Ok(factors);
+        }
     }
-    Ok(factors)
+    let reason = format!("`{ROPE_FACTORS}` should be {} numbers above 0", dim / 2);
+    Err(Error::Malformed { path: path.to_owned(), reason })
 }
 
 /// The metadata in the words of `config.json`.

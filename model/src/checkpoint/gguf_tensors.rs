@@ -31,7 +31,9 @@ struct Origin {
 enum Layout {
     AsIs,
     /// Llama's q and k: a head's rows `[2, half]` became `[half, 2]`, for a rotary embedding of neighbouring rows.
-    Interleaved { heads: usize },
+    Interleaved {
+        heads: usize,
+    },
     /// Gemma's norms, which multiply by 1 + weight: the 1 was added.
     PlusOne,
 }

@@ -21,7 +21,7 @@ const PRE: &str = "tokenizer.ggml.pre";
 struct Split {
     /// Values of `tokenizer.ggml.pre`.
     names: &'static [&'static str],
-    /// Pieces that the byte-level splitter of GPT-2 gets, or all of the pieces; `None`: digits, then GPT-2's pieces.
+    /// Matches are the pieces; `None`: each digit is one, and the rest is split as GPT-2 does.
     pattern: Option<&'static str>,
     /// A piece that is a token is that token, whatever the merges would make of it.
     ignore_merges: bool,
@@ -149,7 +149,9 @@ fn byte_level(metadata: &Metadata<'_>, tokens: &[String]) -> Result<(Map<String,
     };
     let merges = merges.iter().map(pair).collect::<Result<Vec<_>>>()?;
     let first = match split.pattern {
-        Some(regex) => json!({ "type": "Split", "pattern": { "Regex": regex }, "behavior": "Isolated", "invert": false }),
+        Some(regex) => {
+            json!({ "type": "Split", "pattern": { "Regex": regex }, "behavior": "Isolated", "invert": false })
+        }
         None => json!({ "type": "Digits", "individual_digits": true }),
     };
     let bytes = json!({
@@ -173,7 +175,7 @@ fn sentence_piece(
     types: &[TokenType],
 ) -> Result<(Map<String, Json>, bool)> {
     const SPACE: &str = "\u{2581}";
-    // Gemma's runs of spaces are stored as such, though text has this sign in the place of each when they are looked up.
+    // Gemma's runs of spaces are stored as such, though text has this sign for each when they are looked up.
     let spelled = |token: &String| match token.len() > 1 && token.bytes().all(|byte| byte == b' ') {
         true => SPACE.repeat(token.len()),
         false => token.clone(),
@@ -208,8 +210,8 @@ fn sentence_piece(
     Ok((into_map(parts), true))
 }
 
-/// SentencePiece joins the neighbours that make the token with the highest score; as a list of merges, that is every way
-/// to make each token from two others, best token first.
+/// SentencePiece joins the neighbours that make the token with the highest score; as a list of merges, that is every
+/// way to make each token from two others, best token first.
 fn derived_merges(metadata: &Metadata<'_>, tokens: &[String], types: &[TokenType]) -> Result<Vec<[String; 2]>> {
     const SCORES: &str = "tokenizer.ggml.scores";
     // Gemma's scores do not follow the order of its merges, that of its tokens does.
@@ -308,6 +310,3 @@ fn into_map(value: Json) -> Map<String, Json> {
         _ => Map::new(),
     }
 }
-
-#[cfg(test)]
-mod tests;

@@ -9,12 +9,7 @@ use crate::{Error, Result};
 const DEFAULT_THETA: f64 = 10_000.0;
 
 /// Reads all of it; `head_dim` and `max_position_embeddings` are those of the model.
-pub(super) fn rope(
-    fields: &Fields<'_>,
-    kind: Kind,
-    head_dim: usize,
-    max_position_embeddings: usize,
-) -> Result<Rope> {
+pub(super) fn rope(fields: &Fields<'_>, kind: Kind, head_dim: usize, max_position_embeddings: usize) -> Result<Rope> {
     let nested = match parameters(fields, "rope_scaling")? {
         None => parameters(fields, "rope_parameters")?,
         scaling => scaling,
@@ -98,8 +93,6 @@ fn scaling(fields: &Fields<'_>, nested: &Fields<'_>, max_position_embeddings: us
                 original_max_position_embeddings: original.unwrap_or(max_position_embeddings),
             })
         }
-        other => Err(Error::Unsupported(format!(
-            "rope scaling `{other}`; served are default, linear and llama3"
-        ))),
+        other => Err(Error::Unsupported(format!("rope scaling `{other}`; served are default, linear and llama3"))),
     }
 }

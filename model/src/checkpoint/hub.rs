@@ -58,8 +58,8 @@ impl Hub {
         if self.offline {
             return cached(&cache.repo(repo(revision)), revision).ok_or_else(|| {
                 Error::Hub(format!(
-                    "`{id}` at `{revision}` is not in the cache {}, and HF_HUB_OFFLINE forbids fetching it: unset it \
-                     once, or name a folder",
+                    "there is no folder `{id}`; as a repository, at `{revision}`, it is not in the cache \
+                     {}, and HF_HUB_OFFLINE forbids fetching it: unset it once",
                     self.cache.display()
                 ))
             });
@@ -113,7 +113,11 @@ impl Hub {
         } else {
             "check the network and HF_ENDPOINT, or set HF_HUB_OFFLINE=1 to use what is in the cache"
         };
-        Error::Hub(format!("`{id}` at `{revision}` from {}: {error}; {advice}", self.endpoint))
+        // A mistyped path ends up here too.
+        Error::Hub(format!(
+            "there is no folder `{id}`; as a repository, at `{revision}` of {}: {error}; {advice}",
+            self.endpoint
+        ))
     }
 }
 

@@ -1,8 +1,8 @@
 //! LoRA adapters as PEFT saves them: `adapter_config.json` and `adapter_model.safetensors`.
 //!
 //! A pair `A [r, in]`, `B [out, r]` adds `scale * B A` to a weight `[out, in]`, with `scale = alpha / r`, or
-//! `alpha / sqrt(r)` with `use_rslora`. A module listed in `modules_to_save` replaces the base's, or adds to it: this is
-//! how a classifier's `score` is saved.
+//! `alpha / sqrt(r)` with `use_rslora`. A module listed in `modules_to_save` replaces the base's, or is added: so a
+//! classifier's `score` is saved.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -92,7 +92,7 @@ impl Adapter {
         self.replacements.remove(name).map(|key| self.store.read(&key))
     }
 
-    /// Adds the delta for this tensor, if there is one: in f32, then rounded once to the tensor's type.
+    /// Adds the delta for this tensor, if there is one. The sum is f32, and rounded once: when the weights are packed.
     pub(super) fn merge(&mut self, name: &str, base: Tensor) -> Result<Tensor> {
         let Some(delta) = self.deltas.remove(name) else { return Ok(base) };
         let a = self.store.read(&delta.a)?.to_dtype(DType::F32)?;
@@ -106,7 +106,7 @@ impl Adapter {
             });
         }
         let change = (b.matmul(&a)? * delta.scale)?;
-        Ok((base.to_dtype(DType::F32)? + change)?.to_dtype(base.dtype())?)
+        Ok((base.to_dtype(DType::F32)? + change)?)
     }
 
     /// The adapter's tensors that nothing has used.

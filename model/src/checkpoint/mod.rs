@@ -6,7 +6,6 @@
 //!
 //! Nothing here knows what a decoder does with the tensors.
 
-pub mod manifest;
 mod fields;
 mod gguf;
 mod gguf_tensors;
@@ -15,6 +14,7 @@ mod hf_config;
 mod hf_rope;
 mod hub;
 mod lora;
+pub mod manifest;
 mod safetensors;
 mod tokenizer;
 mod weights;
@@ -30,8 +30,8 @@ use self::hf_config::Holdings;
 use self::hub::Hub;
 use self::lora::Adapter;
 use self::safetensors::Safetensors;
-use self::tokenizer::TextParts;
 pub use self::tokenizer::SpecialTokens;
+use self::tokenizer::TextParts;
 use self::weights::TensorStore;
 pub use self::weights::Weights;
 use crate::config::Config;

@@ -167,7 +167,9 @@ impl TensorStore for Safetensors {
             Dtype::F32 => read::<f32>(file, info),
             Dtype::F16 => read::<half::f16>(file, info),
             Dtype::BF16 => read::<half::bf16>(file, info),
-            other => Err(Error::Unsupported(format!("tensor `{name}` is stored as {other}; F32, F16 and BF16 are read"))),
+            other => {
+                Err(Error::Unsupported(format!("tensor `{name}` is stored as {other}; F32, F16 and BF16 are read")))
+            }
         }
     }
 }

@@ -105,8 +105,7 @@ fn read_parts(folder: &Path) -> Result<TextParts> {
         return Err(Error::MissingFile { path: folder.to_owned(), what });
     }
     let malformed = |reason: String| Error::Malformed { path: path.clone(), reason };
-    let mut tokenizer =
-        Tokenizer::from_file(&path).map_err(|error| malformed(format!("not a tokenizer: {error}")))?;
+    let mut tokenizer = Tokenizer::from_file(&path).map_err(|error| malformed(format!("not a tokenizer: {error}")))?;
     // Left over from training; Plumb never pads, and what is too long is refused or cut where the caller says so.
     tokenizer.with_padding(None);
     tokenizer.with_truncation(None).map_err(|error| malformed(error.to_string()))?;

@@ -85,8 +85,7 @@ impl Weights {
         self.left.contains_key(name) || self.adapter.as_ref().is_some_and(|adapter| adapter.replaces(name))
     }
 
-    /// Takes a tensor, on the CPU and in its stored type (f32 if it was quantised). An adapter's part is merged into
-    /// it: computed in f32, rounded once.
+    /// Takes a tensor, on the CPU and in its stored type; in f32 if it was quantised or an adapter was merged into it.
     ///
     /// # Errors
     /// [`Error::MissingTensor`] if it is not there or was taken, [`Error::MisshapenTensor`] if it has another shape.

@@ -12,21 +12,24 @@
 //! **Special tokens inside content are special tokens.** `<|im_end|>` in a user's message becomes that token, as in
 //! Transformers. Whoever takes messages from strangers has to remove such strings first.
 
-// mod detokenize;
-// mod dialogue;
-// mod hhh;
+mod detokenize;
+mod dialogue;
+mod hhh;
 mod json;
-// mod pipeline;
-// mod render;
+mod locate;
+mod pipeline;
+mod render;
 mod template;
-// mod tokens;
-// mod truncate;
+#[cfg(test)]
+mod tests;
+mod tokens;
+mod truncate;
 
-// pub use detokenize::StreamDecoder;
-// pub use hhh::{HhhName, HhhPrompts};
-// pub use pipeline::{TextConfig, TextPipeline};
-// pub use render::Rendered;
-// pub use tokens::TokenSpan;
+pub use detokenize::StreamDecoder;
+pub use hhh::{HhhName, HhhPrompts};
+pub use pipeline::{TextConfig, TextPipeline};
+pub use render::Rendered;
+pub use tokens::TokenSpan;
 
 /// One turn of a conversation.
 #[derive(Clone, Debug, PartialEq, Eq)]

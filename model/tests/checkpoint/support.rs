@@ -10,24 +10,24 @@ use plumb_model::{Error, Result};
 use serde_json::Value;
 use tempfile::TempDir;
 
-pub fn fixture(name: &str) -> PathBuf {
+pub(crate) fn fixture(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures").join(name)
 }
 
-pub fn source(model: &Path) -> Source {
+pub(crate) fn source(model: &Path) -> Source {
     Source { model: model.to_str().unwrap().to_owned(), ..Source::default() }
 }
 
-pub fn open(name: &str) -> Checkpoint {
+pub(crate) fn open(name: &str) -> Checkpoint {
     Checkpoint::open(&source(&fixture(name))).unwrap()
 }
 
-pub fn open_with_adapter(base: &Path, adapter: &Path) -> Result<Checkpoint> {
+pub(crate) fn open_with_adapter(base: &Path, adapter: &Path) -> Result<Checkpoint> {
     Checkpoint::open(&Source { adapter: Some(adapter.to_str().unwrap().to_owned()), ..source(base) })
 }
 
 /// The tensors that a decoder of this configuration has, with their shapes.
-pub fn tensors_of(config: &Config) -> Vec<(String, Vec<usize>)> {
+pub(crate) fn tensors_of(config: &Config) -> Vec<(String, Vec<usize>)> {
     let (hidden, inner) = (config.hidden_size, config.intermediate_size);
     let (q, kv) = (config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim);
     let mut tensors = Vec::new();
@@ -77,7 +77,7 @@ pub fn tensors_of(config: &Config) -> Vec<(String, Vec<usize>)> {
     for layer in 0..config.num_layers {
         norm(&mut tensors, format!("{prefix}.layers.{layer}.input_layernorm"), hidden);
         norm(&mut tensors, format!("{prefix}.layers.{layer}.post_attention_layernorm"), hidden);
-        if config.attention_softcap.is_some() {
+        if config.block == Block::SandwichNorm {
             norm(&mut tensors, format!("{prefix}.layers.{layer}.pre_feedforward_layernorm"), hidden);
             norm(&mut tensors, format!("{prefix}.layers.{layer}.post_feedforward_layernorm"), hidden);
         }
@@ -92,7 +92,7 @@ pub fn tensors_of(config: &Config) -> Vec<(String, Vec<usize>)> {
     tensors
 }
 
-pub fn take_all(mut checkpoint: Checkpoint) -> Result<HashMap<String, Tensor>> {
+pub(crate) fn take_all(mut checkpoint: Checkpoint) -> Result<HashMap<String, Tensor>> {
     let mut taken = HashMap::new();
     for (name, shape) in tensors_of(&checkpoint.config) {
         assert!(checkpoint.weights.contains(&name) || checkpoint.weights.take(&name, &shape).is_err());
@@ -104,20 +104,19 @@ pub fn take_all(mut checkpoint: Checkpoint) -> Result<HashMap<String, Tensor>> {
     Ok(taken)
 }
 
-pub fn values(tensor: &Tensor) -> Vec<f32> {
+pub(crate) fn values(tensor: &Tensor) -> Vec<f32> {
     tensor.to_dtype(DType::F32).unwrap().flatten_all().unwrap().to_vec1().unwrap()
 }
 
-pub fn largest_difference(a: &Tensor, b: &Tensor) -> f32 {
+pub(crate) fn largest_difference(a: &Tensor, b: &Tensor) -> f32 {
     values(a).iter().zip(values(b)).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max)
 }
 
-
 /// A copy of a fixture to break.
-pub struct Copy(TempDir);
+pub(crate) struct Copy(TempDir);
 
 impl Copy {
-    pub fn of(name: &str) -> Self {
+    pub(crate) fn of(name: &str) -> Self {
         let folder = tempfile::tempdir().unwrap();
         for entry in std::fs::read_dir(fixture(name)).unwrap() {
             let path = entry.unwrap().path();
@@ -126,32 +125,32 @@ impl Copy {
         Self(folder)
     }
 
-    pub fn path(&self) -> &Path {
+    pub(crate) fn path(&self) -> &Path {
         self.0.path()
     }
 
-    pub fn write(&self, file: &str, text: &str) {
+    pub(crate) fn write(&self, file: &str, text: &str) {
         std::fs::write(self.path().join(file), text).unwrap();
     }
 
-    pub fn remove(&self, file: &str) {
+    pub(crate) fn remove(&self, file: &str) {
         std::fs::remove_file(self.path().join(file)).unwrap();
     }
 
-    pub fn edit(&self, file: &str, edit: impl FnOnce(&mut Value)) {
+    pub(crate) fn edit(&self, file: &str, edit: impl FnOnce(&mut Value)) {
         let mut json = serde_json::from_slice(&std::fs::read(self.path().join(file)).unwrap()).unwrap();
         edit(&mut json);
         self.write(file, &json.to_string());
     }
 
-    pub fn flip_last_byte(&self, file: &str) {
+    pub(crate) fn flip_last_byte(&self, file: &str) {
         let mut bytes = std::fs::read(self.path().join(file)).unwrap();
         *bytes.last_mut().unwrap() ^= 1;
         std::fs::write(self.path().join(file), bytes).unwrap();
     }
 
     /// Rewrites the only safetensors file.
-    pub fn edit_tensors(&self, edit: impl FnOnce(&mut HashMap<String, Tensor>)) {
+    pub(crate) fn edit_tensors(&self, edit: impl FnOnce(&mut HashMap<String, Tensor>)) {
         let adapter = self.path().join("adapter_model.safetensors");
         let file = if adapter.exists() { adapter } else { self.path().join("model.safetensors") };
         let mut tensors = candle_core::safetensors::load(&file, &Device::Cpu).unwrap();
@@ -159,28 +158,28 @@ impl Copy {
         candle_core::safetensors::save(&tensors, file).unwrap();
     }
 
-    pub fn rename_tensors(&self, rename: impl Fn(&str) -> String) {
+    pub(crate) fn rename_tensors(&self, rename: impl Fn(&str) -> String) {
         self.edit_tensors(|tensors| *tensors = tensors.drain().map(|(name, value)| (rename(&name), value)).collect());
     }
 
-    pub fn open(&self) -> Result<Checkpoint> {
+    pub(crate) fn open(&self) -> Result<Checkpoint> {
         Checkpoint::open(&source(self.path()))
     }
 
     /// Opening, or taking every tensor, fails with a message that has all of these words.
     #[track_caller]
-    pub fn refused(&self, words: &[&str]) -> Error {
+    pub(crate) fn refused(&self, words: &[&str]) -> Error {
         explained(self.open().and_then(take_all), words)
     }
 
     #[track_caller]
-    pub fn refused_on(&self, base: &str, words: &[&str]) -> Error {
+    pub(crate) fn refused_on(&self, base: &str, words: &[&str]) -> Error {
         explained(open_with_adapter(&fixture(base), self.path()).and_then(take_all), words)
     }
 }
 
 #[track_caller]
-pub fn explained<T>(result: Result<T>, words: &[&str]) -> Error {
+pub(crate) fn explained<T>(result: Result<T>, words: &[&str]) -> Error {
     let error = result.err().unwrap();
     for word in words {
         assert!(error.to_string().contains(word), "`{word}` is not in: {error}");
@@ -188,6 +187,6 @@ pub fn explained<T>(result: Result<T>, words: &[&str]) -> Error {
     error
 }
 
-pub fn ones(shape: &[usize]) -> Tensor {
+pub(crate) fn ones(shape: &[usize]) -> Tensor {
     Tensor::ones(shape, DType::BF16, &Device::Cpu).unwrap()
 }

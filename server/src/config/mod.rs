@@ -20,6 +20,7 @@ pub use self::args::DType;
 use self::args::Flags;
 use self::file::FileValues;
 pub use self::models::ModelConfig;
+pub(crate) use self::models::check_name;
 pub use self::secret::Secret;
 
 /// Everything that is decided before the server starts.

@@ -96,7 +96,8 @@ fn name_of(source: &str) -> Result<(String, u64), String> {
     let path = Path::new(source);
     let canonical = path.canonicalize().unwrap_or_else(|_| path.to_owned());
     let name = if source.ends_with(".gguf") { path.file_stem() } else { canonical.file_name() };
-    let name = name.and_then(|name| name.to_str()).ok_or_else(|| format!("--model-id {source}: there is no name in it"))?;
+    let name =
+        name.and_then(|name| name.to_str()).ok_or_else(|| format!("--model-id {source}: there is no name in it"))?;
     Ok((name.to_owned(), 1))
 }
 
@@ -144,7 +145,8 @@ mod tests {
     fn adapters_and_revisions_find_their_model() {
         let models = resolve(&flags(Some("base=x"), &[], &["dir=with=signs"], &["v2"]));
         assert!(models.is_err(), "`base=x` is no name");
-        let models = resolve(&flags(Some("org/base"), &["pm=/m/pm"], &["pm=/a/pm", "/a/base"], &["pm=v1", "v2"])).unwrap();
+        let models =
+            resolve(&flags(Some("org/base"), &["pm=/m/pm"], &["pm=/a/pm", "/a/base"], &["pm=v1", "v2"])).unwrap();
         let source = |i: usize| (models[i].source.adapter.as_deref(), models[i].source.revision.as_deref());
         assert_eq!(source(0), (Some("/a/base"), Some("v2")));
         assert_eq!(source(1), (Some("/a/pm"), Some("v1")));

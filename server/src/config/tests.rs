@@ -32,7 +32,8 @@ fn origin(arguments: &[&str], option: &str) -> (String, &'static str) {
 
 #[test]
 fn flags_come_before_the_file_and_the_file_before_defaults() {
-    let file = file("max-batch-tokens = 100\nmax_queue_tokens = 200\nauto-truncate = true\nmodel = [\"a=x\", \"b=y\"]\n");
+    let file =
+        file("max-batch-tokens = 100\nmax_queue_tokens = 200\nauto-truncate = true\nmodel = [\"a=x\", \"b=y\"]\n");
     let path = file.path().to_str().unwrap();
     let config = parse(&["--config", path, "--max-batch-tokens", "7"]).unwrap();
     assert_eq!(config.engine.max_batch_tokens, 7);

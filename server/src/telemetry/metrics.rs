@@ -5,7 +5,7 @@ use std::sync::OnceLock;
 use std::time::Duration;
 
 use metrics::Unit;
-use metrics_exporter_prometheus::{BuildError, Matcher, PrometheusBuilder, PrometheusHandle};
+use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
 
 use crate::error::{Error, Result};
 use crate::telemetry::events::process::MemorySampled;
@@ -43,7 +43,8 @@ const TOKENS: &[f64] =
 const SEQUENCES: &[f64] = &[1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0];
 /// Rewards are unbounded logits around zero; a drift between versions has to show in the middle.
 const REWARDS: &[f64] = &[
-    -50.0, -20.0, -10.0, -7.5, -5.0, -4.0, -3.0, -2.0, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0, 3.0, 4.0, 5.0, 7.5, 10.0, 20.0, 50.0,
+    -50.0, -20.0, -10.0, -7.5, -5.0, -4.0, -3.0, -2.0, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0, 3.0, 4.0, 5.0, 7.5, 10.0, 20.0,
+    50.0,
 ];
 
 macro_rules! metrics {
@@ -66,13 +67,14 @@ metrics! {
     QUEUE_TOKENS = "plumb_queue_tokens", Kind::Gauge, Count, "Tokens that wait for a batch.";
     ADMITTED_TOKENS = "plumb_admitted_tokens", Kind::Gauge, Count, "Tokens of work that are admitted and not yet done; --max-queue-tokens is the limit.";
     REJECTIONS = "plumb_rejections_total", Kind::Counter, Count, "Calls that were turned away before any work was done on them, by reason.";
-    BATCHES = "plumb_batches_total", Kind::Counter, Count, "Batches that ran, by model; reason says what for: score or generate.";
+    BATCHES = "plumb_batches_total", Kind::Counter, Count, "Batches that ran.";
     BATCH_SEQUENCES = "plumb_batch_sequences", Kind::Histogram(SEQUENCES), Count, "Sequences in a batch.";
     BATCH_TOKENS = "plumb_batch_tokens", Kind::Histogram(TOKENS), Count, "Tokens that a batch computed.";
     BATCH_DURATION = "plumb_batch_duration_seconds", Kind::Histogram(SECONDS), Seconds, "Time that a batch took.";
     SEQUENCE_FAILURES = "plumb_sequence_failures_total", Kind::Counter, Count, "Sequences that the engine gave up, by reason.";
     INPUT_TOKENS = "plumb_input_tokens", Kind::Histogram(TOKENS), Count, "Tokens of an item or a prompt; the sum counts all input tokens.";
     PREFIX_CACHED_TOKENS = "plumb_prefix_cached_tokens_total", Kind::Counter, Count, "Input tokens whose state was already computed.";
+    PREFIX_EVICTIONS = "plumb_prefix_evictions_total", Kind::Counter, Count, "Pages of cached keys and values that were given up for others.";
     TRUNCATED = "plumb_truncated_total", Kind::Counter, Count, "Inputs that were cut because truncation was asked for.";
     ITEM_FAILURES = "plumb_item_failures_total", Kind::Counter, Count, "Items of a call that failed, by status code.";
     GENERATED_TOKENS = "plumb_generated_tokens_total", Kind::Counter, Count, "Tokens that were sampled.";
@@ -97,20 +99,22 @@ metrics! {
 /// If another recorder is installed.
 pub fn install() -> Result<&'static PrometheusHandle> {
     static HANDLE: OnceLock<Result<PrometheusHandle>> = OnceLock::new();
-    let handle = HANDLE.get_or_init(|| recorder().map_err(|error| Error::internal(format!("metrics: {error}"))));
+    let handle = HANDLE.get_or_init(recorder);
     handle.as_ref().map_err(Clone::clone)
 }
 
-fn recorder() -> Result<PrometheusHandle, BuildError> {
+fn recorder() -> Result<PrometheusHandle> {
+    let wrong = |error: &dyn std::fmt::Display| Error::internal(format!("metrics: {error}"));
     let mut builder = PrometheusBuilder::new();
     for metric in ALL {
         if let Kind::Histogram(buckets) = metric.kind {
-            builder = builder.set_buckets_for_metric(Matcher::Full(metric.name.to_owned()), buckets)?;
+            let matcher = Matcher::Full(metric.name.to_owned());
+            builder = builder.set_buckets_for_metric(matcher, buckets).map_err(|error| wrong(&error))?;
         }
     }
     let recorder = builder.build_recorder();
     let handle = recorder.handle();
-    metrics::set_global_recorder(recorder).map_err(|error| BuildError::FailedToSetGlobalRecorder(error.to_string()))?;
+    metrics::set_global_recorder(recorder).map_err(|error| wrong(&error))?;
     for metric in ALL {
         match metric.kind {
             Kind::Counter => metrics::describe_counter!(metric.name, metric.unit, metric.help),

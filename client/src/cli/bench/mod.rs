@@ -73,7 +73,13 @@ enum WorkloadCommand {
     /// Generate calls: time to the first token, tokens/s of a stream and of all
     Generate {
         /// Calls in flight; --concurrency under another name
-        #[arg(long, value_name = "N", default_value_t = 16, value_parser = at_least_1(), conflicts_with = "concurrency")]
+        #[arg(
+            long,
+            value_name = "N",
+            default_value_t = 16,
+            value_parser = at_least_1(),
+            conflicts_with = "concurrency",
+        )]
         streams: u32,
         /// Tokens of a prompt that are its own
         #[arg(long, value_name = "N", default_value_t = 32, value_parser = at_least_1())]

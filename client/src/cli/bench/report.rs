@@ -64,7 +64,7 @@ impl Recorder {
             }
         };
         sums.answered += 1;
-        sums.latency.saturating_record(latency.as_micros() as u64);
+        add(&mut sums.latency, latency.as_micros() as u64);
         sums.sequences += answer.sequences;
         sums.input_tokens += answer.input_tokens;
         sums.cached_tokens += answer.cached_tokens;
@@ -74,11 +74,11 @@ impl Recorder {
         }
         if let (Some(first), Some(last)) = (answer.first_token, answer.last_token) {
             let wait = first.saturating_duration_since(begun.into_std());
-            sums.first_token.saturating_record(wait.as_micros() as u64);
+            add(&mut sums.first_token, wait.as_micros() as u64);
             let seconds = last.saturating_duration_since(first).as_secs_f64();
             if answer.new_tokens > 1 && seconds > 0.0 {
                 let rate = (answer.new_tokens - 1) as f64 / seconds;
-                sums.stream_rate.saturating_record((rate * 100.0) as u64);
+                add(&mut sums.stream_rate, (rate * 100.0) as u64);
             }
         }
     }
@@ -113,6 +113,13 @@ impl Recorder {
             errors: sums.errors.clone(),
             example: sums.example.clone(),
         }
+    }
+}
+
+fn add(histogram: &mut Histogram<u64>, value: u64) {
+    // A histogram that grows takes every value; `saturating_record` alone would not let it grow.
+    if histogram.record(value).is_err() {
+        histogram.saturating_record(value);
     }
 }
 

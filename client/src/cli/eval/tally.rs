@@ -120,7 +120,9 @@ mod tests {
 
     use super::*;
 
-    fn tally(outcomes: &[(usize, &str, Option<(f32, f32)>)]) -> Tally {
+    type Rewards = Option<(f32, f32)>;
+
+    fn tally(outcomes: &[(usize, &str, Rewards)]) -> Tally {
         let mut tally = Tally::default();
         for (file, prompt, rewards) in outcomes {
             let (better, worse) = (text("a"), text("b"));

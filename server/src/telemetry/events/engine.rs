@@ -13,8 +13,6 @@ pub struct BatchRun<'a> {
     pub model: &'a str,
     /// Its version.
     pub version: u64,
-    /// `score` or `generate`.
-    pub kind: &'static str,
     /// Sequences in it.
     pub sequences: usize,
     /// Tokens that were computed.
@@ -28,15 +26,15 @@ pub struct BatchRun<'a> {
 impl BatchRun<'_> {
     /// Counts it.
     pub fn emit(self) {
-        let Self { kind, sequences, tokens, cached_tokens, duration, .. } = self;
+        let Self { sequences, tokens, cached_tokens, duration, .. } = self;
         let (model, version) = (self.model.to_owned(), self.version.to_string());
-        debug!(target: "plumb::engine", model, version, kind, sequences, tokens, cached_tokens, ?duration, "batch");
+        debug!(target: "plumb::engine", model, version, sequences, tokens, cached_tokens, ?duration, "batch");
         counter!(names::PREFIX_CACHED_TOKENS.name, "model" => model.clone(), "version" => version.clone())
             .increment(cached_tokens as u64);
         histogram!(names::BATCH_SEQUENCES.name, "model" => model.clone()).record(sequences as f64);
         histogram!(names::BATCH_TOKENS.name, "model" => model.clone()).record(tokens as f64);
         histogram!(names::BATCH_DURATION.name, "model" => model.clone()).record(duration);
-        counter!(names::BATCHES.name, "model" => model, "version" => version, "reason" => kind).increment(1);
+        counter!(names::BATCHES.name, "model" => model, "version" => version).increment(1);
     }
 }
 
@@ -53,6 +51,19 @@ impl QueueChanged {
     pub fn emit(self) {
         gauge!(names::QUEUE_SEQUENCES.name).set(self.sequences as f64);
         gauge!(names::QUEUE_TOKENS.name).set(self.tokens as f64);
+    }
+}
+
+/// Cached prefixes were given up for new ones.
+pub struct PrefixEvictions {
+    /// Pages of keys and values.
+    pub pages: u64,
+}
+
+impl PrefixEvictions {
+    /// Counts them.
+    pub fn emit(self) {
+        counter!(names::PREFIX_EVICTIONS.name).increment(self.pages);
     }
 }
 

@@ -31,7 +31,8 @@ impl ModelStateChanged<'_> {
             );
             gauge.set(0.0);
         }
-        gauge!(names::MODEL_STATE.name, "model" => model.clone(), "version" => version.clone(), "reason" => to).set(1.0);
+        gauge!(names::MODEL_STATE.name, "model" => model.clone(), "version" => version.clone(), "reason" => to)
+            .set(1.0);
         let in_memory = match self.status.state() {
             v1::ModelState::Available => 1.0,
             v1::ModelState::Ended => 0.0,

@@ -4,6 +4,7 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use metrics::gauge;
+use plumb_proto::v1;
 use tracing::{debug, error, info, warn};
 
 use crate::config::Origin;
@@ -41,6 +42,37 @@ impl Listening {
     /// Logs the addresses.
     pub fn emit(self) {
         info!(target: "plumb", grpc = %self.grpc, metrics = %self.metrics, "listening");
+    }
+}
+
+/// All models of the command line are available.
+pub struct Serving<'a> {
+    /// What is served.
+    pub models: &'a [v1::ModelStatus],
+}
+
+impl Serving<'_> {
+    /// Logs a line for every model.
+    pub fn emit(self) {
+        for status in self.models {
+            let (identity, details) =
+                (status.model.clone().unwrap_or_default(), status.details.clone().unwrap_or_default());
+            let v1::ModelIdentity { name, version, weights_digest } = identity;
+            info!(
+                target: "plumb::models",
+                model = name,
+                version,
+                kind = details.kind().as_str_name(),
+                architecture = details.architecture,
+                dtype = details.dtype,
+                parameters = details.parameters,
+                max_input_tokens = details.max_input_tokens,
+                source = details.source,
+                digest = weights_digest,
+                is_default = status.is_default,
+                "serving"
+            );
+        }
     }
 }
 

@@ -129,7 +129,8 @@ impl ItemFailed<'_> {
         debug!(target: "plumb::request", model, version, code, %error, "item failed");
         if matches!(error, Error::NonFinite { .. }) {
             warn!(target: "plumb::request", model, version, %error, "the model computes no number");
-            counter!(names::NON_FINITE.name, "model" => model.to_owned(), "version" => version.to_string()).increment(1);
+            counter!(names::NON_FINITE.name, "model" => model.to_owned(), "version" => version.to_string())
+                .increment(1);
         }
         counter!(names::ITEM_FAILURES.name, "model" => model.to_owned(), "code" => code).increment(1);
     }

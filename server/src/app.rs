@@ -1,0 +1,324 @@
+//! Puts the server together, and runs it.
+
+use std::net::SocketAddr;
+use std::path::Path;
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use plumb_model::loaded::{DTypeChoice, LoadOptions};
+use plumb_model::text::HhhPrompts;
+use plumb_proto::v1;
+use tokio::net::TcpListener;
+use tokio_util::sync::CancellationToken;
+use tonic::service::Routes;
+use tonic::transport::server::TcpIncoming;
+
+use crate::admission::TokenBudget;
+use crate::config::{Config, ConfigError, DType, Http2};
+use crate::engine::{Engine, EngineOptions};
+use crate::error::{Error, Result};
+use crate::health::{Health, Phase};
+use crate::layers;
+use crate::layers::admission::Gate;
+use crate::layers::auth::Keys;
+use crate::pool::CpuPool;
+use crate::registry::Registry;
+use crate::services::{Context, GenerationService, ModelsService, PreferenceService, TokensService};
+use crate::shutdown::{self, Shutdown};
+use crate::telemetry::events::{ConfigLoaded, Fatal, Listening, Serving};
+use crate::telemetry::{exporter, metrics, tracing};
+
+/// Prompt tokens that a step may compute beside tokens that are being generated: about a tenth of a second on a small
+/// machine, which is what a reader of a stream may have to wait.
+const PREFILL_BESIDE_DECODE: usize = 512;
+
+/// Why the server ended although nobody asked it to.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Failure {
+    /// The configuration is wrong: exit code 64, as sysexits.h has it for usage.
+    Configuration(Error),
+    /// A model does not load, or a port is taken: exit code 1.
+    Start(Error),
+    /// The engine died: exit code 70, an internal software error.
+    Engine,
+}
+
+impl Failure {
+    /// The process's exit code.
+    #[must_use]
+    pub fn exit_code(&self) -> u8 {
+        match self {
+            Self::Configuration(_) => 64,
+            Self::Start(_) => 1,
+            Self::Engine => 70,
+        }
+    }
+
+    fn error(&self) -> &Error {
+        match self {
+            Self::Configuration(error) | Self::Start(error) => error,
+            Self::Engine => &Error::DeviceLost,
+        }
+    }
+}
+
+impl ConfigError {
+    /// Prints what has to be said and gives the exit code.
+    #[must_use]
+    #[expect(
+        clippy::print_stdout,
+        clippy::print_stderr,
+        reason = "the logs are not set up yet, and this is the answer"
+    )]
+    pub fn report(self) -> ExitCode {
+        match self {
+            // Help and version are no errors.
+            Self::Flags(error) => {
+                let _ = error.print();
+                ExitCode::from(if error.use_stderr() { 64 } else { 0 })
+            }
+            Self::Printed(origins) => {
+                for origin in origins {
+                    println!("{:<28} {:<40} # {}", origin.option, origin.value, origin.origin);
+                }
+                ExitCode::SUCCESS
+            }
+            Self::Wrong(message) => {
+                eprintln!("error: {message}\n\nFor more information, try '--help'.");
+                ExitCode::from(64)
+            }
+        }
+    }
+}
+
+/// Runs a server until it is asked to stop by a signal.
+#[must_use]
+#[expect(clippy::print_stderr, reason = "the logs may not be set up yet")]
+pub fn run(config: Config) -> ExitCode {
+    let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => {
+            eprintln!("error: cannot start the runtime: {error}");
+            return ExitCode::FAILURE;
+        }
+    };
+    let ended = runtime.block_on(async {
+        let guard = tracing::init(&config.telemetry).map_err(Failure::Configuration);
+        if let Err(failure) = &guard {
+            eprintln!("error: {}", failure.error());
+        }
+        let _guard = guard?;
+        let ended = serve(config).await;
+        if let Err(failure) = &ended {
+            Fatal { error: failure.error() }.emit();
+        }
+        ended
+    });
+    // A load that is still reading does not hold the process up.
+    runtime.shutdown_background();
+    ended.map_or_else(|failure| ExitCode::from(failure.exit_code()), |()| ExitCode::SUCCESS)
+}
+
+async fn serve(config: Config) -> Result<(), Failure> {
+    ConfigLoaded { origins: &config.origins }.emit();
+    let asked = shutdown::asked().map_err(Failure::Start)?;
+    let server = Server::start(config).await?;
+    server.run(asked).await
+}
+
+/// A server that listens. Until it is [run](Server::run) it serves nothing.
+pub struct Server {
+    config: Config,
+    grpc: SocketAddr,
+    metrics: SocketAddr,
+    registry: Arc<Registry>,
+    shutdown: Shutdown,
+}
+
+impl Server {
+    /// Binds the ports and starts the engine. Health checks are answered from now on, with NOT_SERVING.
+    ///
+    /// # Errors
+    /// If the HHH prompt makes no sense, a port is taken or threads cannot be started.
+    pub async fn start(config: Config) -> Result<Self, Failure> {
+        let hhh = match &config.hhh_prompt_file {
+            Some(path) => HhhPrompts::from_file(path).map_err(|error| Failure::Configuration(error.into()))?,
+            None => HhhPrompts::default(),
+        };
+        Self::start_with(config, hhh).await.map_err(Failure::Start)
+    }
+
+    async fn start_with(config: Config, hhh: HhhPrompts) -> Result<Self> {
+        let exposition = metrics::install()?;
+        let listener = bind(&config.listen.hostname, config.listen.port).await?;
+        let metrics_listener = bind(&config.listen.hostname, config.listen.prometheus_port).await?;
+        let (grpc, metrics) = (address(&listener)?, address(&metrics_listener)?);
+
+        let engine = Engine::start(EngineOptions {
+            max_batch_tokens: config.engine.max_batch_tokens,
+            max_batch_sequences: config.engine.max_batch_sequences,
+            max_prefill_beside_decode: PREFILL_BESIDE_DECODE,
+            threads: config.engine.threads,
+        })?;
+        let registry = Registry::new(engine.clone(), load_options(&config, hhh), config.defaults.clone());
+        let (reporter, health_service) = tonic_health::server::health_reporter();
+        let health = Health::new(reporter).await;
+        let draining = CancellationToken::new();
+        let context = Arc::new(Context {
+            registry: Arc::clone(&registry),
+            engine: engine.clone(),
+            pool: CpuPool::new(config.engine.tokenization_workers)?,
+            budget: TokenBudget::new(config.limits.max_queue_tokens),
+            limits: config.limits.clone(),
+            draining: draining.clone(),
+        });
+
+        let gate = Gate::new(config.limits.max_concurrent_requests);
+        let routes = services(&context)?.add_service(health_service);
+        let routes = layers::around(routes.into_axum_router(), Keys::new(&config.access), Arc::clone(&gate));
+        let accepting = CancellationToken::new();
+        let stop = accepting.clone().cancelled_owned();
+        let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
+        let connections = builder(&config.http2).add_routes(Routes::from(routes));
+        let connections = tokio::spawn(async move {
+            let served = connections.serve_with_incoming_shutdown(incoming, stop).await;
+            served.map_err(|error| Error::internal(format!("listening: {error}")))
+        });
+
+        // These end with the process: they are of use until its last moment.
+        let probes = exporter::Probes { alive: health.alive(), ready: health.ready() };
+        tokio::spawn(axum::serve(metrics_listener, exporter::routes(exposition.clone(), probes)).into_future());
+        tokio::spawn(metrics::upkeep(exposition));
+        let (follower, kinds, alive) = (Arc::clone(&health), registry.kinds(), engine.alive());
+        tokio::spawn(async move { follower.follow(kinds, alive).await });
+
+        Listening { grpc, metrics }.emit();
+        if let Some(path) = &config.listen.port_file {
+            write_ports(path, grpc, metrics)?;
+        }
+        let shutdown = Shutdown { health, gate, engine, accepting, draining, connections };
+        Ok(Self { config, grpc, metrics, registry, shutdown })
+    }
+
+    /// Where rpcs are taken.
+    #[must_use]
+    pub fn grpc_address(&self) -> SocketAddr {
+        self.grpc
+    }
+
+    /// Where metrics and probes are taken.
+    #[must_use]
+    pub fn metrics_address(&self) -> SocketAddr {
+        self.metrics
+    }
+
+    /// Loads the models, serves until `asked` says who wants an end, and stops in good order.
+    ///
+    /// # Errors
+    /// If a model does not load, or the engine dies.
+    pub async fn run(self, asked: impl Future<Output = &'static str>) -> Result<(), Failure> {
+        let mut asked = std::pin::pin!(asked);
+        let by = tokio::select! {
+            by = &mut asked => by,
+            failure = self.serve() => return Err(failure),
+        };
+        self.shutdown.run(by, self.config.shutdown).await;
+        Ok(())
+    }
+
+    /// Loads the models, then serves. Returns only if that is not possible, or not any more.
+    async fn serve(&self) -> Failure {
+        if let Err(error) = self.load_models().await {
+            return Failure::Start(error);
+        }
+        self.registry.finish_start();
+        self.shutdown.health.set_phase(Phase::Serving).await;
+        Serving { models: &self.registry.statuses() }.emit();
+        self.shutdown.health.engine_died().await;
+        Failure::Engine
+    }
+
+    /// All are listed from the start; they are loaded one after the other.
+    async fn load_models(&self) -> Result<()> {
+        let announce = |model: &crate::config::ModelConfig| {
+            self.registry.announce(model.name.clone(), Some(model.version), model.source.clone())
+        };
+        let loads = self.config.models.iter().map(announce).collect::<Result<Vec<_>>>()?;
+        for load in loads {
+            self.registry.load(load).await?;
+        }
+        Ok(())
+    }
+}
+
+/// All services and the descriptions of them.
+fn services(context: &Arc<Context>) -> Result<Routes> {
+    use v1::generation_server::GenerationServer;
+    use v1::models_server::ModelsServer;
+    use v1::preference_server::PreferenceServer;
+    use v1::tokens_server::TokensServer;
+
+    let reflection = || {
+        tonic_reflection::server::Builder::configure()
+            .register_encoded_file_descriptor_set(plumb_proto::FILE_DESCRIPTOR_SET)
+            .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+    };
+    let wrong = |error| Error::internal(format!("reflection: {error}"));
+    let limit = context.limits.max_message_bytes;
+    macro_rules! limited {
+        ($server:ident, $service:ident) => {
+            $server::new($service::new(Arc::clone(context)))
+                .max_decoding_message_size(limit)
+                .max_encoding_message_size(limit)
+        };
+    }
+    Ok(Routes::new(limited!(PreferenceServer, PreferenceService))
+        .add_service(limited!(GenerationServer, GenerationService))
+        .add_service(limited!(ModelsServer, ModelsService))
+        .add_service(limited!(TokensServer, TokensService))
+        .add_service(reflection().build_v1().map_err(wrong)?)
+        .add_service(reflection().build_v1alpha().map_err(wrong)?))
+}
+
+fn builder(http2: &Http2) -> tonic::transport::Server {
+    let mut builder = tonic::transport::Server::builder()
+        .http2_keepalive_interval(Some(http2.keepalive_interval))
+        .http2_keepalive_timeout(Some(http2.keepalive_timeout))
+        .max_concurrent_streams(http2.max_concurrent_streams);
+    if let Some(age) = http2.max_connection_age {
+        // Asks clients to go elsewhere; calls in flight end where they are.
+        builder = builder.max_connection_age(age);
+    }
+    builder
+}
+
+fn load_options(config: &Config, hhh: HhhPrompts) -> LoadOptions {
+    LoadOptions {
+        dtype: match config.dtype {
+            DType::Auto => DTypeChoice::Auto,
+            DType::F32 => DTypeChoice::F32,
+            DType::Bf16 => DTypeChoice::Bf16,
+        },
+        hhh: Arc::new(hhh),
+        max_input_tokens: config.limits.max_input_tokens,
+        kv_cache_bytes: config.engine.kv_cache_bytes,
+    }
+}
+
+async fn bind(hostname: &str, port: u16) -> Result<TcpListener> {
+    let bound = TcpListener::bind((hostname, port)).await;
+    bound.map_err(|error| Error::internal(format!("cannot listen on {hostname}:{port}: {error}")))
+}
+
+fn address(listener: &TcpListener) -> Result<SocketAddr> {
+    listener.local_addr().map_err(|error| Error::internal(format!("listening: {error}")))
+}
+
+/// Appears with its whole content, so that a test that waits for it reads all of it.
+fn write_ports(path: &Path, grpc: SocketAddr, metrics: SocketAddr) -> Result<()> {
+    let text = serde_json::json!({ "grpc": grpc, "metrics": metrics }).to_string() + "\n";
+    let mut temporary = path.as_os_str().to_owned();
+    temporary.push(".tmp");
+    let written = std::fs::write(&temporary, text).and_then(|()| std::fs::rename(&temporary, path));
+    written.map_err(|error| Error::internal(format!("--port-file {}: {error}", path.display())))
+}

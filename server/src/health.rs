@@ -1,0 +1,151 @@
+//! What the server says of itself: SERVING only where it is true, service by service.
+//!
+//! A service serves while the models that it needs are available, all models of the command line were loaded, the
+//! engine lives and no shutdown has begun. The server as a whole (`""`) serves while any model can be asked.
+
+use std::sync::Arc;
+
+use plumb_proto::v1;
+use tokio::sync::{Mutex, watch};
+use tonic_health::ServingStatus;
+use tonic_health::server::HealthReporter;
+
+use crate::registry::Kinds;
+use crate::telemetry::events::{EngineDied, ReadinessChanged};
+
+/// Where the server is in its life.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Phase {
+    /// Models of the command line are being loaded.
+    Starting,
+    /// They are loaded.
+    Serving,
+    /// A shutdown has begun.
+    Stopping,
+}
+
+/// All that decides on the answers.
+#[derive(Clone, Copy, Debug)]
+struct Inputs {
+    phase: Phase,
+    engine_alive: bool,
+    kinds: Kinds,
+}
+
+impl Inputs {
+    /// For each service, whether it serves. The first is the server as a whole.
+    fn statuses(self) -> [(&'static str, bool); 5] {
+        let up = self.engine_alive && self.phase == Phase::Serving;
+        let Kinds { language, preference } = self.kinds;
+        let any = up && (language || preference);
+        [
+            ("", any),
+            (v1::preference_server::SERVICE_NAME, any),
+            (v1::generation_server::SERVICE_NAME, up && language),
+            // Works without a model: it is how one comes in.
+            (v1::models_server::SERVICE_NAME, up),
+            (v1::tokens_server::SERVICE_NAME, any),
+        ]
+    }
+}
+
+/// Answers health checks.
+pub(crate) struct Health {
+    /// Held while the answers are changed, so that the last change is the one that stays.
+    inputs: Mutex<Inputs>,
+    reporter: HealthReporter,
+    ready: watch::Sender<bool>,
+    alive: watch::Sender<bool>,
+}
+
+impl Health {
+    /// Nothing serves yet.
+    pub(crate) async fn new(reporter: HealthReporter) -> Arc<Self> {
+        let inputs = Inputs { phase: Phase::Starting, engine_alive: true, kinds: Kinds::default() };
+        let health = Self {
+            inputs: Mutex::new(inputs),
+            reporter,
+            ready: watch::Sender::new(false),
+            alive: watch::Sender::new(true),
+        };
+        health.change(|_| {}).await;
+        Arc::new(health)
+    }
+
+    /// The answers are different when this returns.
+    pub(crate) async fn set_phase(&self, phase: Phase) {
+        self.change(|inputs| inputs.phase = phase).await;
+    }
+
+    /// Follows the models and the engine, for as long as it is polled.
+    pub(crate) async fn follow(&self, mut kinds: watch::Receiver<Kinds>, mut engine: watch::Receiver<bool>) {
+        loop {
+            let now = *kinds.borrow_and_update();
+            self.change(|inputs| inputs.kinds = now).await;
+            tokio::select! {
+                Ok(()) = kinds.changed() => {}
+                // The engine's thread says nothing while it lives; the channel closes with it.
+                Err(_) = engine.changed() => {
+                    EngineDied.emit();
+                    self.change(|inputs| inputs.engine_alive = false).await;
+                    self.alive.send_replace(false);
+                    return;
+                }
+                else => return,
+            }
+        }
+    }
+
+    /// Whether the server as a whole serves.
+    pub(crate) fn ready(&self) -> watch::Receiver<bool> {
+        self.ready.subscribe()
+    }
+
+    /// Whether the engine lives.
+    pub(crate) fn alive(&self) -> watch::Receiver<bool> {
+        self.alive.subscribe()
+    }
+
+    /// Returns once the engine has died.
+    pub(crate) async fn engine_died(&self) {
+        // The sender is ours and lives as long.
+        let _ = self.alive().wait_for(|alive| !alive).await;
+    }
+
+    async fn change(&self, change: impl FnOnce(&mut Inputs)) {
+        let mut inputs = self.inputs.lock().await;
+        change(&mut inputs);
+        let statuses = inputs.statuses();
+        for (service, serves) in statuses {
+            let status = if serves { ServingStatus::Serving } else { ServingStatus::NotServing };
+            self.reporter.set_service_status(service, status).await;
+        }
+        let (_, ready) = statuses[0];
+        if self.ready.send_replace(ready) != ready {
+            ReadinessChanged { ready }.emit();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn check(phase: Phase, engine_alive: bool, language: bool, preference: bool, expected: [bool; 5]) {
+        let inputs = Inputs { phase, engine_alive, kinds: Kinds { language, preference } };
+        assert_eq!(inputs.statuses().map(|(_, serves)| serves), expected, "{inputs:?}");
+    }
+
+    #[test]
+    fn a_service_serves_while_it_can() {
+        let (yes, no) = (true, false);
+        // The server, Preference, Generation, Models, Tokens.
+        check(Phase::Serving, yes, yes, yes, [yes, yes, yes, yes, yes]);
+        check(Phase::Serving, yes, no, yes, [yes, yes, no, yes, yes]);
+        check(Phase::Serving, yes, yes, no, [yes, yes, yes, yes, yes]);
+        check(Phase::Serving, yes, no, no, [no, no, no, yes, no]);
+        check(Phase::Serving, no, yes, yes, [no; 5]);
+        check(Phase::Starting, yes, yes, yes, [no; 5]);
+        check(Phase::Stopping, yes, yes, yes, [no; 5]);
+    }
+}

@@ -1,0 +1,38 @@
+//! What happens to every call before it reaches its service, as one list.
+//!
+//! Each layer is a plain async function in a file of its own: it looks at the request, calls the next one, looks at the
+//! response. Health checks and reflection pass all of them, but are neither counted, asked for a key nor limited.
+
+pub(crate) mod admission;
+pub(crate) mod auth;
+mod body;
+pub(crate) mod deadline;
+pub(crate) mod metrics;
+pub(crate) mod rpc;
+pub(crate) mod trace;
+
+use std::sync::Arc;
+
+use axum::Router;
+use axum::middleware::{from_fn, from_fn_with_state};
+use tower::ServiceBuilder;
+
+use self::admission::Gate;
+use self::auth::Keys;
+
+/// Puts the layers around the services, outermost first.
+pub(crate) fn around(services: Router, keys: Arc<Keys>, gate: Arc<Gate>) -> Router {
+    services.layer(
+        ServiceBuilder::new()
+            // Outermost: what the others log belongs to the call's span, and the arrival is when the call came in.
+            .layer(from_fn(trace::trace))
+            // Outside of all that may refuse a call: a refusal is an answer, and counts as one.
+            .layer(from_fn(metrics::metrics))
+            // Before anything is spent on a caller who may not call.
+            .layer(from_fn_with_state(keys, auth::auth))
+            // Around the work and nothing else: a refusal needs no time limit, work must not outlive its caller's.
+            .layer(from_fn(deadline::deadline))
+            // Innermost: what is in flight here is work, which is what a shutdown waits for.
+            .layer(from_fn_with_state(gate, admission::admission)),
+    )
+}

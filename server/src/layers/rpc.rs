@@ -1,0 +1,83 @@
+//! Which rpc a path is.
+
+use axum::extract::Request;
+
+/// An rpc of the server, as far as layers care.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Rpc {
+    /// `Service/Method`, as labels and spans show it. One of a fixed set: strangers cannot make up labels.
+    pub(crate) name: &'static str,
+    pub(crate) class: Class,
+}
+
+/// What an rpc is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Class {
+    /// Needs the client's key.
+    Client,
+    /// Changes the server: needs the admin's key.
+    Admin,
+    /// Health and reflection: for load balancers and tools, which have no key.
+    Infrastructure,
+}
+
+const RPCS: [(&str, Rpc); 12] = [
+    ("/plumb.v1.Preference/Score", Rpc { name: "Preference/Score", class: Class::Client }),
+    ("/plumb.v1.Preference/ScoreStream", Rpc { name: "Preference/ScoreStream", class: Class::Client }),
+    ("/plumb.v1.Preference/Rank", Rpc { name: "Preference/Rank", class: Class::Client }),
+    ("/plumb.v1.Generation/Generate", Rpc { name: "Generation/Generate", class: Class::Client }),
+    ("/plumb.v1.Models/ListModels", Rpc { name: "Models/ListModels", class: Class::Client }),
+    ("/plumb.v1.Models/GetModel", Rpc { name: "Models/GetModel", class: Class::Client }),
+    ("/plumb.v1.Models/WatchModels", Rpc { name: "Models/WatchModels", class: Class::Client }),
+    ("/plumb.v1.Models/LoadVersion", Rpc { name: "Models/LoadVersion", class: Class::Admin }),
+    ("/plumb.v1.Models/UnloadVersion", Rpc { name: "Models/UnloadVersion", class: Class::Admin }),
+    ("/plumb.v1.Models/SetLabel", Rpc { name: "Models/SetLabel", class: Class::Admin }),
+    ("/plumb.v1.Tokens/Tokenize", Rpc { name: "Tokens/Tokenize", class: Class::Client }),
+    ("/plumb.v1.Tokens/Render", Rpc { name: "Tokens/Render", class: Class::Client }),
+];
+
+impl Rpc {
+    /// The rpc that a request calls. One that is not known needs the admin's key: what is added to the contract and
+    /// forgotten here is closed, not open.
+    pub(crate) fn of(request: &Request) -> Self {
+        let path = request.uri().path();
+        if path.starts_with("/grpc.health.v1.") || path.starts_with("/grpc.reflection.") {
+            return Self { name: "infrastructure", class: Class::Infrastructure };
+        }
+        let known = RPCS.iter().find(|(known, _)| *known == path);
+        known.map_or(Self { name: "unknown", class: Class::Admin }, |(_, rpc)| *rpc)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_rpc_of_the_contract_is_known() {
+        use prost::Message as _;
+        let files = prost_types::FileDescriptorSet::decode(plumb_proto::FILE_DESCRIPTOR_SET).unwrap();
+        let services = files.file.iter().filter(|file| file.package() == "plumb.v1").flat_map(|file| &file.service);
+        let mut paths: Vec<_> = services
+            .flat_map(|service| {
+                service.method.iter().map(|method| format!("/plumb.v1.{}/{}", service.name(), method.name()))
+            })
+            .collect();
+        paths.sort();
+        let mut known: Vec<_> = RPCS.iter().map(|(path, _)| (*path).to_owned()).collect();
+        known.sort();
+        assert_eq!(known, paths);
+        for (path, rpc) in RPCS {
+            assert_eq!(path, format!("/plumb.v1.{}", rpc.name));
+        }
+    }
+
+    #[test]
+    fn health_and_reflection_are_infrastructure_and_strangers_are_admin() {
+        let class = |path: &str| Rpc::of(&Request::builder().uri(path).body(axum::body::Body::empty()).unwrap()).class;
+        assert_eq!(class("/grpc.health.v1.Health/Check"), Class::Infrastructure);
+        assert_eq!(class("/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"), Class::Infrastructure);
+        assert_eq!(class("/plumb.v1.Models/LoadVersion"), Class::Admin);
+        assert_eq!(class("/plumb.v1.Models/DropAllTables"), Class::Admin);
+    }
+}

@@ -1,0 +1,121 @@
+//! How versions come and go: read, checked, warmed, and only then visible; out of sight first, and gone when the last
+//! caller is done.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use plumb_model::checkpoint::Source;
+use plumb_model::loaded::{LoadedModel, ModelInfo, ModelKind};
+use plumb_proto::v1;
+
+use super::catalog::Facts;
+use super::{Registry, Served};
+use crate::error::{Error, Result};
+use crate::telemetry::events::ModelLoaded;
+
+/// How often a draining version is looked at. Its last holder is the engine's thread, which tells nobody.
+const DRAIN_POLL: Duration = Duration::from_millis(20);
+
+/// A version that is announced, and still to be loaded.
+pub(crate) struct Load {
+    name: String,
+    version: u64,
+    source: Source,
+    asked: Instant,
+}
+
+impl Registry {
+    /// Announces a version: from now on it is listed.
+    ///
+    /// # Errors
+    /// If the version is there already, or too many are.
+    pub(crate) fn announce(&self, name: String, version: Option<u64>, source: Source) -> Result<Load> {
+        let version = self.change(|catalog| catalog.add(&name, version))?;
+        Ok(Load { name, version, source, asked: Instant::now() })
+    }
+
+    /// Loads an announced version, beside all that is served. Whoever asked for it may go away meanwhile.
+    ///
+    /// # Errors
+    /// Why it failed; the version is then FAILED.
+    pub(crate) async fn load(self: &Arc<Self>, load: Load) -> Result<v1::ModelStatus> {
+        let registry = Arc::clone(self);
+        let task = tokio::spawn(async move {
+            let Load { name, version, source, asked } = load;
+            let result = registry.bring_in(&name, version, source).await;
+            if let Err(error) = &result {
+                registry.change(|catalog| catalog.failed(&name, version, error.to_string()));
+            }
+            ModelLoaded { model: &name, version, duration: asked.elapsed(), error: result.as_ref().err() }.emit();
+            result?;
+            registry.status_of(&name, version)
+        });
+        task.await.map_err(|error| Error::internal(format!("loading: {error}")))?
+    }
+
+    /// Takes a version out of service; its memory is given back when the last caller is done.
+    ///
+    /// # Errors
+    /// If there is no such version, it is still loading, or a label points at it.
+    pub(crate) fn unload(self: &Arc<Self>, name: &str, version: u64) -> Result<v1::ModelStatus> {
+        let handle = self.change(|catalog| catalog.drain(name, version))?;
+        if let Some(served) = handle {
+            let (registry, name, memory) = (Arc::clone(self), name.to_owned(), served.memory.clone());
+            tokio::spawn(async move {
+                while memory.strong_count() > 0 {
+                    tokio::time::sleep(DRAIN_POLL).await;
+                }
+                registry.change(|catalog| catalog.ended(&name, version));
+            });
+        }
+        self.status_of(name, version)
+    }
+
+    async fn bring_in(&self, name: &str, version: u64, source: Source) -> Result<()> {
+        let turn = self.loads.acquire().await.map_err(|_| Error::Draining)?;
+        self.change(|catalog| catalog.loading(name, version));
+        let options = self.options.clone();
+        // Reads and converts gigabytes: a thread of its own.
+        let load = tokio::task::spawn_blocking(move || LoadedModel::load(&source, &options));
+        let model = load.await.map_err(|error| Error::internal(format!("loading: {error}")))??;
+        let facts = Facts { weights_digest: model.info.weights_digest.clone(), details: details(&model) };
+        let weights_digest = facts.weights_digest.clone();
+        self.change(|catalog| catalog.warming(name, version, facts));
+        let model = Arc::new(model);
+        let memory = Arc::downgrade(&model);
+        let identity = v1::ModelIdentity { name: name.to_owned(), version, weights_digest };
+        let handle = self.engine.attach(model, name, version).await?;
+        let served = Arc::new(Served { identity, handle, memory });
+        self.change(|catalog| catalog.available(name, version, served));
+        drop(turn);
+        Ok(())
+    }
+
+    fn status_of(&self, name: &str, version: u64) -> Result<v1::ModelStatus> {
+        let choice = Some(v1::model_spec::Choice::Version(version));
+        self.status(Some(&v1::ModelSpec { name: name.to_owned(), choice }))
+    }
+}
+
+fn details(model: &LoadedModel) -> v1::ModelDetails {
+    let info: &ModelInfo = &model.info;
+    let kind = match info.kind {
+        ModelKind::Language => v1::ModelKind::Language,
+        ModelKind::Preference => v1::ModelKind::Preference,
+    };
+    v1::ModelDetails {
+        kind: kind.into(),
+        architecture: info.architecture.clone(),
+        source: info.source.clone(),
+        dtype: info.dtype.to_owned(),
+        parameters: info.parameters,
+        weight_bytes: info.weight_bytes,
+        max_input_tokens: u32::try_from(info.max_input_tokens).unwrap_or(u32::MAX),
+        vocab_size: u32::try_from(info.vocab_size).unwrap_or(u32::MAX),
+        chat_template_sha256: model.text.chat_template_sha256().unwrap_or_default().to_owned(),
+        hhh_prompt: model.text.hhh_name().as_str().to_owned(),
+        reward_head: info.reward_head.clone().unwrap_or_default(),
+        normalization: info.normalization.map(|(mean, std)| v1::RewardNormalization { mean, std }),
+        adapter: info.adapter.clone().unwrap_or_default(),
+    }
+}

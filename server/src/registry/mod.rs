@@ -1,0 +1,163 @@
+//! The models that are served: which versions there are, and how they come and go.
+//!
+//! [`catalog`] is the state, and pure; this file puts a lock around it, tells everybody who watches what has changed,
+//! and holds what a caller gets; [`load`] brings versions in and sees them out.
+
+mod catalog;
+mod load;
+
+use std::ops::Deref;
+use std::sync::{Arc, Mutex, PoisonError, Weak};
+
+use plumb_model::loaded::{LoadOptions, LoadedModel};
+use plumb_proto::v1;
+use tokio::sync::{Semaphore, broadcast, watch};
+
+use self::catalog::Catalog;
+pub(crate) use self::catalog::Need;
+use crate::config::Defaults;
+use crate::engine::{Engine, ModelHandle};
+use crate::error::Result;
+use crate::telemetry::events::{ActiveVersionChanged, ModelStateChanged};
+
+/// Changes that a watcher may be behind before its stream ends with an error: hundreds of loads.
+const MAX_CHANGES_BEHIND: usize = 1024;
+
+/// A model that answers, under the name and version that it answers for. It stays in memory while somebody holds it.
+pub(crate) struct Served {
+    identity: v1::ModelIdentity,
+    handle: ModelHandle,
+    /// Tells when its memory is given back.
+    memory: Weak<LoadedModel>,
+}
+
+impl Served {
+    pub(crate) fn name(&self) -> &str {
+        &self.identity.name
+    }
+
+    pub(crate) fn version(&self) -> u64 {
+        self.identity.version
+    }
+
+    pub(crate) fn identity(&self) -> v1::ModelIdentity {
+        self.identity.clone()
+    }
+
+    pub(crate) fn handle(&self) -> ModelHandle {
+        self.handle.clone()
+    }
+}
+
+impl Deref for Served {
+    type Target = LoadedModel;
+
+    fn deref(&self) -> &LoadedModel {
+        &self.handle
+    }
+}
+
+/// What the available models are good for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Kinds {
+    pub(crate) language: bool,
+    pub(crate) preference: bool,
+}
+
+/// All models of a server.
+pub(crate) struct Registry {
+    catalog: Mutex<Catalog<Arc<Served>>>,
+    changes: broadcast::Sender<v1::ModelStatus>,
+    kinds: watch::Sender<Kinds>,
+    engine: Engine,
+    options: LoadOptions,
+    /// One load at a time: it has the disk and the memory for its copies to itself.
+    loads: Semaphore,
+}
+
+impl Registry {
+    pub(crate) fn new(engine: Engine, options: LoadOptions, defaults: Defaults) -> Arc<Self> {
+        Arc::new(Self {
+            catalog: Mutex::new(Catalog::new(defaults)),
+            changes: broadcast::Sender::new(MAX_CHANGES_BEHIND),
+            kinds: watch::Sender::default(),
+            engine,
+            options,
+            loads: Semaphore::new(1),
+        })
+    }
+
+    /// The model that a caller means; no message at all means the default too.
+    pub(crate) fn resolve(&self, spec: Option<&v1::ModelSpec>, need: Need) -> Result<Arc<Served>> {
+        let default = v1::ModelSpec::default();
+        self.read(|catalog| catalog.resolve(spec.unwrap_or(&default), need))
+    }
+
+    /// A version, in whatever state.
+    pub(crate) fn status(&self, spec: Option<&v1::ModelSpec>) -> Result<v1::ModelStatus> {
+        let default = v1::ModelSpec::default();
+        self.read(|catalog| catalog.status(spec.unwrap_or(&default)))
+    }
+
+    /// All versions, by name, then version.
+    pub(crate) fn statuses(&self) -> Vec<v1::ModelStatus> {
+        self.read(Catalog::statuses)
+    }
+
+    /// All versions as they are now, and every change from then on.
+    pub(crate) fn watch(&self) -> (Vec<v1::ModelStatus>, broadcast::Receiver<v1::ModelStatus>) {
+        // Under the lock, under which changes are sent too: nothing falls between the two.
+        self.read(|catalog| (catalog.statuses(), self.changes.subscribe()))
+    }
+
+    /// What the available models are good for, now and whenever that changes.
+    pub(crate) fn kinds(&self) -> watch::Receiver<Kinds> {
+        self.kinds.subscribe()
+    }
+
+    /// All models of the command line are available.
+    pub(crate) fn finish_start(&self) {
+        self.change(Catalog::finish_start);
+    }
+
+    /// Points a label at an available version, or removes it.
+    pub(crate) fn set_label(&self, name: &str, label: &str, version: Option<u64>) -> Result<()> {
+        self.change(|catalog| catalog.set_label(name, label, version))
+    }
+
+    fn read<T>(&self, read: impl FnOnce(&Catalog<Arc<Served>>) -> T) -> T {
+        read(&self.catalog.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Changes the catalog and tells everybody what is different: whoever changes something cannot forget to.
+    fn change<T>(&self, change: impl FnOnce(&mut Catalog<Arc<Served>>) -> T) -> T {
+        let mut catalog = self.catalog.lock().unwrap_or_else(PoisonError::into_inner);
+        let (before, active_before) = (catalog.statuses(), catalog.active_versions());
+        let result = change(&mut catalog);
+        for status in catalog.statuses() {
+            let key = |status: &v1::ModelStatus| status.model.as_ref().map(|model| (model.name.clone(), model.version));
+            let old = before.iter().find(|old| key(old) == key(&status));
+            if old == Some(&status) {
+                continue;
+            }
+            if old.is_none_or(|old| old.state != status.state) {
+                ModelStateChanged { status: &status, from: old.map(v1::ModelStatus::state) }.emit();
+            }
+            // Fails if nobody watches.
+            let _ = self.changes.send(status);
+        }
+        let active_after = catalog.active_versions();
+        let names: std::collections::BTreeSet<_> = active_before.keys().chain(active_after.keys()).collect();
+        for model in names {
+            let (from, to) = (active_before.get(model).copied(), active_after.get(model).copied());
+            if from != to {
+                ActiveVersionChanged { model, from, to }.emit();
+            }
+        }
+        self.kinds.send_replace(Kinds {
+            language: catalog.has(v1::ModelKind::Language),
+            preference: catalog.has(v1::ModelKind::Preference),
+        });
+        result
+    }
+}

@@ -1,0 +1,67 @@
+//! Rejection sampling: all samples are drawn to their ends, scored by a preference model, and ordered (Askell et al.
+//! 2021, section 3.2).
+
+use std::sync::Arc;
+
+use futures::future::try_join_all;
+use plumb_model::text::{RenderOptions, Response, TextInput};
+use plumb_proto::v1;
+
+use super::input::Objective;
+use super::sample::{Piece, Sample};
+use super::scoring::{ScoreCall, Scored};
+use super::{CallTimes, Context, rank};
+use crate::engine::Priority;
+use crate::error::Result;
+use crate::registry::Served;
+
+/// Who ranks, and what they are told.
+pub(super) struct Ranking {
+    pub(super) ranker: Arc<Served>,
+    /// What the samples answer; the ranker renders it in its own way.
+    pub(super) prompt: TextInput,
+    pub(super) text: RenderOptions,
+    pub(super) priority: Priority,
+    pub(super) times: CallTimes,
+}
+
+/// Draws all samples and answers them best first. One that the ranker cannot score, because it is too long for it for
+/// example, comes last and has no reward.
+pub(super) async fn draw(context: &Context, ranking: Ranking, samples: &mut [Sample]) -> Result<Vec<Piece>> {
+    let mut drawn = try_join_all(samples.iter_mut().map(complete)).await?;
+    let Ranking { ranker, prompt, text, priority, times } = ranking;
+    let answers = drawn.iter().map(|sample| Response::Text(sample.text.clone()));
+    let inputs =
+        answers.map(|response| Ok(TextInput::PromptResponse { prompt: Box::new(prompt.clone()), response })).collect();
+    let call = ScoreCall {
+        model: ranker,
+        inputs,
+        field: "samples",
+        text,
+        objective: Objective::MeanLogProb,
+        per_token: false,
+        priority,
+        times,
+    };
+    let Scored { results, .. } = context.score(call).await?;
+    let ordered = rank::order(results).into_iter().map(|ranked| {
+        let mut piece = std::mem::take(&mut drawn[ranked.index as usize]);
+        if let Some(end) = &mut piece.end {
+            end.reward = ranked.score.map(|score: v1::Score| score.reward);
+        }
+        piece
+    });
+    Ok(ordered.collect())
+}
+
+/// A sample from beginning to end, as one piece.
+async fn complete(sample: &mut Sample) -> Result<Piece> {
+    let mut whole = Piece::default();
+    while whole.end.is_none() {
+        let piece = sample.next().await?;
+        whole.text.push_str(&piece.text);
+        whole.token_ids.extend(piece.token_ids);
+        whole.end = piece.end;
+    }
+    Ok(whole)
+}

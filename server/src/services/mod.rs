@@ -1,0 +1,112 @@
+//! The rpcs. A service checks a request, hands it to what does the work, and shapes the answer.
+//!
+//! Read [`input`] first: it turns the wire's messages into what the model crate understands. [`scoring`] does the work
+//! of `Score`, `ScoreStream`, `Rank` and best-of; [`sample`] that of a generated text.
+
+mod best_of;
+mod generation;
+mod input;
+mod models;
+mod preference;
+mod rank;
+mod sample;
+mod scoring;
+mod stop;
+mod tokens;
+
+use std::future::Future;
+use std::sync::Arc;
+use std::time::Instant;
+
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+use tokio_util::sync::CancellationToken;
+use tonic::{Request, Status};
+use tracing::Instrument as _;
+
+pub(crate) use self::generation::GenerationService;
+pub(crate) use self::models::ModelsService;
+pub(crate) use self::preference::PreferenceService;
+pub(crate) use self::tokens::TokensService;
+use crate::admission::{TokenBudget, TokenPermit};
+use crate::config::Limits;
+use crate::engine::Engine;
+use crate::error::{Error, Result};
+use crate::layers::deadline::Deadline;
+use crate::layers::trace::Arrived;
+use crate::pool::CpuPool;
+use crate::registry::Registry;
+use crate::telemetry::events::Rejected;
+
+/// Messages of a stream that wait for a slow reader. The work goes on ahead of it by no more than this.
+const STREAM_BUFFER: usize = 16;
+
+/// What the services work with.
+pub(crate) struct Context {
+    pub(crate) registry: Arc<Registry>,
+    pub(crate) engine: Engine,
+    pub(crate) pool: CpuPool,
+    pub(crate) budget: Arc<TokenBudget>,
+    pub(crate) limits: Limits,
+    /// Cancelled when streams should come to an end, because the server does.
+    pub(crate) draining: CancellationToken,
+}
+
+impl Context {
+    /// Room for sequences of these lengths.
+    fn admit(&self, tokens: &[usize]) -> Result<Vec<TokenPermit>> {
+        let admitted = self.budget.admit(tokens, self.engine.load().tokens_per_second);
+        admitted.inspect_err(|error| Rejected { error }.emit())
+    }
+
+    /// Refuses a list that is empty or longer than a call may bring.
+    fn check_count(&self, field: &str, count: usize) -> Result<()> {
+        let limit = self.limits.max_client_batch_size;
+        match count {
+            0 => Err(Error::invalid(field, "at least one is needed")),
+            count if count > limit => Err(Error::invalid(field, format!("{count} are given, {limit} are allowed"))),
+            _ => Ok(()),
+        }
+    }
+}
+
+/// When a call came, and until when its answer is of use.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct CallTimes {
+    pub(crate) arrived: Instant,
+    pub(crate) deadline: Option<Instant>,
+}
+
+impl CallTimes {
+    fn of<T>(request: &Request<T>) -> Self {
+        let extensions = request.extensions();
+        Self {
+            arrived: extensions.get().map_or_else(Instant::now, |&Arrived(arrived)| arrived),
+            deadline: extensions.get().map(|&Deadline(deadline)| deadline),
+        }
+    }
+}
+
+/// A stream that `drive` feeds, in a task that ends when the stream is dropped: then `drive` is dropped with all the
+/// work that it holds. An error ends the stream.
+fn stream<T, F>(drive: impl FnOnce(mpsc::Sender<Result<T, Status>>) -> F) -> ReceiverStream<Result<T, Status>>
+where
+    T: Send + 'static,
+    F: Future<Output = Result<()>> + Send + 'static,
+{
+    let (sender, receiver) = mpsc::channel(STREAM_BUFFER);
+    let driven = drive(sender.clone());
+    let task = async move {
+        tokio::select! {
+            () = sender.closed() => {}
+            ended = driven => {
+                if let Err(error) = ended {
+                    // The reader may be gone.
+                    let _ = sender.send(Err(error.into())).await;
+                }
+            }
+        }
+    };
+    tokio::spawn(task.in_current_span());
+    ReceiverStream::new(receiver)
+}

@@ -1,0 +1,128 @@
+//! `plumb.v1.Models`: what is served, and changes to it.
+
+use std::sync::Arc;
+
+use plumb_model::checkpoint::Source;
+use plumb_proto::v1;
+use plumb_proto::v1::models_server::Models;
+use tokio::sync::broadcast::error::RecvError;
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Request, Response, Status};
+
+use super::Context;
+use crate::config::check_name;
+use crate::error::{Error, Result};
+
+/// The service.
+pub(crate) struct ModelsService {
+    context: Arc<Context>,
+}
+
+impl ModelsService {
+    pub(crate) fn new(context: Arc<Context>) -> Self {
+        Self { context }
+    }
+}
+
+#[tonic::async_trait]
+impl Models for ModelsService {
+    type WatchModelsStream = ReceiverStream<Result<v1::WatchModelsResponse, Status>>;
+
+    async fn list_models(&self, _: Request<v1::ListModelsRequest>) -> Result<Response<v1::ListModelsResponse>, Status> {
+        Ok(Response::new(v1::ListModelsResponse { models: self.context.registry.statuses() }))
+    }
+
+    async fn get_model(&self, request: Request<v1::GetModelRequest>) -> Result<Response<v1::GetModelResponse>, Status> {
+        let status = self.context.registry.status(request.into_inner().model.as_ref())?;
+        Ok(Response::new(v1::GetModelResponse { model: Some(status) }))
+    }
+
+    async fn load_version(
+        &self,
+        request: Request<v1::LoadVersionRequest>,
+    ) -> Result<Response<v1::LoadVersionResponse>, Status> {
+        let v1::LoadVersionRequest { name, version, source, adapter, revision } = request.into_inner();
+        check_name(&name).map_err(|message| Error::invalid("name", message))?;
+        if version == Some(0) {
+            return Err(Error::invalid("version", "versions begin at 1").into());
+        }
+        if source.is_empty() {
+            return Err(Error::invalid("source", "a folder, a .gguf file or a repository is needed").into());
+        }
+        let unless_empty = |text: String| (!text.is_empty()).then_some(text);
+        let source = Source { model: source, adapter: unless_empty(adapter), revision: unless_empty(revision) };
+        let registry = &self.context.registry;
+        let load = registry.announce(name, version, source)?;
+        let status = registry.load(load).await?;
+        Ok(Response::new(v1::LoadVersionResponse { model: Some(status) }))
+    }
+
+    async fn unload_version(
+        &self,
+        request: Request<v1::UnloadVersionRequest>,
+    ) -> Result<Response<v1::UnloadVersionResponse>, Status> {
+        let v1::UnloadVersionRequest { name, version } = request.into_inner();
+        let status = self.context.registry.unload(&name, version)?;
+        Ok(Response::new(v1::UnloadVersionResponse { model: Some(status) }))
+    }
+
+    async fn set_label(&self, request: Request<v1::SetLabelRequest>) -> Result<Response<v1::SetLabelResponse>, Status> {
+        let v1::SetLabelRequest { name, label, version } = request.into_inner();
+        check_name(&label).map_err(|message| Error::invalid("label", message))?;
+        let registry = &self.context.registry;
+        registry.set_label(&name, &label, version)?;
+        let model = match version {
+            None => None,
+            Some(version) => {
+                let choice = Some(v1::model_spec::Choice::Version(version));
+                Some(registry.status(Some(&v1::ModelSpec { name, choice }))?)
+            }
+        };
+        Ok(Response::new(v1::SetLabelResponse { model }))
+    }
+
+    async fn watch_models(
+        &self,
+        request: Request<v1::WatchModelsRequest>,
+    ) -> Result<Response<Self::WatchModelsStream>, Status> {
+        let context = Arc::clone(&self.context);
+        let name = request.into_inner().name;
+        Ok(Response::new(super::stream(|sender| watch(context, name, sender))))
+    }
+}
+
+/// Sends every state, then every change, until the server ends or the reader does.
+async fn watch(
+    context: Arc<Context>,
+    name: String,
+    sender: mpsc::Sender<Result<v1::WatchModelsResponse, Status>>,
+) -> Result<()> {
+    let is_wanted = |status: &v1::ModelStatus| {
+        name.is_empty() || status.model.as_ref().is_some_and(|identity| identity.name == name)
+    };
+    let (present, mut changes) = context.registry.watch();
+    for status in present.into_iter().filter(is_wanted) {
+        let response = v1::WatchModelsResponse { model: Some(status) };
+        sender.send(Ok(response)).await.map_err(|_| Error::Cancelled)?;
+    }
+    loop {
+        let change = tokio::select! {
+            () = context.draining.cancelled() => return Err(Error::Draining),
+            change = changes.recv() => change,
+        };
+        match change {
+            Ok(status) if is_wanted(&status) => {
+                let response = v1::WatchModelsResponse { model: Some(status) };
+                sender.send(Ok(response)).await.map_err(|_| Error::Cancelled)?;
+            }
+            Ok(_) => {}
+            // What was missed is gone: the watcher has to begin anew.
+            Err(RecvError::Lagged(_)) => {
+                let message = "the watcher fell behind; watch again".to_owned();
+                return Err(Error::Unavailable { message, retry_after: std::time::Duration::ZERO });
+            }
+            Err(RecvError::Closed) => return Err(Error::Draining),
+        }
+    }
+}

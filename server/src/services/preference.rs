@@ -1,0 +1,132 @@
+//! `plumb.v1.Preference`: Score, ScoreStream and Rank.
+
+use std::pin::Pin;
+use std::sync::Arc;
+
+use futures::{Stream, StreamExt as _, stream};
+use plumb_proto::v1;
+use plumb_proto::v1::preference_server::Preference;
+use tonic::{Request, Response, Status, Streaming};
+
+use super::input::{self, Objective};
+use super::scoring::{ScoreCall, Scored};
+use super::{CallTimes, Context, rank};
+use crate::error::{Error, Result};
+use crate::layers::trace::record_request_id;
+use crate::registry::Need;
+
+/// The service.
+pub(crate) struct PreferenceService {
+    context: Arc<Context>,
+}
+
+impl PreferenceService {
+    pub(crate) fn new(context: Arc<Context>) -> Self {
+        Self { context }
+    }
+}
+
+#[tonic::async_trait]
+impl Preference for PreferenceService {
+    type ScoreStreamStream = Pin<Box<dyn Stream<Item = Result<v1::ScoreResponse, Status>> + Send>>;
+
+    async fn score(&self, request: Request<v1::ScoreRequest>) -> Result<Response<v1::ScoreResponse>, Status> {
+        let times = CallTimes::of(&request);
+        Ok(Response::new(score(&self.context, request.into_inner(), times).await?))
+    }
+
+    async fn score_stream(
+        &self,
+        request: Request<Streaming<v1::ScoreRequest>>,
+    ) -> Result<Response<Self::ScoreStreamStream>, Status> {
+        let deadline = CallTimes::of(&request).deadline;
+        let in_flight = self.context.limits.max_stream_in_flight;
+        let context = Arc::clone(&self.context);
+        let draining = self.context.draining.clone();
+        // A request is read when an earlier one is answered: a client that sends faster than the server works is held
+        // up by flow control, and so is one that does not read its answers.
+        let answers = request
+            .into_inner()
+            .take_until(draining.clone().cancelled_owned())
+            .map(move |message| answer(Arc::clone(&context), message, deadline))
+            .buffer_unordered(in_flight);
+        // A client that still had something to say learns that it was not heard.
+        let end = stream::once(async move { draining.is_cancelled().then(|| Err(Error::Draining.into())) });
+        Ok(Response::new(Box::pin(answers.chain(end.filter_map(std::future::ready)))))
+    }
+
+    async fn rank(&self, request: Request<v1::RankRequest>) -> Result<Response<v1::RankResponse>, Status> {
+        let times = CallTimes::of(&request);
+        Ok(Response::new(rank_candidates(&self.context, request.into_inner(), times).await?))
+    }
+}
+
+/// One request of a stream; what is wrong with it does not end the stream.
+async fn answer(
+    context: Arc<Context>,
+    message: Result<v1::ScoreRequest, Status>,
+    deadline: Option<std::time::Instant>,
+) -> Result<v1::ScoreResponse, Status> {
+    let request = message?;
+    let times = CallTimes { arrived: std::time::Instant::now(), deadline };
+    let request_id = request.request_id.clone();
+    let response = score(&context, request, times).await;
+    Ok(response.unwrap_or_else(|error| v1::ScoreResponse {
+        request_id,
+        error: Some(v1::ItemError::from(&error)),
+        ..v1::ScoreResponse::default()
+    }))
+}
+
+async fn score(context: &Context, request: v1::ScoreRequest, times: CallTimes) -> Result<v1::ScoreResponse> {
+    let v1::ScoreRequest { model, items, text, objective, per_token, request_id, priority } = request;
+    record_request_id(&request_id);
+    context.check_count("items", items.len())?;
+    let call = ScoreCall {
+        text: input::render_options(text.as_ref(), context.limits.auto_truncate)?,
+        objective: Objective::parse(objective)?,
+        priority: input::priority(priority)?,
+        model: context.registry.resolve(model.as_ref(), Need::Any)?,
+        inputs: items.iter().map(input::text_input).collect(),
+        field: "items",
+        per_token,
+        times,
+    };
+    let identity = call.model.identity();
+    let Scored { results, timings } = context.score(call).await?;
+    let results = results.into_iter().map(|result| v1::ScoreResult {
+        outcome: Some(match result {
+            Ok(score) => v1::score_result::Outcome::Score(score),
+            Err(error) => v1::score_result::Outcome::Error(v1::ItemError::from(&error)),
+        }),
+    });
+    Ok(v1::ScoreResponse {
+        model: Some(identity),
+        results: results.collect(),
+        timings: Some(timings),
+        request_id,
+        error: None,
+    })
+}
+
+async fn rank_candidates(context: &Context, request: v1::RankRequest, times: CallTimes) -> Result<v1::RankResponse> {
+    let v1::RankRequest { model, prompt, candidates, text, objective, request_id, priority } = request;
+    record_request_id(&request_id);
+    context.check_count("candidates", candidates.len())?;
+    let prompt = input::text_input(&prompt.unwrap_or_default()).map_err(|error| error.within("prompt"))?;
+    let call = ScoreCall {
+        text: input::render_options(text.as_ref(), context.limits.auto_truncate)?,
+        objective: Objective::parse(objective)?,
+        priority: input::priority(priority)?,
+        model: context.registry.resolve(model.as_ref(), Need::Any)?,
+        // Every candidate is rendered as a whole, as Score would: equal tokens give equal bits, and the engine finds
+        // what they share.
+        inputs: candidates.iter().map(|candidate| input::candidate_input(&prompt, candidate)).collect(),
+        field: "candidates",
+        per_token: false,
+        times,
+    };
+    let identity = call.model.identity();
+    let Scored { results, timings } = context.score(call).await?;
+    Ok(v1::RankResponse { model: Some(identity), ranked: rank::order(results), timings: Some(timings), request_id })
+}
