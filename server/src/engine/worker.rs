@@ -64,7 +64,6 @@ impl Caller {
 }
 
 pub(super) struct Worker {
-    options: EngineOptions,
     commands: Receiver<Command>,
     gauges: Arc<Gauges>,
     pool: rayon::ThreadPool,
@@ -84,7 +83,6 @@ impl Worker {
     ) -> Self {
         Self {
             scheduler: Scheduler::new(options.limits()),
-            options,
             commands,
             gauges,
             pool,
@@ -277,7 +275,7 @@ impl Worker {
         match values {
             Ok(values) => {
                 for (slice, values) in plan.slices.iter().zip(values) {
-                    self.deliver(slice, values, duration);
+                    self.deliver(slice, values);
                 }
             }
             Err(error) => {
@@ -291,7 +289,7 @@ impl Worker {
         }
     }
 
-    fn deliver(&mut self, slice: &Slice, values: Vec<f32>, _duration: std::time::Duration) {
+    fn deliver(&mut self, slice: &Slice, values: Vec<f32>) {
         if values.iter().any(|v| v.is_nan()) {
             return self.fail(slice.id, Error::NonFinite { what: "a value that the model computed".into() });
         }
@@ -385,13 +383,8 @@ impl Worker {
             && let Some((_, reply)) = self.draining.take()
         {
             // Commands that come later find no `draining`, but the handle refuses them before they are sent.
-            drop(reply.send(()));
+            let _ = reply.send(());
         }
-    }
-
-    /// The options, for those who report them.
-    pub(super) fn options(&self) -> &EngineOptions {
-        &self.options
     }
 }
 

@@ -1,0 +1,180 @@
+//! `plumb-train` as a program, on the fixtures.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use plumb_model::checkpoint::Source;
+use plumb_model::checkpoint::manifest::Manifest;
+use tempfile::TempDir;
+
+/// Runs the program: its exit code, standard output and standard error.
+fn run(arguments: &[&str]) -> (i32, String, String) {
+    let output = Command::new(env!("CARGO_BIN_EXE_plumb-train")).args(arguments).output().unwrap();
+    let text = |bytes: Vec<u8>| String::from_utf8(bytes).unwrap();
+    (output.status.code().unwrap(), text(output.stdout), text(output.stderr))
+}
+
+fn fixture(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures").join(name).canonicalize().unwrap()
+}
+
+fn text(path: &Path) -> &str {
+    path.to_str().unwrap()
+}
+
+/// A copy of a fixture, to be broken.
+fn copy(name: &str) -> TempDir {
+    let folder = tempfile::tempdir().unwrap();
+    for entry in std::fs::read_dir(fixture(name)).unwrap() {
+        let entry = entry.unwrap();
+        std::fs::copy(entry.path(), folder.path().join(entry.file_name())).unwrap();
+    }
+    folder
+}
+
+/// The value of a line of `plumb-train`'s answers.
+fn value<'a>(answer: &'a str, name: &str) -> &'a str {
+    let line = answer.lines().find(|line| line.starts_with(name)).unwrap_or_else(|| panic!("no {name} in {answer}"));
+    line[name.len()..].trim()
+}
+
+fn names(folder: &Path) -> Vec<String> {
+    let mut names: Vec<String> =
+        std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+    names.sort();
+    names
+}
+
+#[test]
+fn a_published_version_loads_and_is_what_was_published() {
+    let root = tempfile::tempdir().unwrap();
+    let source = fixture("llama-pm");
+    let mut digests = Vec::new();
+    for version in ["1", "2"] {
+        let (code, out, err) = run(&["publish", text(&source), text(root.path()), "--name", "pm"]);
+        assert_eq!((code, err.as_str()), (0, ""));
+        let folder = root.path().join("pm").join(version);
+        assert_eq!(value(&out, "published"), text(&folder));
+        let manifest = Manifest::read(&folder).unwrap().unwrap();
+        manifest.verify(&folder).unwrap();
+        let files: Vec<&String> = manifest.files().keys().collect();
+        assert_eq!(files, names(&source).iter().collect::<Vec<_>>());
+
+        let (code, inspected, _) = run(&["inspect", text(&folder)]);
+        assert_eq!(code, 0);
+        assert_eq!(value(&inspected, "digest"), value(&out, "digest"));
+        digests.push(value(&out, "digest").to_owned());
+    }
+    assert_eq!(digests[0], digests[1]);
+    assert_eq!(digests[0].len(), 64);
+    assert_eq!(names(&root.path().join("pm")), ["1", "2"]);
+}
+
+#[test]
+fn a_version_that_exists_is_refused_and_stays_as_it_is() {
+    let root = tempfile::tempdir().unwrap();
+    let publish =
+        |fixture: PathBuf| run(&["publish", text(&fixture), text(root.path()), "--name", "pm", "--version", "7"]);
+    assert_eq!(publish(fixture("llama-pm")).0, 0);
+    let folder = root.path().join("pm/7");
+    let before = Manifest::read(&folder).unwrap().unwrap();
+    let (code, out, err) = publish(fixture("qwen2-pm"));
+    assert_eq!((code, out.as_str()), (1, ""));
+    assert!(err.starts_with("plumb-train: ") && err.contains("a published version never changes"), "{err}");
+    before.verify(&folder).unwrap();
+    assert_eq!(Manifest::read(&folder).unwrap().unwrap(), before);
+    assert_eq!(names(&root.path().join("pm")), ["7"]);
+}
+
+#[test]
+fn what_does_not_load_is_not_published() {
+    let check = |source: &Path, name: &str, words: &str| {
+        let root = tempfile::tempdir().unwrap();
+        let (code, out, err) = run(&["publish", text(source), text(root.path()), "--name", name]);
+        assert_eq!((code, out.as_str()), (1, ""), "{words}");
+        assert!(err.contains(words), "{words}: {err}");
+        assert_eq!(names(root.path()), [""; 0], "{words}");
+    };
+    let broken = |break_it: &dyn Fn(&Path)| {
+        let folder = copy("llama-pm");
+        break_it(folder.path());
+        folder
+    };
+    let cut = broken(&|folder| {
+        let weights = std::fs::read(folder.join("model.safetensors")).unwrap();
+        std::fs::write(folder.join("model.safetensors"), &weights[..weights.len() - 2]).unwrap();
+    });
+    check(cut.path(), "pm", "model.safetensors");
+    let wider = broken(&|folder| {
+        let config = std::fs::read_to_string(folder.join("config.json")).unwrap();
+        let wider = config.replace("\"intermediate_size\": ", "\"intermediate_size\": 1");
+        assert_ne!(wider, config);
+        std::fs::write(folder.join("config.json"), wider).unwrap();
+    });
+    check(wider.path(), "pm", "has shape");
+    let mute = broken(&|folder| std::fs::remove_file(folder.join("tokenizer.json")).unwrap());
+    check(mute.path(), "pm", "tokenizer.json");
+
+    check(&fixture("lora-pm"), "pm", "the folder holds an adapter");
+    check(&fixture("gguf/llama-lm.gguf"), "lm", "a folder with a checkpoint is missing");
+    // Not looked for on a hub either, although it reads like a repository.
+    check(Path::new("no/such"), "pm", "no/such: a folder with a checkpoint is missing");
+    check(&fixture("llama-pm"), "../pm", "`../pm` cannot be the name of a model");
+}
+
+#[test]
+fn inspect_tells_what_a_checkpoint_is() {
+    let check = |source: &str, rows: &[(&str, &str)]| {
+        let (code, out, err) = run(&["inspect", text(&fixture(source))]);
+        assert_eq!((code, err.as_str()), (0, ""), "{source}");
+        for (name, expected) in rows {
+            assert_eq!(value(&out, name), *expected, "{source}");
+        }
+    };
+    check(
+        "llama-pm",
+        &[
+            ("architecture", "LlamaForSequenceClassification"),
+            ("kind", "preference"),
+            ("head", "score.weight"),
+            ("dtype", "bf16"),
+            ("vocabulary", "280"),
+            ("context", "1024"),
+        ],
+    );
+    check("trl-value-head", &[("kind", "preference"), ("head", "v_head.summary.weight"), ("chat template", "none")]);
+    check(
+        "gguf/llama-lm.gguf",
+        &[("architecture", "llama"), ("kind", "language"), ("head", "vocabulary"), ("dtype", "f32")],
+    );
+    let (code, out, err) = run(&["inspect", text(&fixture("gguf"))]);
+    assert_eq!((code, out.as_str()), (1, ""));
+    assert!(err.contains("config.json"), "{err}");
+}
+
+#[test]
+fn parameters_are_those_of_the_files() {
+    let source = Source { model: text(&fixture("llama-pm")).to_owned(), ..Source::default() };
+    let inspection = plumb_trainer::inspect(&source).unwrap();
+    let header = std::fs::read(fixture("llama-pm").join("model.safetensors")).unwrap();
+    let header_bytes = u64::from_le_bytes(header[..8].try_into().unwrap());
+    // bf16: two bytes each.
+    assert_eq!(inspection.info.parameters, (header.len() as u64 - 8 - header_bytes) / 2);
+    let template = inspection.chat_template_sha256.clone().unwrap();
+    assert!(inspection.to_string().contains(&template));
+}
+
+#[test]
+fn a_command_line_that_makes_no_sense_is_64() {
+    for (arguments, words) in [
+        (&[][..], "Usage"),
+        (&["publish", "x", "y"], "--name"),
+        (&["publish", "x", "y", "--name", "pm", "--version", "0"], "0 is not in"),
+        (&["inspect"], "<SOURCE>"),
+    ] {
+        let (code, out, err) = run(arguments);
+        assert_eq!((code, out.as_str()), (64, ""), "{arguments:?}");
+        assert!(err.contains(words), "{arguments:?}: {err}");
+    }
+    assert_eq!(run(&["--help"]).0, 0);
+}
