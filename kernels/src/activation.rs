@@ -44,9 +44,7 @@ fn rows<E: Element>(activation: Activation, x: &[f32], stride: usize, width: usi
         for (x, out) in x[rows.start * stride..].chunks_exact(stride).zip(out.chunks_exact_mut(width)) {
             match activation {
                 Activation::Silu => dispatch(x, out, |x| x * sigmoid(x)),
-                Activation::Gelu => {
-                    dispatch(x, out, |x| 0.5 * x * (1.0 + erf(x * std::f32::consts::FRAC_1_SQRT_2)))
-                }
+                Activation::Gelu => dispatch(x, out, |x| 0.5 * x * (1.0 + erf(x * std::f32::consts::FRAC_1_SQRT_2))),
                 Activation::GeluTanh => {
                     // sqrt(2 / pi)
                     const C: f32 = 0.797_884_6;

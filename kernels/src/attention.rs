@@ -210,14 +210,7 @@ pub struct Rule {
 ///
 /// # Panics
 /// If shapes do not fit or a span lacks pages.
-pub fn attention<E: Element>(
-    q: &[E],
-    kv: &KvPages<E>,
-    layer: usize,
-    spans: &[Span<'_>],
-    rule: Rule,
-    out: &mut [E],
-) {
+pub fn attention<E: Element>(q: &[E], kv: &KvPages<E>, layer: usize, spans: &[Span<'_>], rule: Rule, out: &mut [E]) {
     let rows = spans.iter().map(|s| s.len).sum::<usize>();
     assert!(rule.heads.is_multiple_of(kv.kv_heads) && padded(rule.head_dim) == kv.padded_dim, "heads");
     assert_eq!(q.len(), rows * rule.heads * kv.padded_dim, "shape of q");
@@ -324,7 +317,8 @@ impl<'a, E: Element> GroupTile<'a, E> {
         for row in 0..self.state.len() {
             let position = self.span.position + row / self.group;
             let first = self.rule.window.map_or(0, |w| (position + 1).saturating_sub(w));
-            let seen = first.saturating_sub(block_start).min(columns)..(position + 1).saturating_sub(block_start).min(columns);
+            let seen =
+                first.saturating_sub(block_start).min(columns)..(position + 1).saturating_sub(block_start).min(columns);
             soft_max_row(
                 &mut self.scores[row * BLOCK..row * BLOCK + columns],
                 seen,
@@ -498,8 +492,7 @@ mod tests {
         let table: Vec<u32> = (0..pages as u32).rev().collect();
         let other: Vec<u32> = (pages as u32..).take(neighbour.div_ceil(PAGE)).collect();
         let rotary = Rotary::new(&vec![0.1; case.dim / 4], case.tokens.max(neighbour));
-        let how =
-            Prepare { heads: case.heads, head_dim: case.dim, q_norm: None, k_norm: None, rotary: &rotary };
+        let how = Prepare { heads: case.heads, head_dim: case.dim, q_norm: None, k_norm: None, rotary: &rotary };
         let mut result = Vec::new();
         let mut position = 0;
         for (i, step) in steps.iter().enumerate() {
@@ -535,8 +528,7 @@ mod tests {
 
     fn check<E: Element>(case: &Case, cut: usize, tolerance: f32) {
         let width = (case.heads + 2 * case.kv_heads) * case.dim;
-        let qkv: Vec<f32> =
-            numbers(case.tokens * width, 1).into_iter().map(|x| E::from_f32(x).to_f32()).collect();
+        let qkv: Vec<f32> = numbers(case.tokens * width, 1).into_iter().map(|x| E::from_f32(x).to_f32()).collect();
         let whole = run::<E>(case, &qkv, &[case.tokens], 0);
         let rotary = Rotary::new(&vec![0.1; case.dim / 4], case.tokens);
         for h in 0..case.heads {

@@ -7,7 +7,10 @@
 //! Weights and caches are held as [`Element`]s (`f32` or `bf16`); sums, norms, soft-max and residuals are `f32`.
 //! Slow, plain versions of everything are in [`mod@reference`], for tests.
 
-#![expect(unsafe_code, reason = "vector instructions, shared output buffers and file mappings; each with its safety argument")]
+#![expect(
+    unsafe_code,
+    reason = "vector instructions, shared output buffers and file mappings; each with its safety argument"
+)]
 
 pub mod element;
 pub mod math;

@@ -147,9 +147,7 @@ impl<E: Element> Linear<E> {
                 let columns = panel * PANEL..((panel + 1) * PANEL).min(self.outputs);
                 for (r, sums) in block.clone().zip(sums.chunks_exact(PANEL)) {
                     // SAFETY: pieces differ in their rows or their columns.
-                    let out = unsafe {
-                        shared.range(r * self.outputs + columns.start..r * self.outputs + columns.end)
-                    };
+                    let out = unsafe { shared.range(r * self.outputs + columns.start..r * self.outputs + columns.end) };
                     self.store(columns.start, sums, out, store);
                 }
             }
@@ -202,8 +200,10 @@ mod tests {
         let weights = values::<E>(outputs * inputs, 1);
         let bias: Vec<f32> = values::<f32>(outputs, 5);
         let split = outputs / 3 * inputs;
-        let layer =
-            LinearBuilder::new(outputs, inputs).rows(&weights[..split]).rows(&weights[split..]).finish(Some(bias.clone()));
+        let layer = LinearBuilder::new(outputs, inputs)
+            .rows(&weights[..split])
+            .rows(&weights[split..])
+            .finish(Some(bias.clone()));
         let x = values::<E>(rows * inputs, 2);
         let mut out = vec![1.0; rows * outputs];
         layer.forward(&x, &mut out, Store::Add);

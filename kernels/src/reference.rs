@@ -32,9 +32,10 @@ pub fn layer_norm(x: &[f32], weight: &[f32], bias: &[f32], eps: f32) -> Vec<f32>
         let variance = x.iter().map(|x| (f64::from(*x) - mean).powi(2)).sum::<f64>() / n;
         let scale = 1.0 / (variance + f64::from(eps)).sqrt();
         y.extend(
-            x.iter().zip(weight).zip(bias).map(|((x, w), b)| {
-                ((f64::from(*x) - mean) * scale * f64::from(*w) + f64::from(*b)) as f32
-            }),
+            x.iter()
+                .zip(weight)
+                .zip(bias)
+                .map(|((x, w), b)| ((f64::from(*x) - mean) * scale * f64::from(*w) + f64::from(*b)) as f32),
         );
     }
     y
@@ -69,8 +70,7 @@ pub fn attention(q: &[f32], k: &[f32], v: &[f32], dim: usize, rule: AttentionRul
         let weights: Vec<f64> = scores.iter().map(|s| (s - max).exp()).collect();
         let total: f64 = weights.iter().sum();
         for d in 0..dim {
-            let sum: f64 =
-                weights.iter().zip(first..).map(|(w, j)| w * f64::from(v[j * dim + d])).sum();
+            let sum: f64 = weights.iter().zip(first..).map(|(w, j)| w * f64::from(v[j * dim + d])).sum();
             out.push((sum / total) as f32);
         }
     }

@@ -5,11 +5,13 @@ use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
 
+use futures::FutureExt as _;
 use plumb_model::loaded::{DTypeChoice, LoadOptions};
 use plumb_model::text::HhhPrompts;
 use plumb_proto::v1;
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::AbortOnDropHandle;
 use tonic::service::Routes;
 use tonic::transport::server::TcpIncoming;
 
@@ -128,6 +130,9 @@ async fn serve(config: Config) -> Result<(), Failure> {
 
 /// A server that listens. Until it is [run](Server::run) it serves nothing.
 pub struct Server {
+    /// What is of use until the last moment. Dropped first: after that, nobody wonders where the engine has gone.
+    #[expect(dead_code, reason = "only held")]
+    background: Vec<AbortOnDropHandle<()>>,
     config: Config,
     grpc: SocketAddr,
     metrics: SocketAddr,
@@ -163,6 +168,7 @@ impl Server {
         let registry = Registry::new(engine.clone(), load_options(&config, hhh), config.defaults.clone());
         let (reporter, health_service) = tonic_health::server::health_reporter();
         let health = Health::new(reporter).await;
+        let gate = Gate::new(config.limits.max_concurrent_requests);
         let draining = CancellationToken::new();
         let context = Arc::new(Context {
             registry: Arc::clone(&registry),
@@ -171,9 +177,9 @@ impl Server {
             budget: TokenBudget::new(config.limits.max_queue_tokens),
             limits: config.limits.clone(),
             draining: draining.clone(),
+            aborted: gate.aborted(),
         });
 
-        let gate = Gate::new(config.limits.max_concurrent_requests);
         let routes = services(&context)?.add_service(health_service);
         let routes = layers::around(routes.into_axum_router(), Keys::new(&config.access), Arc::clone(&gate));
         let accepting = CancellationToken::new();
@@ -185,19 +191,21 @@ impl Server {
             served.map_err(|error| Error::internal(format!("listening: {error}")))
         });
 
-        // These end with the process: they are of use until its last moment.
         let probes = exporter::Probes { alive: health.alive(), ready: health.ready() };
-        tokio::spawn(axum::serve(metrics_listener, exporter::routes(exposition.clone(), probes)).into_future());
-        tokio::spawn(metrics::upkeep(exposition));
+        let exporter = axum::serve(metrics_listener, exporter::routes(exposition.clone(), probes)).into_future();
         let (follower, kinds, alive) = (Arc::clone(&health), registry.kinds(), engine.alive());
-        tokio::spawn(async move { follower.follow(kinds, alive).await });
+        let background = vec![
+            AbortOnDropHandle::new(tokio::spawn(exporter.map(drop))),
+            AbortOnDropHandle::new(tokio::spawn(metrics::upkeep(exposition))),
+            AbortOnDropHandle::new(tokio::spawn(async move { follower.follow(kinds, alive).await })),
+        ];
 
         Listening { grpc, metrics }.emit();
         if let Some(path) = &config.listen.port_file {
             write_ports(path, grpc, metrics)?;
         }
-        let shutdown = Shutdown { health, gate, engine, accepting, draining, connections };
-        Ok(Self { config, grpc, metrics, registry, shutdown })
+        let shutdown = Shutdown { health, gate, accepting, draining, connections };
+        Ok(Self { background, config, grpc, metrics, registry, shutdown })
     }
 
     /// Where rpcs are taken.
@@ -220,7 +228,10 @@ impl Server {
         let mut asked = std::pin::pin!(asked);
         let by = tokio::select! {
             by = &mut asked => by,
-            failure = self.serve() => return Err(failure),
+            failure = self.serve() => {
+                self.shutdown.give_up().await;
+                return Err(failure);
+            }
         };
         self.shutdown.run(by, self.config.shutdown).await;
         Ok(())

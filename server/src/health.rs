@@ -148,4 +148,20 @@ mod tests {
         check(Phase::Starting, yes, yes, yes, [no; 5]);
         check(Phase::Stopping, yes, yes, yes, [no; 5]);
     }
+
+    #[tokio::test]
+    async fn the_end_of_the_engine_is_noticed() {
+        let health = Health::new(HealthReporter::new()).await;
+        health.set_phase(Phase::Serving).await;
+        let kinds = watch::Sender::new(Kinds { language: true, preference: false });
+        let (engine, alive) = watch::channel(true);
+        let follower = Arc::clone(&health);
+        let following = tokio::spawn(async move { follower.follow(kinds.subscribe(), alive).await });
+        let mut ready = health.ready();
+        ready.wait_for(|ready| *ready).await.unwrap();
+        drop(engine);
+        health.engine_died().await;
+        following.await.unwrap();
+        assert!(!*ready.borrow() && !*health.alive().borrow());
+    }
 }

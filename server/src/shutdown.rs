@@ -10,7 +10,6 @@ use tokio::time::{sleep, timeout, timeout_at};
 use tokio_util::sync::CancellationToken;
 
 use crate::config;
-use crate::engine::Engine;
 use crate::error::{Error, Result};
 use crate::health::{Health, Phase};
 use crate::layers::admission::Gate;
@@ -24,7 +23,6 @@ const LAST_BYTES: Duration = Duration::from_secs(1);
 pub(crate) struct Shutdown {
     pub(crate) health: Arc<Health>,
     pub(crate) gate: Arc<Gate>,
-    pub(crate) engine: Engine,
     /// Cancelled to close the listening socket, and connections as soon as they are idle.
     pub(crate) accepting: CancellationToken,
     /// Cancelled to bring streams to an end.
@@ -51,14 +49,19 @@ impl Shutdown {
         if timeout_at(deadline.into(), self.gate.empty()).await.is_err() {
             ShutdownStep::TimedOut { in_flight: self.gate.in_flight() }.emit();
             // The rest fails with UNAVAILABLE.
-            let failed = async {
-                self.engine.drain(Instant::now()).await;
-                self.gate.empty().await;
-            };
-            let _ = timeout(LAST_BYTES, failed).await;
+            self.gate.abort();
+            let _ = timeout(LAST_BYTES, self.gate.empty()).await;
         }
         let _ = timeout(LAST_BYTES, self.connections).await;
         ShutdownStep::Done.emit();
+    }
+
+    /// Lets calls that have failed tell their callers, where there is nothing left to be done for them.
+    pub(crate) async fn give_up(&self) {
+        self.accepting.cancel();
+        self.gate.close();
+        self.gate.abort();
+        let _ = timeout(LAST_BYTES, self.gate.empty()).await;
     }
 }
 

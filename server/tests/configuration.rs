@@ -5,7 +5,12 @@ use std::process::{Command, Output};
 
 /// Runs the binary with nothing in its environment but `env`.
 fn run(arguments: &[&str], env: &[(&str, &str)]) -> Output {
-    Command::new(env!("CARGO_BIN_EXE_plumb-server")).args(arguments).env_clear().envs(env.iter().copied()).output().unwrap()
+    Command::new(env!("CARGO_BIN_EXE_plumb-server"))
+        .args(arguments)
+        .env_clear()
+        .envs(env.iter().copied())
+        .output()
+        .unwrap()
 }
 
 fn text(bytes: &[u8]) -> String {
@@ -39,7 +44,7 @@ fn flag_before_environment_before_file_before_default() {
     let from_file = [("PLUMB_CONFIG", path)];
     let from_both = [("PLUMB_CONFIG", path), ("PLUMB_MAX_BATCH_TOKENS", "2"), ("PLUMB_JSON_OUTPUT", "false")];
     let option = "max-batch-tokens";
-    check(&[], &[], option, "16384", "default");
+    check(&[], &[], option, "4096", "default");
     check(&[], &from_file, option, "3", "file");
     check(&["--config", path], &[], option, "3", "file");
     check(&[], &from_both, option, "2", "environment");
@@ -75,7 +80,8 @@ fn a_wrong_configuration_ends_with_64_and_says_what_is_wrong() {
 
 #[test]
 fn a_model_that_does_not_load_ends_with_1() {
-    let output = run(&["--model-id", "/no/such/folder", "--port", "0", "--prometheus-port", "0"], &[("HF_HUB_OFFLINE", "1")]);
+    let output =
+        run(&["--model-id", "/no/such/folder", "--port", "0", "--prometheus-port", "0"], &[("HF_HUB_OFFLINE", "1")]);
     assert_eq!(output.status.code(), Some(1), "{}", text(&output.stderr));
     assert!(text(&output.stderr).contains("/no/such/folder"), "{}", text(&output.stderr));
 }
@@ -85,7 +91,10 @@ fn help_and_version_go_to_standard_output() {
     let help = run(&["--help"], &[("PLUMB_API_KEY", "hidden")]);
     assert_eq!(help.status.code(), Some(0));
     let help = text(&help.stdout);
-    assert!(help.contains("Examples:") && help.contains("PLUMB_MAX_BATCH_TOKENS") && !help.contains("hidden"), "{help}");
+    assert!(
+        help.contains("Examples:") && help.contains("PLUMB_MAX_BATCH_TOKENS") && !help.contains("hidden"),
+        "{help}"
+    );
     let version = run(&["--version"], &[]);
     assert_eq!(text(&version.stdout).trim(), concat!("plumb-server ", env!("CARGO_PKG_VERSION")));
 }

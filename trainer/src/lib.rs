@@ -3,6 +3,17 @@
 //! [`inspect`] says what a checkpoint is; [`publish`] makes a version of it. Both load it first, with the decoder that
 //! will serve it: what is missing, extra or misshapen is found here, not at the next start of a server.
 //!
+//! ```
+//! use plumb_model::checkpoint::Source;
+//!
+//! # fn main() -> plumb_model::Result<()> {
+//! let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/fixtures/llama-pm");
+//! let found = plumb_trainer::inspect(&Source { model: folder.to_owned(), ..Source::default() })?;
+//! assert_eq!(found.info.architecture, "LlamaForSequenceClassification");
+//! # Ok(())
+//! # }
+//! ```
+//!
 //! Nothing here knows how models are served.
 
 use std::fmt;

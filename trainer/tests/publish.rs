@@ -1,5 +1,7 @@
 //! `plumb-train` as a program, on the fixtures.
 
+#![expect(clippy::unwrap_used, clippy::panic, reason = "a test may stop where it stands, in its helpers too")]
+
 use std::path::{Path, PathBuf};
 use std::process::Command;
 

@@ -74,7 +74,8 @@ impl<E: Load> Stack<E> {
         let final_norm = taker.norm(names.final_norm, config.hidden_size)?;
         let (embedding, head) = match &config.head {
             config::Head::Language => {
-                let logits = |rows: &[E]| LinearBuilder::new(config.vocab_size, config.hidden_size).rows(rows).finish(None);
+                let logits =
+                    |rows: &[E]| LinearBuilder::new(config.vocab_size, config.hidden_size).rows(rows).finish(None);
                 let softcap = config.logit_softcap;
                 if config.tie_word_embeddings {
                     (None, Head::Language { logits: logits(&table), softcap })
@@ -111,11 +112,8 @@ impl<E: Load> Stack<E> {
 
     /// Weights in number and in bytes.
     pub(super) fn size(&self) -> (u64, u64) {
-        let linear: usize = self
-            .layers
-            .iter()
-            .map(|l| l.qkv.bytes() + l.output.bytes() + l.up.bytes() + l.down.bytes())
-            .sum();
+        let linear: usize =
+            self.layers.iter().map(|l| l.qkv.bytes() + l.output.bytes() + l.up.bytes() + l.down.bytes()).sum();
         let head = match &self.head {
             Head::Language { logits, .. } => logits.bytes(),
             Head::Reward { weight, .. } => weight.len() * 4,

@@ -41,12 +41,7 @@ pub(super) struct Buffers<E> {
 }
 
 impl<E: Load> Stack<E> {
-    pub(super) fn step(
-        &self,
-        step: &Step<'_>,
-        kv: &mut KvPages<E>,
-        buffers: &mut Buffers<E>,
-    ) -> Result<Vec<Vec<f32>>> {
+    pub(super) fn step(&self, step: &Step<'_>, kv: &mut KvPages<E>, buffers: &mut Buffers<E>) -> Result<Vec<Vec<f32>>> {
         step.sequences.iter().try_for_each(|sequence| self.check(sequence))?;
         let rows: usize = step.sequences.iter().map(|s| s.tokens.len()).sum();
         if rows == 0 {
@@ -315,8 +310,7 @@ fn spans<'a>(step: &Step<'a>) -> Vec<Span<'a>> {
     step.sequences
         .iter()
         .map(|sequence| {
-            let span =
-                Span { row, len: sequence.tokens.len(), position: sequence.position, pages: sequence.pages };
+            let span = Span { row, len: sequence.tokens.len(), position: sequence.position, pages: sequence.pages };
             row += span.len;
             span
         })

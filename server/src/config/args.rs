@@ -99,8 +99,8 @@ pub enum DType {
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Engine")]
 pub(crate) struct EngineFlags {
-    /// Most tokens in a batch.
-    #[arg(long, env = "PLUMB_MAX_BATCH_TOKENS", default_value_t = 16_384, value_parser = count())]
+    /// Most tokens in a batch. More of them keep a large device busy; fewer let a short call pass a long one sooner.
+    #[arg(long, env = "PLUMB_MAX_BATCH_TOKENS", default_value_t = 4096, value_parser = count())]
     pub(crate) max_batch_tokens: usize,
     /// Most sequences in a batch.
     #[arg(long, env = "PLUMB_MAX_BATCH_SEQUENCES", default_value_t = 256, value_parser = count())]

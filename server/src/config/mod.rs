@@ -299,22 +299,19 @@ fn origins(command: &Command, matches: &ArgMatches, file: &FileValues) -> Vec<Or
         .filter(|(argument, _)| !["help", "version", "print_config"].contains(&argument.get_id().as_str()))
         .map(|(argument, long)| {
             let id = argument.get_id().as_str();
-            let values: Vec<_> = matches
-                .get_raw(id)
-                .into_iter()
-                .flatten()
-                .map(|value| match argument.is_hide_env_values_set() {
-                    true => secret::MASK.into(),
-                    false => value.to_string_lossy(),
-                })
-                .collect();
+            let values: Vec<_> =
+                matches.get_raw(id).into_iter().flatten().map(|value| value.to_string_lossy()).collect();
+            let value = match argument.is_hide_env_values_set() && !values.is_empty() {
+                true => secret::MASK.to_owned(),
+                false => values.join(","),
+            };
             let origin = match matches.value_source(id) {
                 Some(ValueSource::CommandLine) => "flag",
                 Some(ValueSource::EnvVariable) => "environment",
                 _ if file.contains_key(id) => "file",
                 _ => "default",
             };
-            Origin { option: long.to_owned(), value: values.join(","), origin }
+            Origin { option: long.to_owned(), value, origin }
         })
         .collect()
 }

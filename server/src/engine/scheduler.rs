@@ -219,15 +219,15 @@ impl Scheduler {
     /// Removes a model, and answers what was left of its sequences.
     pub fn remove_model(&mut self, model: ModelKey) -> Vec<SequenceId> {
         self.queues.remove(&model);
-        let left: Vec<_> =
-            self.entries.iter().filter(|(_, e)| e.sequence.model == model).map(|(id, _)| *id).collect();
+        let left: Vec<_> = self.entries.iter().filter(|(_, e)| e.sequence.model == model).map(|(id, _)| *id).collect();
         left.iter().for_each(|id| drop(self.entries.remove(id)));
         left
     }
 
     /// Takes a sequence in, or hands it back if its model is not there or could never hold it.
     pub fn add(&mut self, sequence: NewSequence) -> Result<SequenceId, NewSequence> {
-        let entry = Entry { sequence, table: None, cached: 0, done: 0, passed_over: 0, started: None, values: Vec::new() };
+        let entry =
+            Entry { sequence, table: None, cached: 0, done: 0, passed_over: 0, started: None, values: Vec::new() };
         match self.queues.get_mut(&entry.sequence.model) {
             Some(queue) if entry.final_length() <= queue.cache.capacity() && !entry.tokens().is_empty() => {
                 let id = self.next_id;
@@ -414,7 +414,10 @@ impl Queue {
     /// Keeps the state of a prefix once the first sequence that begins with it has computed it.
     fn pin(&mut self, entry: &Entry) {
         let prefix = &entry.sequence.tokens[..entry.sequence.pinned_prefix.min(entry.done)];
-        if prefix.len() < entry.sequence.pinned_prefix || prefix.is_empty() || self.pinned.iter().any(|(p, _)| p == prefix) {
+        if prefix.len() < entry.sequence.pinned_prefix
+            || prefix.is_empty()
+            || self.pinned.iter().any(|(p, _)| p == prefix)
+        {
             return;
         }
         let whole = prefix.len() / plumb_model::cache::PAGE * plumb_model::cache::PAGE;

@@ -11,10 +11,8 @@ use plumb_model::decoder::{KvStore, Read, Step, StepSequence, Workspace};
 use plumb_model::loaded::LoadedModel;
 use tokio::sync::{mpsc, oneshot};
 
-use super::scheduler::{
-    ModelKey, NewSequence, Plan, Scheduler, SequenceId, Slice, Want as Wanted, log_prob_rows,
-};
-use super::{EngineOptions, Finish, GenerateEvent, GenerateJob, Gauges, Sequence, SequenceOutput, Want};
+use super::scheduler::{ModelKey, NewSequence, Plan, Scheduler, SequenceId, Slice, Want as Wanted, log_prob_rows};
+use super::{EngineOptions, Finish, Gauges, GenerateEvent, GenerateJob, Sequence, SequenceOutput, Want};
 use crate::error::{Error, Result};
 use crate::telemetry::events::{BatchRun, PrefixEvictions, QueueChanged};
 
@@ -247,9 +245,7 @@ impl Worker {
                     Wanted::Reward if last => Read::LastReward,
                     Wanted::Generate { .. } if last => Read::LastLogits,
                     Wanted::TokenRewards => Read::Rewards,
-                    Wanted::LogProbs(range) => {
-                        Read::LogProbs { rows: log_prob_rows(range, &slice.positions), targets }
-                    }
+                    Wanted::LogProbs(range) => Read::LogProbs { rows: log_prob_rows(range, &slice.positions), targets },
                     _ => Read::Nothing,
                 },
             });

@@ -8,6 +8,7 @@ use axum::extract::{Request, State};
 use axum::middleware::Next;
 use axum::response::Response;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio_util::sync::CancellationToken;
 use tonic::Status;
 
 use super::body;
@@ -23,12 +24,20 @@ pub(crate) struct Gate {
     limit: u32,
     room: Arc<Semaphore>,
     closed: AtomicBool,
+    /// Cancelled to fail what is in flight.
+    abort: CancellationToken,
 }
 
 impl Gate {
     pub(crate) fn new(limit: usize) -> Arc<Self> {
         let limit = u32::try_from(limit).unwrap_or(u32::MAX);
-        Arc::new(Self { limit, room: Arc::new(Semaphore::new(limit as usize)), closed: AtomicBool::new(false) })
+        let room = Arc::new(Semaphore::new(limit as usize));
+        Arc::new(Self { limit, room, closed: AtomicBool::new(false), abort: CancellationToken::new() })
+    }
+
+    /// Cancelled when calls in flight have to fail: streams, whose answer has begun, look at it themselves.
+    pub(crate) fn aborted(&self) -> CancellationToken {
+        self.abort.clone()
     }
 
     /// Calls in flight.
@@ -39,6 +48,11 @@ impl Gate {
     /// Lets nobody in any more.
     pub(crate) fn close(&self) {
         self.closed.store(true, Ordering::Release);
+    }
+
+    /// Fails all calls in flight, whatever they wait for: the engine may be in the middle of a long step.
+    pub(crate) fn abort(&self) {
+        self.abort.cancel();
     }
 
     /// Waits until no call is in flight. The gate has to be closed.
@@ -65,7 +79,10 @@ pub(crate) async fn admission(State(gate): State<Arc<Gate>>, request: Request, n
     }
     match gate.enter() {
         Ok(permit) => {
-            let response = next.run(request).await;
+            let response = tokio::select! {
+                response = next.run(request) => response,
+                () = gate.abort.cancelled() => Status::from(Error::Draining).into_http(),
+            };
             body::on_end(response, move |_| drop(permit))
         }
         Err(error) => {

@@ -16,16 +16,20 @@ pub(crate) struct Deadline(pub(crate) Instant);
 
 /// Tells the service the deadline, and gives up on it then: dropping a call takes its work out of the queue.
 pub(crate) async fn deadline(mut request: Request, next: Next) -> Response {
-    let timeout = request.headers().get("grpc-timeout").and_then(|value| parse(value.to_str().ok()?));
-    let Some(timeout) = timeout else { return next.run(request).await };
-    let arrived = request.extensions().get().map_or_else(Instant::now, |&Arrived(arrived)| arrived);
-    let Some(deadline) = arrived.checked_add(timeout) else { return next.run(request).await };
+    let Some(deadline) = of(&request) else { return next.run(request).await };
     request.extensions_mut().insert(Deadline(deadline));
     // tonic has a timer of its own outside of the layers, set later and so never earlier; it would say CANCELLED.
     match tokio::time::timeout_at(deadline.into(), next.run(request)).await {
         Ok(response) => response,
         Err(_) => Status::from(Error::DeadlineExceeded).into_http(),
     }
+}
+
+/// Until when the caller says that it waits.
+pub(super) fn of(request: &Request) -> Option<Instant> {
+    let timeout = parse(request.headers().get("grpc-timeout")?.to_str().ok()?)?;
+    let arrived = request.extensions().get().map_or_else(Instant::now, |&Arrived(arrived)| arrived);
+    arrived.checked_add(timeout)
 }
 
 /// Up to eight digits and a unit, as the protocol has it.

@@ -10,6 +10,7 @@ use v1::{ModelKind, ModelState};
 
 use crate::config::Defaults;
 use crate::error::{Error, Result};
+use crate::telemetry::events::kind_name;
 
 /// Most versions that may be in memory, or on the way there. The rest of the memory belongs to the caches.
 const MAX_LIVE_VERSIONS: usize = 16;
@@ -275,7 +276,7 @@ impl<H: Clone> Catalog<H> {
         if !need.kinds().contains(&version.kind()) {
             let has = kind_name(version.kind());
             let needs = kind_name(need.kinds()[0]);
-            let message = format!("`{}` is a {has} model; this rpc needs a {needs} model", model.name);
+            let message = format!("`{}` is a {has} model; a {needs} model is needed here", model.name);
             return Err(Error::failed_precondition(message));
         }
         Ok(handle.clone())
@@ -394,15 +395,6 @@ impl<H> Model<H> {
     fn labelled(&self, label: &str) -> Result<u64> {
         let number = self.labels.get(label).copied();
         number.ok_or_else(|| Error::not_found(format!("model `{}` has no label `{label}`", self.name)))
-    }
-}
-
-/// A kind as it is written in messages.
-fn kind_name(kind: ModelKind) -> &'static str {
-    match kind {
-        ModelKind::Language => "language",
-        ModelKind::Preference => "preference",
-        ModelKind::Unspecified => "unknown",
     }
 }
 

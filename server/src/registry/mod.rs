@@ -141,7 +141,7 @@ impl Registry {
                 continue;
             }
             if old.is_none_or(|old| old.state != status.state) {
-                ModelStateChanged { status: &status, from: old.map(v1::ModelStatus::state) }.emit();
+                ModelStateChanged { status: &status }.emit();
             }
             // Fails if nobody watches.
             let _ = self.changes.send(status);

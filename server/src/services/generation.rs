@@ -47,7 +47,7 @@ impl Generation for GenerationService {
         let times = CallTimes::of(&request);
         let plan = Plan::check(&self.context, request.into_inner(), times)?;
         let run = start(Arc::clone(&self.context), plan).await?;
-        Ok(Response::new(super::stream(|sender| run.deliver(sender))))
+        Ok(Response::new(super::stream(self.context.aborted.clone(), |sender| run.deliver(sender))))
     }
 }
 

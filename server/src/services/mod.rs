@@ -50,6 +50,8 @@ pub(crate) struct Context {
     pub(crate) limits: Limits,
     /// Cancelled when streams should come to an end, because the server does.
     pub(crate) draining: CancellationToken,
+    /// Cancelled when they have to.
+    pub(crate) aborted: CancellationToken,
 }
 
 impl Context {
@@ -89,7 +91,10 @@ impl CallTimes {
 
 /// A stream that `drive` feeds, in a task that ends when the stream is dropped: then `drive` is dropped with all the
 /// work that it holds. An error ends the stream.
-fn stream<T, F>(drive: impl FnOnce(mpsc::Sender<Result<T, Status>>) -> F) -> ReceiverStream<Result<T, Status>>
+fn stream<T, F>(
+    aborted: CancellationToken,
+    drive: impl FnOnce(mpsc::Sender<Result<T, Status>>) -> F,
+) -> ReceiverStream<Result<T, Status>>
 where
     T: Send + 'static,
     F: Future<Output = Result<()>> + Send + 'static,
@@ -97,14 +102,14 @@ where
     let (sender, receiver) = mpsc::channel(STREAM_BUFFER);
     let driven = drive(sender.clone());
     let task = async move {
-        tokio::select! {
-            () = sender.closed() => {}
-            ended = driven => {
-                if let Err(error) = ended {
-                    // The reader may be gone.
-                    let _ = sender.send(Err(error.into())).await;
-                }
-            }
+        let ended = tokio::select! {
+            () = sender.closed() => return,
+            () = aborted.cancelled() => Err(Error::Draining),
+            ended = driven => ended,
+        };
+        if let Err(error) = ended {
+            // The reader may be gone.
+            let _ = sender.send(Err(error.into())).await;
         }
     };
     tokio::spawn(task.in_current_span());

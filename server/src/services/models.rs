@@ -88,7 +88,7 @@ impl Models for ModelsService {
     ) -> Result<Response<Self::WatchModelsStream>, Status> {
         let context = Arc::clone(&self.context);
         let name = request.into_inner().name;
-        Ok(Response::new(super::stream(|sender| watch(context, name, sender))))
+        Ok(Response::new(super::stream(context.aborted.clone(), |sender| watch(context, name, sender))))
     }
 }
 

@@ -49,7 +49,8 @@ impl Preference for PreferenceService {
             .into_inner()
             .take_until(draining.clone().cancelled_owned())
             .map(move |message| answer(Arc::clone(&context), message, deadline))
-            .buffer_unordered(in_flight);
+            .buffer_unordered(in_flight)
+            .take_until(self.context.aborted.clone().cancelled_owned());
         // A client that still had something to say learns that it was not heard.
         let end = stream::once(async move { draining.is_cancelled().then(|| Err(Error::Draining.into())) });
         Ok(Response::new(Box::pin(answers.chain(end.filter_map(std::future::ready)))))

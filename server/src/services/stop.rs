@@ -84,7 +84,7 @@ mod tests {
         check(&["aab"], &["aaa", "b"], &["a", ""], true);
         check(&["bb", "abc"], &["a", "b", "c"], &["", "", ""], true);
         check(&["cd", "bcd"], &["ab", "cd"], &["a", ""], true);
-        check(&["é!"], &["caf", "é", "."], &["caf", "", "é."], false);
+        check(&["é!"], &["caf", "é", "."], &["caf", "", "é.", ""], false);
     }
 
     proptest! {

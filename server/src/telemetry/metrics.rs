@@ -6,12 +6,17 @@ use std::time::Duration;
 
 use metrics::Unit;
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
+use metrics_util::MetricKindMask;
 
 use crate::error::{Error, Result};
 use crate::telemetry::events::process::MemorySampled;
 
 /// How often samples are folded into histograms, and memory is measured.
 const UPKEEP_INTERVAL: Duration = Duration::from_secs(5);
+
+/// Counters and histograms that stand still for so long leave the exposition: where an RL loop loads a version at every
+/// step, those of past versions would fill it.
+const FORGOTTEN_AFTER: Duration = Duration::from_secs(24 * 3600);
 
 /// A metric's type.
 pub(crate) enum Kind {
@@ -80,7 +85,7 @@ metrics! {
     GENERATED_TOKENS = "plumb_generated_tokens_total", Kind::Counter, Count, "Tokens that were sampled.";
     REWARD = "plumb_reward", Kind::Histogram(REWARDS), Count, "Rewards of a preference model; compare versions to see drift.";
     NON_FINITE = "plumb_non_finite_total", Kind::Counter, Count, "NaN and infinite values that a model computed; each is answered as an error.";
-    MODEL_STATE = "plumb_model_state", Kind::Gauge, Count, "1 for the state that a version is in (reason), 0 for those it left.";
+    MODEL_STATE = "plumb_model_state", Kind::Gauge, Count, "State of a version, as numbered in plumb.v1.ModelState: 4 is available, 7 failed.";
     MODEL_INFO = "plumb_model_info", Kind::Gauge, Count, "1 for every version in memory, with its digest, dtype and kind.";
     MODEL_WEIGHT_BYTES = "plumb_model_weight_bytes", Kind::Gauge, Bytes, "Memory of a version's weights.";
     MODEL_ACTIVE_VERSION = "plumb_model_active_version", Kind::Gauge, Count, "The version that a call gets which names none.";
@@ -105,7 +110,8 @@ pub fn install() -> Result<&'static PrometheusHandle> {
 
 fn recorder() -> Result<PrometheusHandle> {
     let wrong = |error: &dyn std::fmt::Display| Error::internal(format!("metrics: {error}"));
-    let mut builder = PrometheusBuilder::new();
+    let mut builder = PrometheusBuilder::new()
+        .idle_timeout(MetricKindMask::COUNTER | MetricKindMask::HISTOGRAM, Some(FORGOTTEN_AFTER));
     for metric in ALL {
         if let Kind::Histogram(buckets) = metric.kind {
             let matcher = Matcher::Full(metric.name.to_owned());

@@ -1,5 +1,7 @@
 //! Where logs and traces go: logs to standard error, traces to an OTLP collector if one is given.
 
+use std::io::IsTerminal as _;
+
 use opentelemetry::propagation::{Extractor, TextMapPropagator as _};
 use opentelemetry::trace::TracerProvider as _;
 use opentelemetry_otlp::{SpanExporter, WithExportConfig as _};
@@ -33,8 +35,13 @@ impl Drop for Guard {
 /// For a filter or an endpoint that makes no sense, or if it was called before.
 pub fn init(options: &Telemetry) -> Result<Guard> {
     let filter = EnvFilter::try_new(&options.log).map_err(|error| Error::invalid("--log", error.to_string()))?;
-    let format = tracing_subscriber::fmt::layer().with_writer(std::io::stderr);
-    let format = if options.json_output { format.json().flatten_event(true).boxed() } else { format.boxed() };
+    let format =
+        tracing_subscriber::fmt::layer().with_writer(std::io::stderr).with_ansi(std::io::stderr().is_terminal());
+    let format = if options.json_output {
+        format.json().flatten_event(true).with_span_list(false).boxed()
+    } else {
+        format.boxed()
+    };
     let provider = options.otlp_endpoint.as_deref().map(|url| provider(url, &options.otlp_service_name)).transpose()?;
     let traces = provider.as_ref().map(|provider| tracing_opentelemetry::layer().with_tracer(provider.tracer("plumb")));
     tracing_subscriber::registry()

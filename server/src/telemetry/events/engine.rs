@@ -28,7 +28,7 @@ impl BatchRun<'_> {
     pub fn emit(self) {
         let Self { sequences, tokens, cached_tokens, duration, .. } = self;
         let (model, version) = (self.model.to_owned(), self.version.to_string());
-        debug!(target: "plumb::engine", model, version, sequences, tokens, cached_tokens, ?duration, "batch");
+        debug!(target: "plumb::engine", model, version, sequences, tokens, cached_tokens, seconds = duration.as_secs_f64(), "batch");
         counter!(names::PREFIX_CACHED_TOKENS.name, "model" => model.clone(), "version" => version.clone())
             .increment(cached_tokens as u64);
         histogram!(names::BATCH_SEQUENCES.name, "model" => model.clone()).record(sequences as f64);

@@ -10,6 +10,7 @@ pub mod process;
 pub mod request;
 
 pub use engine::*;
+pub(crate) use model::kind_name;
 pub use model::*;
 pub use process::*;
 pub use request::*;

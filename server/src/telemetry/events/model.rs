@@ -14,8 +14,6 @@ use crate::telemetry::metrics as names;
 pub struct ModelStateChanged<'a> {
     /// The version as it is now.
     pub status: &'a v1::ModelStatus,
-    /// The state that it left; `None` for a new one.
-    pub from: Option<v1::ModelState>,
 }
 
 impl ModelStateChanged<'_> {
@@ -24,26 +22,16 @@ impl ModelStateChanged<'_> {
         let identity = self.status.model.clone().unwrap_or_default();
         let (model, version) = (identity.name, identity.version.to_string());
         let to = state_name(self.status.state());
-        info!(target: "plumb::models", model, version, state = to, error = self.status.error, "model");
-        if let Some(from) = self.from {
-            let gauge = gauge!(
-                names::MODEL_STATE.name, "model" => model.clone(), "version" => version.clone(), "reason" => state_name(from)
-            );
-            gauge.set(0.0);
-        }
-        gauge!(names::MODEL_STATE.name, "model" => model.clone(), "version" => version.clone(), "reason" => to)
-            .set(1.0);
+        info!(target: "plumb::models", model, version, state = to, "model");
+        gauge!(names::MODEL_STATE.name, "model" => model.clone(), "version" => version.clone())
+            .set(f64::from(self.status.state));
         let in_memory = match self.status.state() {
             v1::ModelState::Available => 1.0,
             v1::ModelState::Ended => 0.0,
             _ => return,
         };
         let Some(details) = &self.status.details else { return };
-        let kind = match details.kind() {
-            v1::ModelKind::Language => "language",
-            v1::ModelKind::Preference => "preference",
-            v1::ModelKind::Unspecified => "unknown",
-        };
+        let kind = kind_name(details.kind());
         gauge!(names::MODEL_WEIGHT_BYTES.name, "model" => model.clone(), "version" => version.clone())
             .set(in_memory * details.weight_bytes as f64);
         let info = gauge!(
@@ -51,6 +39,15 @@ impl ModelStateChanged<'_> {
             "digest" => identity.weights_digest, "dtype" => details.dtype.clone()
         );
         info.set(in_memory);
+    }
+}
+
+/// A kind as it is written in logs, metrics and messages.
+pub(crate) fn kind_name(kind: v1::ModelKind) -> &'static str {
+    match kind {
+        v1::ModelKind::Language => "language",
+        v1::ModelKind::Preference => "preference",
+        v1::ModelKind::Unspecified => "unknown",
     }
 }
 
@@ -86,8 +83,10 @@ impl ModelLoaded<'_> {
         let Self { model, version, duration, error } = self;
         let code = error.map_or(Code::Ok, Error::code);
         match error {
-            None => info!(target: "plumb::models", model, version, ?duration, "loaded"),
-            Some(error) => error!(target: "plumb::models", model, version, ?duration, %error, "load failed"),
+            None => info!(target: "plumb::models", model, version, seconds = duration.as_secs_f64(), "loaded"),
+            Some(error) => {
+                error!(target: "plumb::models", model, version, seconds = duration.as_secs_f64(), %error, "load failed")
+            }
         }
         let code = super::request::code_name(code);
         counter!(names::MODEL_LOADS.name, "model" => model.to_owned(), "code" => code).increment(1);

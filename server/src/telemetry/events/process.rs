@@ -62,7 +62,7 @@ impl Serving<'_> {
                 target: "plumb::models",
                 model = name,
                 version,
-                kind = details.kind().as_str_name(),
+                kind = super::model::kind_name(details.kind()),
                 architecture = details.architecture,
                 dtype = details.dtype,
                 parameters = details.parameters,
@@ -124,9 +124,11 @@ impl ShutdownStep {
     pub fn emit(self) {
         match self {
             Self::Asked { by } => info!(target: "plumb::shutdown", by, "shutting down"),
-            Self::LameDuck { pause } => info!(target: "plumb::shutdown", ?pause, "still serving, as a lame duck"),
+            Self::LameDuck { pause } => {
+                info!(target: "plumb::shutdown", seconds = pause.as_secs_f64(), "still serving, as a lame duck")
+            }
             Self::Draining { in_flight, timeout } => {
-                info!(target: "plumb::shutdown", in_flight, ?timeout, "draining");
+                info!(target: "plumb::shutdown", in_flight, timeout_seconds = timeout.as_secs_f64(), "draining");
             }
             Self::TimedOut { in_flight } => warn!(target: "plumb::shutdown", in_flight, "drain timed out"),
             Self::Done => info!(target: "plumb::shutdown", "done"),

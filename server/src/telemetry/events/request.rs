@@ -39,9 +39,9 @@ impl RequestFinished {
         let code_name = code_name(code);
         match code {
             Code::Internal | Code::Unknown | Code::DataLoss => {
-                warn!(target: "plumb::request", rpc, code = code_name, ?duration, "call");
+                warn!(target: "plumb::request", rpc, code = code_name, seconds = duration.as_secs_f64(), "call");
             }
-            _ => debug!(target: "plumb::request", rpc, code = code_name, ?duration, "call"),
+            _ => debug!(target: "plumb::request", rpc, code = code_name, seconds = duration.as_secs_f64(), "call"),
         }
         gauge!(names::REQUESTS_IN_FLIGHT.name, "rpc" => rpc).decrement(1.0);
         counter!(names::REQUESTS.name, "rpc" => rpc, "code" => code_name).increment(1);

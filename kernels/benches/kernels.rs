@@ -1,0 +1,96 @@
+//! Speed of the kernels at the shapes of a 135M-parameter model: `cargo bench -p plumb-kernels`.
+//!
+//! The linear layers' throughput in elements per second is multiply-adds; twice that is FLOP/s.
+
+use std::hint::black_box;
+
+use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
+use half::bf16;
+use plumb_kernels::Element;
+use plumb_kernels::activation::{Activation, gated};
+use plumb_kernels::attention::{KvPages, PAGE, Prepare, Rule, Run, Span, attention, padded, prepare};
+use plumb_kernels::head::token_log_probs;
+use plumb_kernels::linear::{Linear, LinearBuilder, Store};
+use plumb_kernels::norm::Norm;
+use plumb_kernels::rotary::Rotary;
+
+const HIDDEN: usize = 576;
+const INNER: usize = 1536;
+const HEADS: usize = 9;
+const KV_HEADS: usize = 3;
+const HEAD_DIM: usize = 64;
+
+fn values<E: Element>(n: usize) -> Vec<E> {
+    (0..n).map(|i| E::from_f32((i * 7919 % 1013) as f32 / 5060.0 - 0.1)).collect()
+}
+
+fn layer<E: Element>(outputs: usize, inputs: usize) -> Linear<E> {
+    LinearBuilder::new(outputs, inputs).rows(&values(outputs * inputs)).finish(None)
+}
+
+fn linear<E: Element>(c: &mut Criterion) {
+    let mut group = c.benchmark_group(format!("linear/{}", E::NAME));
+    for (outputs, inputs) in [(HIDDEN, HIDDEN), (2 * INNER, HIDDEN), (HIDDEN, INNER)] {
+        let layer = layer::<E>(outputs, inputs);
+        for rows in [1, 16, 512, 4096] {
+            let x = values::<E>(rows * inputs);
+            let mut out = vec![0.0; rows * outputs];
+            group.throughput(Throughput::Elements((rows * outputs * inputs) as u64));
+            group.bench_function(BenchmarkId::new(format!("{outputs}x{inputs}"), rows), |b| {
+                b.iter(|| layer.forward(black_box(&x), &mut out, Store::Set));
+            });
+        }
+    }
+}
+
+fn heads(c: &mut Criterion) {
+    let head = layer::<bf16>(49_152, HIDDEN);
+    let mut group = c.benchmark_group("token_log_probs/bf16");
+    for rows in [1, 64] {
+        let x = values::<f32>(rows * HIDDEN);
+        let targets: Vec<u32> = (0..rows as u32).collect();
+        group.throughput(Throughput::Elements(rows as u64));
+        group.bench_function(rows.to_string(), |b| b.iter(|| token_log_probs(&head, None, black_box(&x), &targets)));
+    }
+}
+
+fn attend<E: Element>(c: &mut Criterion) {
+    let mut group = c.benchmark_group(format!("attention/{}", E::NAME));
+    for (tokens, before) in [(256, 0), (2048, 0), (1, 6000)] {
+        let total: usize = tokens + before;
+        let pages: Vec<u32> = (0..total.div_ceil(PAGE) as u32).collect();
+        let mut kv = KvPages::<E>::new(1, KV_HEADS, HEAD_DIM, pages.len());
+        let rotary = Rotary::new(&[0.1; HEAD_DIM / 2], total);
+        let how = Prepare { heads: HEADS, head_dim: HEAD_DIM, q_norm: None, k_norm: None, rotary: &rotary };
+        let width = (HEADS + 2 * KV_HEADS) * HEAD_DIM;
+        let runs: Vec<Run> = (0..total)
+            .step_by(PAGE)
+            .map(|row| Run { row, len: PAGE.min(total - row), position: row, page: (row / PAGE) as u32 })
+            .collect();
+        let mut q = vec![E::default(); total * HEADS * padded(HEAD_DIM)];
+        prepare(&values(total * width), 0, &runs, how, &mut q, &mut kv, 0);
+        let rule = Rule { heads: HEADS, head_dim: HEAD_DIM, scale: 0.125, softcap: None, window: None };
+        let q = &q[before * HEADS * padded(HEAD_DIM)..];
+        let mut out = vec![E::default(); tokens * HEADS * HEAD_DIM];
+        let span = Span { row: 0, len: tokens, position: before, pages: &pages };
+        group.throughput(Throughput::Elements(tokens as u64));
+        group.bench_function(format!("{tokens} after {before}"), |b| {
+            b.iter(|| attention(black_box(q), &kv, 0, &[span], rule, &mut out));
+        });
+    }
+}
+
+fn rows(c: &mut Criterion) {
+    let x = values::<f32>(512 * HIDDEN);
+    let mut normed = vec![bf16::default(); x.len()];
+    let norm = Norm::Rms { weight: vec![1.0; HIDDEN], eps: 1e-5 };
+    let wide = values::<f32>(512 * 2 * INNER);
+    let mut inner = vec![bf16::default(); 512 * INNER];
+    let mut group = c.benchmark_group("rows/bf16");
+    group.throughput(Throughput::Elements(512));
+    group.bench_function("rms_norm", |b| b.iter(|| norm.forward(black_box(&x), &mut normed)));
+    group.bench_function("gated silu", |b| b.iter(|| gated(Activation::Silu, black_box(&wide), INNER, &mut inner)));
+}
+
+criterion_group!(benches, linear::<bf16>, linear::<f32>, heads, attend::<bf16>, rows);
+criterion_main!(benches);

@@ -1,0 +1,16 @@
+//! The whole system from outside, in the order in which one would want to know: are the numbers right, whatever stands
+//! beside them? What is refused, and how? Does text come as it should, do models come and go, does the server stop in
+//! good order, and can it be seen? Do other programs get on with it?
+
+#![expect(clippy::unwrap_used, clippy::panic, reason = "a test may stop where it stands, in its helpers too")]
+
+mod command;
+mod errors;
+mod generation;
+mod golden;
+mod invariance;
+mod metrics;
+mod models;
+mod python;
+mod real;
+mod shutdown;

@@ -1,0 +1,90 @@
+//! What `/metrics` says, read by a strict parser, and whether it follows what happens.
+
+use plumb_client::{text, v1};
+use plumb_tests::call::{self, candidate, ids, items, named};
+use plumb_tests::{Exposition, Kind, Launch};
+
+#[tokio::test(flavor = "multi_thread")]
+async fn metrics_have_help_and_type_and_follow_the_calls() {
+    let server = Launch::of(["llama-pm", "llama-lm"]).start().await;
+    let client = server.client().await;
+    let before = server.metrics().await;
+
+    let scored = v1::ScoreRequest { model: named("llama-pm"), ..items(None, vec![ids(&[5; 100]), ids(&[280])]) };
+    client.score(scored).await.unwrap();
+    client.score(v1::ScoreRequest::default()).await.unwrap_err();
+    let prefix = v1::TokenIds { ids: vec![7; 64], response_start: None };
+    let ranked = v1::RankRequest {
+        prompt: Some(v1::Input { input: Some(v1::input::Input::TokenIds(prefix)) }),
+        candidates: vec![call::candidate_ids(&[8; 20]), call::candidate_ids(&[9; 20])],
+        ..Default::default()
+    };
+    client.rank(ranked.clone()).await.unwrap();
+    client.rank(ranked).await.unwrap();
+    let words = v1::RankRequest { prompt: Some(text("q")), candidates: vec![candidate("a")], ..Default::default() };
+    client.rank(words).await.unwrap();
+    let generate = v1::GenerateRequest {
+        prompt: Some(text("a")),
+        stopping: Some(v1::Stopping { max_new_tokens: Some(10), ignore_eos: true, ..Default::default() }),
+        ..Default::default()
+    };
+    call::generate(&client, generate).await.unwrap();
+
+    let generated = |m: &Exposition| m.value("plumb_requests_total", &[("rpc", "Generation/Generate"), ("code", "OK")]);
+    let after = server.until("the generation has ended", |m| generated(m) == 1.0).await;
+    let grew = |name: &str, labels: &[(&str, &str)], expected: f64| {
+        let growth = after.value(name, labels) - before.value(name, labels);
+        assert_eq!(growth, expected, "{name} {labels:?}");
+    };
+    let pm = ("model", "llama-pm");
+    grew("plumb_requests_total", &[("rpc", "Preference/Score"), ("code", "OK")], 1.0);
+    grew("plumb_requests_total", &[("rpc", "Preference/Score"), ("code", "INVALID_ARGUMENT")], 1.0);
+    grew("plumb_requests_total", &[("rpc", "Preference/Rank"), ("code", "OK")], 3.0);
+    grew("plumb_request_duration_seconds_count", &[("rpc", "Preference/Score")], 2.0);
+    grew("plumb_tokenize_duration_seconds_count", &[pm], 4.0);
+    grew("plumb_queue_duration_seconds_count", &[pm], 4.0);
+    grew("plumb_inference_duration_seconds_count", &[pm], 4.0);
+    // A hundred, four times 84, and a few words.
+    grew("plumb_input_tokens_count", &[pm], 6.0);
+    grew("plumb_input_tokens_bucket", &[pm, ("le", "64")], 1.0);
+    grew("plumb_item_failures_total", &[pm, ("code", "INVALID_ARGUMENT")], 1.0);
+    grew("plumb_reward_count", &[pm, ("version", "1")], 6.0);
+    grew("plumb_generated_tokens_total", &[("model", "llama-lm"), ("version", "1")], 10.0);
+    // The second ranking finds all whole pages of the first, the first one's second candidate those of the prompt.
+    let cached = after.value("plumb_prefix_cached_tokens_total", &[pm]);
+    assert!(cached >= 2.0 * 64.0, "{cached} tokens were cached");
+    assert!(after.value("plumb_batches_total", &[]) >= 13.0);
+    assert_eq!(after.value("plumb_batch_sequences_count", &[]), after.value("plumb_batches_total", &[]));
+    for (name, labels, value) in [
+        ("plumb_ready", &[][..], 1.0),
+        ("plumb_build_info", &[("version", env!("CARGO_PKG_VERSION"))], 1.0),
+        ("plumb_model_info", &[pm, ("kind", "preference")], 1.0),
+        ("plumb_model_state", &[pm, ("reason", "available")], 1.0),
+        ("plumb_model_active_version", &[pm], 1.0),
+        ("plumb_model_loads_total", &[pm, ("code", "OK")], 1.0),
+        ("plumb_requests_in_flight", &[], 0.0),
+        ("plumb_admitted_tokens", &[], 0.0),
+        ("plumb_queue_sequences", &[], 0.0),
+        ("plumb_queue_tokens", &[], 0.0),
+    ] {
+        assert_eq!(after.value(name, labels), value, "{name} {labels:?}");
+    }
+    assert!(after.value("plumb_resident_memory_bytes", &[]) > 1e6);
+    assert!(after.value("plumb_model_weight_bytes", &[pm]) > 1e4);
+    for family in &after.families {
+        assert!(family.name.starts_with("plumb_"), "{}", family.name);
+        assert!(family.help.ends_with('.'), "the help of {} is a sentence", family.name);
+        assert!(!family.samples.is_empty(), "{} has no samples", family.name);
+        let duration = family.name.ends_with("_seconds");
+        assert!(!duration || family.kind == Kind::Histogram, "{}", family.name);
+    }
+    assert!(after.families.iter().any(|family| family.kind == Kind::Histogram && family.name == "plumb_batch_tokens"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn probes_and_unknown_pages() {
+    let server = Launch::of(["llama-pm"]).start().await;
+    assert_eq!(server.page("/healthz").await, (200, "ok\n".into()));
+    assert_eq!(server.page("/readyz").await, (200, "ok\n".into()));
+    assert_eq!(server.page("/").await.0, 404);
+}
