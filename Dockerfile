@@ -53,7 +53,7 @@ USER 10001
 EXPOSE 50051 9000
 # The server as a whole: a service whose kind of model is not loaded may be NOT_SERVING. Loading may take minutes.
 HEALTHCHECK --interval=10s --timeout=5s --start-period=10m --retries=3 \
-    CMD ["sh", "-c", "plumb --json --timeout-secs 4 health | grep -q '\"service\":\"(server)\",\"status\":\"SERVING\"'"]
+    CMD ["plumb", "--timeout-secs", "4", "health"]
 ENTRYPOINT ["plumb-server"]
 
 # ---- the CPU image; the last, so that it is the default ----
@@ -71,5 +71,5 @@ WORKDIR /data
 USER 10001
 EXPOSE 50051 9000
 HEALTHCHECK --interval=10s --timeout=5s --start-period=10m --retries=3 \
-    CMD ["sh", "-c", "plumb --json --timeout-secs 4 health | grep -q '\"service\":\"(server)\",\"status\":\"SERVING\"'"]
+    CMD ["plumb", "--timeout-secs", "4", "health"]
 ENTRYPOINT ["plumb-server"]

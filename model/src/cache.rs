@@ -92,17 +92,19 @@ impl BlockCache {
         self.evictions
     }
 
+    /// How many of the first `reusable` tokens [`BlockCache::acquire`] would find published; a multiple of [`PAGE`].
+    pub fn cached(&self, tokens: &[u32], reusable: usize) -> usize {
+        self.published(tokens, reusable).len() * PAGE
+    }
+
     /// Pages for a sequence that begins with `tokens` and may grow to `length`. Published pages of at most the first
     /// `reusable` tokens are shared. `None` if there is no room now.
     pub fn acquire(&mut self, tokens: &[u32], reusable: usize, length: usize) -> Option<Table> {
         let mut table = Table { publishes: true, ..Table::default() };
-        let mut parent = ROOT;
-        for block in tokens[..reusable.min(tokens.len())].chunks_exact(PAGE) {
-            let Some(&node) = self.children.get(&(parent, Box::from(block))) else { break };
+        for node in self.published(tokens, reusable) {
             self.use_node(node);
             table.nodes.push(node);
             table.pages.push(self.nodes[&node].page);
-            parent = node;
         }
         table.cached = table.pages.len() * PAGE;
         let missing = length.max(tokens.len()).div_ceil(PAGE) - table.pages.len();
@@ -164,6 +166,17 @@ impl BlockCache {
     pub fn forget(&mut self) {
         debug_assert!(self.nodes.values().all(|node| node.users == 0), "a table is alive");
         *self = Self { evictions: self.evictions, ..Self::new(self.pages) };
+    }
+
+    /// The published blocks that the tokens begin with.
+    fn published(&self, tokens: &[u32], reusable: usize) -> Vec<NodeId> {
+        let mut nodes = Vec::new();
+        for block in tokens[..reusable.min(tokens.len())].chunks_exact(PAGE) {
+            let parent = nodes.last().copied().unwrap_or(ROOT);
+            let Some(&node) = self.children.get(&(parent, Box::from(block))) else { break };
+            nodes.push(node);
+        }
+        nodes
     }
 
     fn use_node(&mut self, id: NodeId) {

@@ -38,7 +38,8 @@ fn random_sequences_agree_with_an_independent_llama() {
 
             let mut cache = Cache::new(false, TensorType::F32, &theirs, &Device::Cpu).unwrap();
             let input = Tensor::new(tokens.as_slice(), &Device::Cpu).unwrap().unsqueeze(0).unwrap();
-            let expected: Vec<f32> = llama.forward(&input, 0, &mut cache).unwrap().squeeze(0).unwrap().to_vec1().unwrap();
+            let expected: Vec<f32> =
+                llama.forward(&input, 0, &mut cache).unwrap().squeeze(0).unwrap().to_vec1().unwrap();
             for (a, b) in found.iter().zip(&expected) {
                 prop_assert!((a - b).abs() < 1e-4, "{} tokens: {} {}", tokens.len(), a, b);
             }

@@ -30,8 +30,8 @@ use crate::shutdown::{self, Shutdown};
 use crate::telemetry::events::{ConfigLoaded, Fatal, Listening, Serving};
 use crate::telemetry::{exporter, metrics, tracing};
 
-/// Prompt tokens that a step may compute beside tokens that are being generated: about a tenth of a second on a small
-/// machine, which is what a reader of a stream may have to wait.
+/// Prompt tokens that a step may compute beside tokens that are being generated: what the reader of a stream may have
+/// to wait for.
 const PREFILL_BESIDE_DECODE: usize = 512;
 
 /// Why the server ended although nobody asked it to.

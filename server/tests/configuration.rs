@@ -1,5 +1,7 @@
 //! The command line of the real binary: precedence, exit codes, secrets.
 
+#![expect(clippy::unwrap_used, reason = "a test may stop where it stands, in its helpers too")]
+
 use std::io::Write as _;
 use std::process::{Command, Output};
 

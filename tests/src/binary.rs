@@ -14,29 +14,35 @@ const FOLDER: &str = "PLUMB_TEST_BINARIES";
 /// If it does not build.
 #[must_use]
 pub fn binary(name: &str) -> PathBuf {
-    static BUILT: OnceLock<PathBuf> = OnceLock::new();
-    let folder = BUILT.get_or_init(|| env::var_os(FOLDER).map_or_else(build, PathBuf::from));
+    // A build that failed is not tried again by every test.
+    static BUILT: OnceLock<Result<PathBuf, String>> = OnceLock::new();
+    let folder = BUILT.get_or_init(|| env::var_os(FOLDER).map_or_else(build, |folder| Ok(folder.into())));
+    let folder = folder.as_ref().unwrap_or_else(|errors| panic!("the binaries do not build:\n{errors}"));
     folder.join(name).with_extension(env::consts::EXE_EXTENSION)
 }
 
 /// Builds with the profile and into the folder that this test was built with and into. Cargo holds no lock while it
 /// runs tests, so that the second one does not wait for the first.
-fn build() -> PathBuf {
+fn build() -> Result<PathBuf, String> {
     // <target>/<folder of the profile>/deps/<this test>
     let test = env::current_exe().unwrap();
     let folder = test.ancestors().nth(2).unwrap();
     let target = folder.parent().unwrap();
-    let profile = match folder.file_name().and_then(|name| name.to_str()).unwrap() {
-        "debug" => "dev",
-        other => other,
-    };
-    let output = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()))
-        .args(["build", "--quiet", "--package", "plumb-server", "--package", "plumb-client", "--bins"])
+    let mut cargo = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    // The very build that `cargo test --workspace` has just done, so that there it is over at once: with other packages
+    // cargo would choose other features for what they depend on, and build that again.
+    cargo
+        .args(["test", "--quiet", "--workspace", "--no-run"])
         .args(["--manifest-path", concat!(env!("CARGO_MANIFEST_DIR"), "/../Cargo.toml")])
-        .args(["--profile", profile, "--target-dir"])
-        .arg(target)
-        .output()
-        .unwrap();
-    assert!(output.status.success(), "the binaries do not build:\n{}", String::from_utf8_lossy(&output.stderr));
-    folder.to_owned()
+        .arg("--target-dir")
+        .arg(target);
+    let profile = folder.file_name().and_then(|name| name.to_str()).unwrap();
+    if profile != "debug" {
+        cargo.args(["--profile", profile]);
+    }
+    let output = cargo.output().unwrap();
+    match output.status.success() {
+        true => Ok(folder.to_owned()),
+        false => Err(String::from_utf8_lossy(&output.stderr).into_owned()),
+    }
 }

@@ -83,7 +83,7 @@ impl Exposition {
         let has =
             |sample: &Sample| labels.iter().all(|(key, value)| sample.labels.get(*key).is_some_and(|v| v == value));
         let samples = self.families.iter().flat_map(|family| &family.samples);
-        samples.filter(|sample| sample.name == name && has(sample)).map(|sample| sample.value).sum()
+        samples.filter(|sample| sample.name == name && has(sample)).fold(0.0, |sum, sample| sum + sample.value)
     }
 }
 

@@ -18,7 +18,6 @@ use tonic_health::pb::{HealthCheckRequest, HealthCheckResponse};
 use crate::fixture::fixture;
 use crate::{Exposition, binary};
 
-
 /// How long something that has to happen may take on a busy machine.
 const PATIENCE: Duration = Duration::from_secs(60);
 /// How often it is looked at.
@@ -217,20 +216,24 @@ impl Server {
 
     /// Its metrics.
     pub async fn metrics(&self) -> Exposition {
+        self.read_metrics().await.0
+    }
+
+    async fn read_metrics(&self) -> (Exposition, String) {
         let (status, text) = self.page("/metrics").await;
         assert_eq!(status, 200, "{text}");
-        Exposition::parse(&text).unwrap_or_else(|error| panic!("{error}\n{text}"))
+        (Exposition::parse(&text).unwrap_or_else(|error| panic!("{error}\n{text}")), text)
     }
 
     /// Waits until the metrics show something.
     pub async fn until(&self, what: &str, shown: impl Fn(&Exposition) -> bool) -> Exposition {
         let began = Instant::now();
         loop {
-            let metrics = self.metrics().await;
+            let (metrics, text) = self.read_metrics().await;
             if shown(&metrics) {
                 return metrics;
             }
-            assert!(began.elapsed() < PATIENCE, "the metrics never show that {what}: {metrics:#?}");
+            assert!(began.elapsed() < PATIENCE, "the metrics never show that {what}:\n{text}");
             tokio::time::sleep(POLL).await;
         }
     }

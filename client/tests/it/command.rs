@@ -257,8 +257,10 @@ async fn tokens_models_and_health() {
 
     assert!(plumb(&fake, &["health"]).await.ok().contains("plumb.v1.Generation  SERVING"));
     fake.set_health("plumb.v1.Generation", ServingStatus::NotServing).await;
+    assert!(plumb(&fake, &["health"]).await.ok().contains("plumb.v1.Generation  NOT_SERVING"));
+    fake.set_health("", ServingStatus::NotServing).await;
     let run = plumb(&fake, &["health"]).await;
-    assert!(run.code == 1 && run.out.contains("plumb.v1.Generation  NOT_SERVING"), "{}", run.out);
+    assert!(run.code == 1 && run.out.contains("(server)             NOT_SERVING"), "{}", run.out);
 }
 
 #[tokio::test(flavor = "multi_thread")]

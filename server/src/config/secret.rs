@@ -7,7 +7,7 @@ use std::str::FromStr;
 /// What is shown in a secret's place.
 pub(crate) const MASK: &str = "***";
 
-/// A key; its `Debug` form is [`MASK`].
+/// A key; its `Debug` form does not tell it.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Secret(String);
 

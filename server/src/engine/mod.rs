@@ -276,7 +276,7 @@ impl Engine {
     pub fn generate(&self, job: GenerateJob) -> Result<mpsc::Receiver<Result<GenerateEvent>>> {
         // Room for every event, so that a slow reader never holds the engine up.
         let (events, receiver) = mpsc::channel(job.max_new_tokens + 3);
-        self.send_work(Command::Generate { job, events })?;
+        self.send_work(Command::Generate { job: Box::new(job), events })?;
         Ok(receiver)
     }
 

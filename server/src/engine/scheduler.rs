@@ -4,7 +4,7 @@
 //! a token budget. Sequences that are being generated come first, with one token each, so that a long prompt never
 //! holds them up for more than [`Limits::max_prefill_beside_decode`] tokens. Waiting sequences follow by priority, then
 //! by arrival; one that does not fit now does not stop smaller ones behind it, until it has been passed over
-//! [`MAX_PASSED_OVER`] times.
+//! sixteen times.
 
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -20,6 +20,9 @@ pub type SequenceId = u64;
 
 /// How often a sequence may be passed over by smaller ones.
 const MAX_PASSED_OVER: usize = 16;
+
+/// How many waiting sequences are looked at for each that a step may hold.
+const MAX_CONSIDERED: usize = 4;
 
 /// Bounds of a step.
 #[derive(Clone, Copy, Debug)]
@@ -350,22 +353,16 @@ impl Scheduler {
         }
         let capacity = if decoding { self.limits.max_prefill_beside_decode } else { self.limits.max_batch_tokens };
         let mut begun = Vec::new();
-        for key in &queue.waiting {
+        for key in queue.waiting.iter().take(MAX_CONSIDERED * self.limits.max_batch_sequences) {
             if full(&step) {
                 break;
             }
             let Some(entry) = self.entries.get_mut(&key.1) else { continue };
-            let table = queue.cache.acquire(&entry.sequence.tokens, entry.reusable(), entry.final_length());
-            let fits = table.and_then(|table| {
-                let left = entry.sequence.tokens.len() - table.cached();
-                // Part of a sequence is worth a place only if the whole would never get one.
-                if left <= step.budget || left > capacity {
-                    Some(table)
-                } else {
-                    queue.cache.release(table);
-                    None
-                }
-            });
+            let left = entry.sequence.tokens.len() - queue.cache.cached(&entry.sequence.tokens, entry.reusable());
+            // Part of a sequence is worth a place only if the whole would never get one.
+            let fits = (left <= step.budget || left > capacity)
+                .then(|| queue.cache.acquire(&entry.sequence.tokens, entry.reusable(), entry.final_length()))
+                .flatten();
             let Some(table) = fits else {
                 entry.passed_over += 1;
                 if entry.passed_over > MAX_PASSED_OVER {
@@ -388,7 +385,7 @@ impl Scheduler {
         (!step.slices.is_empty()).then_some(Plan { model, slices: step.slices })
     }
 
-    /// Takes in what a step answered for a slice: the values that [`rows`] asked for. True if the sequence needs no
+    /// Takes in what a step answered for a slice: the values that were read. True if the sequence needs no
     /// further step, false if it goes on or waits for [`Scheduler::push_token`].
     pub fn complete(&mut self, slice: &Slice, values: Vec<f32>) -> bool {
         let Some(entry) = self.entries.get_mut(&slice.id) else { return false };
@@ -634,7 +631,7 @@ mod tests {
         let soon = NewSequence { deadline: Some(now + Duration::from_secs(1)), ..sequence(1, 5, Want::Reward) };
         let id = s.add(soon).unwrap();
         s.add(sequence(2, 5, Want::Reward)).unwrap();
-        assert_eq!(s.expired(now), []);
+        assert!(s.expired(now).is_empty());
         assert_eq!(s.expired(now + Duration::from_secs(2)), [id]);
     }
 

@@ -25,7 +25,7 @@ pub(super) enum Command {
     /// Run a sequence.
     Run { sequence: Sequence, reply: oneshot::Sender<Result<SequenceOutput>> },
     /// Generate text.
-    Generate { job: GenerateJob, events: mpsc::Sender<Result<GenerateEvent>> },
+    Generate { job: Box<GenerateJob>, events: mpsc::Sender<Result<GenerateEvent>> },
     /// Take nothing new; answer once nothing is left, at the latest at the deadline.
     Drain { deadline: Instant, reply: oneshot::Sender<()> },
 }
@@ -41,7 +41,7 @@ struct Device {
 /// Who waits for a sequence.
 enum Caller {
     Score { sequence: Sequence, reply: oneshot::Sender<Result<SequenceOutput>> },
-    Generate { job: GenerateJob, events: mpsc::Sender<Result<GenerateEvent>>, drawn: usize },
+    Generate { job: Box<GenerateJob>, events: mpsc::Sender<Result<GenerateEvent>>, drawn: usize },
 }
 
 impl Caller {

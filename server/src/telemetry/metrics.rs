@@ -76,7 +76,6 @@ metrics! {
     BATCH_SEQUENCES = "plumb_batch_sequences", Kind::Histogram(SEQUENCES), Count, "Sequences in a batch.";
     BATCH_TOKENS = "plumb_batch_tokens", Kind::Histogram(TOKENS), Count, "Tokens that a batch computed.";
     BATCH_DURATION = "plumb_batch_duration_seconds", Kind::Histogram(SECONDS), Seconds, "Time that a batch took.";
-    SEQUENCE_FAILURES = "plumb_sequence_failures_total", Kind::Counter, Count, "Sequences that the engine gave up, by reason.";
     INPUT_TOKENS = "plumb_input_tokens", Kind::Histogram(TOKENS), Count, "Tokens of an item or a prompt; the sum counts all input tokens.";
     PREFIX_CACHED_TOKENS = "plumb_prefix_cached_tokens_total", Kind::Counter, Count, "Input tokens whose state was already computed.";
     PREFIX_EVICTIONS = "plumb_prefix_evictions_total", Kind::Counter, Count, "Pages of cached keys and values that were given up for others.";

@@ -9,7 +9,7 @@ use plumb_client::{ApiKey, Code, Error, FieldViolation, RetryPolicy, conversatio
 use plumb_proto::v1::preference_client::PreferenceClient;
 use plumb_tests::call::{self, candidate, candidate_ids, ids, items, labelled, named, occupy, refused, version};
 use plumb_tests::fixture::{Copied, fixture};
-use plumb_tests::{Launch, Server};
+use plumb_tests::{Exposition, Launch, Server};
 
 /// Expects a code with the details that belong to it, and a message with these words.
 #[track_caller]
@@ -274,7 +274,7 @@ async fn a_deadline_that_passes_in_the_queue_costs_no_work() {
     let answer = answers.into_inner().message().await.unwrap().unwrap();
     assert_eq!(answer.error.unwrap().code, Code::DeadlineExceeded as i32);
 
-    let over = |m: &plumb_tests::Exposition| m.value("plumb_requests_in_flight", &[]) == 1.0;
+    let over = |m: &Exposition| m.value("plumb_requests_in_flight", &[]) == 1.0;
     let metrics = server.until("only the generation is left", over).await;
     let ended = |code| metrics.value("plumb_requests_total", &[("rpc", "Preference/Score"), ("code", code)]);
     // The client's clock may be a moment ahead.
@@ -292,8 +292,8 @@ async fn a_server_that_starts_is_unavailable() {
     let url = format!("http://{}", hub.local_addr().unwrap());
     let launch = Launch::of(["llama-pm"]).model("slow", "org/slow");
     let mut server = launch.env("HF_HUB_OFFLINE", "0").env("HF_ENDPOINT", &url).listen().await;
-    let loading = [("model", "slow"), ("reason", "loading")];
-    server.until("the second model loads", |m| m.value("plumb_model_state", &loading) == 1.0).await;
+    let state = |m: &Exposition| m.value("plumb_model_state", &[("model", "slow")]);
+    server.until("the second model loads", |m| state(m) == f64::from(v1::ModelState::Loading as i32)).await;
     let client = server.client().await;
     assert_eq!(client.health("").await.unwrap().as_str_name(), "NOT_SERVING");
     assert_eq!(server.page("/readyz").await.0, 503);

@@ -138,7 +138,7 @@ async fn a_stream_of_calls_gives_the_bits_of_single_calls() {
     };
     let requests: Vec<_> = (0..100).map(request).collect();
     let mut answers = client.score_stream(futures::stream::iter(requests)).await.unwrap();
-    let mut seen = vec![false; 100];
+    let mut seen = [false; 100];
     while let Some(answer) = futures::StreamExt::next(&mut answers).await {
         let answer = answer.unwrap();
         let i: usize = answer.request_id.parse().unwrap();

@@ -59,7 +59,7 @@ async fn metrics_have_help_and_type_and_follow_the_calls() {
         ("plumb_ready", &[][..], 1.0),
         ("plumb_build_info", &[("version", env!("CARGO_PKG_VERSION"))], 1.0),
         ("plumb_model_info", &[pm, ("kind", "preference")], 1.0),
-        ("plumb_model_state", &[pm, ("reason", "available")], 1.0),
+        ("plumb_model_state", &[pm], f64::from(v1::ModelState::Available as i32)),
         ("plumb_model_active_version", &[pm], 1.0),
         ("plumb_model_loads_total", &[pm, ("code", "OK")], 1.0),
         ("plumb_requests_in_flight", &[], 0.0),

@@ -2,9 +2,9 @@
 
 use futures::StreamExt;
 use plumb_client::{Client, Code, text, v1};
-use plumb_tests::Launch;
 use plumb_tests::call::{self, items, labelled, named, occupy, refused, version};
 use plumb_tests::fixture::{Copied, Stored, fixture};
+use plumb_tests::{Exposition, Launch};
 use v1::ModelState::{Available, Draining, Ended, Failed, Loading, Start, Warming};
 
 fn load(name: &str, version: Option<u64>, source: &std::path::Path) -> v1::LoadVersionRequest {
@@ -103,8 +103,8 @@ async fn a_call_that_runs_keeps_its_version() {
     }
     assert_eq!(ask(&client, named("lm")).await.0, 5);
     drop(running);
-    let ended = [("version", "1"), ("reason", "ended")];
-    server.until("the version has ended", |m| m.value("plumb_model_state", &ended) == 1.0).await;
+    let state = |m: &Exposition| m.value("plumb_model_state", &[("model", "lm"), ("version", "1")]);
+    server.until("the version has ended", |m| state(m) == f64::from(Ended as i32)).await;
     assert_eq!(get().await, Ended);
 }
 

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use metrics::{counter, gauge, histogram};
-use tracing::{debug, error, warn};
+use tracing::{debug, error};
 
 use crate::telemetry::metrics as names;
 
@@ -64,26 +64,6 @@ impl PrefixEvictions {
     /// Counts them.
     pub fn emit(self) {
         counter!(names::PREFIX_EVICTIONS.name).increment(self.pages);
-    }
-}
-
-/// A sequence ended without a result.
-pub struct SequenceFailed<'a> {
-    /// [`Error::reason`](crate::Error::reason).
-    pub reason: &'static str,
-    /// The error's text.
-    pub message: &'a str,
-}
-
-impl SequenceFailed<'_> {
-    /// Counts it. What the client did is not the operator's trouble.
-    pub fn emit(self) {
-        let Self { reason, message } = self;
-        match reason {
-            "internal" | "non_finite" => warn!(target: "plumb::engine", reason, message, "sequence failed"),
-            _ => debug!(target: "plumb::engine", reason, message, "sequence ended without a result"),
-        }
-        counter!(names::SEQUENCE_FAILURES.name, "reason" => reason).increment(1);
     }
 }
 
