@@ -1,6 +1,6 @@
 //! Starts, watches and stops the real server.
 
-use std::net::SocketAddr;
+use std::net::{SocketAddr, TcpListener};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -28,6 +28,7 @@ const POLL: Duration = Duration::from_millis(5);
 pub struct Launch {
     command: Command,
     folder: TempDir,
+    hub: Option<TcpListener>,
 }
 
 impl Launch {
@@ -54,7 +55,7 @@ impl Launch {
             .env("HF_HOME", folder.path())
             .env("HF_HUB_OFFLINE", "1")
             .env("NO_COLOR", "1");
-        Self { command, folder }
+        Self { command, folder, hub: None }
     }
 
     /// With fixtures, each under its own name.
@@ -68,6 +69,15 @@ impl Launch {
     pub fn model(mut self, name: &str, source: impl AsRef<Path>) -> Self {
         self.command.arg("--model").arg(format!("{name}={}", source.as_ref().display()));
         self
+    }
+
+    /// With a model that never gets through loading: its hub takes the request and says nothing.
+    #[must_use]
+    pub fn model_that_never_loads(mut self, name: &str) -> Self {
+        let hub = TcpListener::bind("127.0.0.1:0").unwrap();
+        let endpoint = format!("http://{}", hub.local_addr().unwrap());
+        self.hub = Some(hub);
+        self.env("HF_ENDPOINT", &endpoint).env("HF_HUB_OFFLINE", "0").model(name, "org/repository")
     }
 
     /// With flags, separated by spaces.
@@ -118,7 +128,7 @@ impl Launch {
         self.command.stdin(Stdio::null()).stdout(log.try_clone().unwrap()).stderr(log);
         let nowhere = SocketAddr::from(([0, 0, 0, 0], 0));
         let child = self.command.spawn().unwrap();
-        Server { child, folder: self.folder, address: nowhere, metrics_address: nowhere }
+        Server { child, folder: self.folder, address: nowhere, metrics_address: nowhere, _hub: self.hub }
     }
 }
 
@@ -135,6 +145,7 @@ pub struct Server {
     folder: TempDir,
     address: SocketAddr,
     metrics_address: SocketAddr,
+    _hub: Option<TcpListener>,
 }
 
 impl Drop for Server {

@@ -8,7 +8,7 @@ mod worker;
 
 use std::ops::{Deref, Range};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use plumb_model::loaded::LoadedModel;
@@ -187,7 +187,6 @@ pub struct Engine {
     commands: std::sync::mpsc::Sender<Command>,
     gauges: Arc<Gauges>,
     alive: watch::Receiver<bool>,
-    draining: Arc<AtomicBool>,
     next_key: Arc<AtomicU64>,
 }
 
@@ -248,7 +247,7 @@ impl Engine {
                 worker.run();
             })
             .map_err(|error| Error::internal(format!("cannot start the engine thread: {error}")))?;
-        Ok(Engine { commands, gauges, alive, draining: Arc::default(), next_key: Arc::new(AtomicU64::new(1)) })
+        Ok(Engine { commands, gauges, alive, next_key: Arc::new(AtomicU64::new(1)) })
     }
 
     /// Makes room for a model and tries it out. `name` and `version` are for logs and metrics.
@@ -285,16 +284,6 @@ impl Engine {
         self.alive.clone()
     }
 
-    /// Refuses new work, finishes what is there, and fails what is left at the deadline.
-    pub async fn drain(&self, deadline: Instant) {
-        self.draining.store(true, Ordering::Release);
-        let (reply, answer) = oneshot::channel();
-        if self.send(Command::Drain { deadline, reply }).is_ok() {
-            // An error means that the thread has ended: nothing is left either.
-            drop(answer.await);
-        }
-    }
-
     /// How busy the engine is.
     pub fn load(&self) -> QueueLoad {
         QueueLoad {
@@ -307,9 +296,6 @@ impl Engine {
     }
 
     fn send_work(&self, command: Command) -> Result<()> {
-        if self.draining.load(Ordering::Acquire) {
-            return Err(Error::Draining);
-        }
         self.gauges.arriving.fetch_add(1, Ordering::Relaxed);
         self.send(command)
     }

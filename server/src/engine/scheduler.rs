@@ -3,8 +3,8 @@
 //! The scheduler holds sequences, gives them pages and cuts them into steps. A step belongs to one model and stays under
 //! a token budget. Sequences that are being generated come first, with one token each, so that a long prompt never
 //! holds them up for more than [`Limits::max_prefill_beside_decode`] tokens. Waiting sequences follow by priority, then
-//! by arrival; one that does not fit now does not stop smaller ones behind it, until it has been passed over
-//! sixteen times.
+//! by arrival; one that does not fit now does not stop smaller ones behind it, until it has been passed over sixteen
+//! times: then it comes before all others.
 
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -183,6 +183,9 @@ impl Plan {
     }
 }
 
+/// Orders waiting sequences.
+type WaitingKey = (Reverse<Priority>, SequenceId);
+
 /// A model's share of the scheduler.
 #[derive(Debug)]
 struct Queue {
@@ -190,7 +193,7 @@ struct Queue {
     /// Sequences with pages, in the order in which they began.
     running: Vec<SequenceId>,
     /// Sequences without, by urgency and arrival.
-    waiting: BTreeSet<(Reverse<Priority>, SequenceId)>,
+    waiting: BTreeSet<WaitingKey>,
     /// Prefixes that are kept, with the tables that keep them.
     pinned: Vec<(Vec<u32>, Table)>,
 }
@@ -352,8 +355,12 @@ impl Scheduler {
             }
         }
         let capacity = if decoding { self.limits.max_prefill_beside_decode } else { self.limits.max_batch_tokens };
-        let mut begun = Vec::new();
-        for key in queue.waiting.iter().take(MAX_CONSIDERED * self.limits.max_batch_sequences) {
+        let considered = || queue.waiting.iter().take(MAX_CONSIDERED * self.limits.max_batch_sequences).copied();
+        let waits_too_long =
+            |key: &WaitingKey| self.entries.get(&key.1).is_some_and(|e| e.passed_over >= MAX_PASSED_OVER);
+        let overdue = considered().find(waits_too_long);
+        let order: Vec<_> = overdue.into_iter().chain(considered().filter(|key| Some(*key) != overdue)).collect();
+        for key in order {
             if full(&step) {
                 break;
             }
@@ -365,7 +372,7 @@ impl Scheduler {
                 .flatten();
             let Some(table) = fits else {
                 entry.passed_over += 1;
-                if entry.passed_over > MAX_PASSED_OVER {
+                if Some(key) == overdue {
                     break;
                 }
                 continue;
@@ -376,9 +383,6 @@ impl Scheduler {
             entry.started = Some(now);
             let len = entry.remaining().min(step.budget);
             step.take(key.1, entry, len, &mut queue.cache);
-            begun.push(*key);
-        }
-        for key in begun {
             queue.waiting.remove(&key);
             queue.running.push(key.1);
         }

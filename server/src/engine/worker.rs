@@ -26,8 +26,6 @@ pub(super) enum Command {
     Run { sequence: Sequence, reply: oneshot::Sender<Result<SequenceOutput>> },
     /// Generate text.
     Generate { job: Box<GenerateJob>, events: mpsc::Sender<Result<GenerateEvent>> },
-    /// Take nothing new; answer once nothing is left, at the latest at the deadline.
-    Drain { deadline: Instant, reply: oneshot::Sender<()> },
 }
 
 /// A model and its state on the device.
@@ -68,7 +66,6 @@ pub(super) struct Worker {
     scheduler: Scheduler,
     devices: HashMap<ModelKey, Device>,
     callers: HashMap<SequenceId, Caller>,
-    draining: Option<(Instant, oneshot::Sender<()>)>,
     evictions: u64,
 }
 
@@ -86,7 +83,6 @@ impl Worker {
             pool,
             devices: HashMap::new(),
             callers: HashMap::new(),
-            draining: None,
             evictions: 0,
         }
     }
@@ -99,14 +95,13 @@ impl Worker {
                 self.run_plan(&plan);
             }
             self.publish_gauges();
-            self.finish_draining();
         }
     }
 
     /// Takes what has come, and waits for something if there is nothing to do. False once nobody can ask any more.
     fn take_commands(&mut self) -> bool {
         loop {
-            let command = if self.scheduler.is_empty() && self.draining.is_none() {
+            let command = if self.scheduler.is_empty() {
                 match self.commands.recv() {
                     Ok(command) => command,
                     Err(_) => return false,
@@ -133,7 +128,6 @@ impl Worker {
             Command::Detach(key) => self.detach(key),
             Command::Run { sequence, reply } => self.add(Caller::Score { sequence, reply }),
             Command::Generate { job, events } => self.add(Caller::Generate { job, events, drawn: 0 }),
-            Command::Drain { deadline, reply } => self.draining = Some((deadline, reply)),
         }
     }
 
@@ -168,9 +162,6 @@ impl Worker {
 
     fn add(&mut self, mut caller: Caller) {
         self.gauges.arriving.fetch_sub(1, Ordering::Relaxed);
-        if self.draining.is_some() {
-            return caller.fail(Error::Draining);
-        }
         let new = match &mut caller {
             Caller::Score { sequence, .. } => NewSequence {
                 model: sequence.model.key(),
@@ -365,22 +356,6 @@ impl Worker {
             PrefixEvictions { pages: evictions - self.evictions }.emit();
         }
         self.evictions = evictions;
-    }
-
-    /// Ends a drain once nothing is left or its time is over.
-    fn finish_draining(&mut self) {
-        let Some((deadline, _)) = &self.draining else { return };
-        let over = Instant::now() >= *deadline;
-        if over {
-            let left: Vec<_> = self.callers.keys().copied().collect();
-            left.into_iter().for_each(|id| self.fail(id, Error::Draining));
-        }
-        if self.scheduler.is_empty()
-            && let Some((_, reply)) = self.draining.take()
-        {
-            // Commands that come later find no `draining`, but the handle refuses them before they are sent.
-            let _ = reply.send(());
-        }
     }
 }
 

@@ -134,9 +134,12 @@ async fn health_tells_by_its_exit_code() {
     let server = Launch::of(["llama-pm", "llama-lm"]).start().await;
     let healthy = plumb(&server, "", &["health", "--json"]).await.lines(0);
     assert!(healthy.len() == 5 && healthy.iter().all(|line| line["status"] == "SERVING"), "{healthy:?}");
-    // A server without a language model cannot generate.
+    // A server without a language model does not generate, and is well.
     let half = Launch::of(["llama-pm"]).start().await;
-    assert_eq!(plumb(&half, "", &["health"]).await.code, 1);
+    let services = plumb(&half, "", &["health", "--json"]).await.lines(0);
+    assert_eq!(services[2], serde_json::json!({"service": "plumb.v1.Generation", "status": "NOT_SERVING"}));
+    let starting = Launch::of(["llama-pm"]).model_that_never_loads("slow").listen().await;
+    assert_eq!(plumb(&starting, "", &["health"]).await.code, 1);
     let nobody = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
     assert_eq!(run(&format!("http://{nobody}"), "", &["health"]).await.code, 2);
 }

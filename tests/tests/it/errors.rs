@@ -2,7 +2,6 @@
 //! a lost device and a fault of a kernel; the server's own tests have them.
 
 use std::fmt::Debug;
-use std::net::TcpListener;
 use std::time::Duration;
 
 use plumb_client::{ApiKey, Code, Error, FieldViolation, RetryPolicy, conversation, text, v1};
@@ -287,11 +286,7 @@ async fn a_deadline_that_passes_in_the_queue_costs_no_work() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_server_that_starts_is_unavailable() {
-    // A hub that never answers.
-    let hub = TcpListener::bind("127.0.0.1:0").unwrap();
-    let url = format!("http://{}", hub.local_addr().unwrap());
-    let launch = Launch::of(["llama-pm"]).model("slow", "org/slow");
-    let mut server = launch.env("HF_HUB_OFFLINE", "0").env("HF_ENDPOINT", &url).listen().await;
+    let mut server = Launch::of(["llama-pm"]).model_that_never_loads("slow").listen().await;
     let state = |m: &Exposition| m.value("plumb_model_state", &[("model", "slow")]);
     server.until("the second model loads", |m| state(m) == f64::from(v1::ModelState::Loading as i32)).await;
     let client = server.client().await;
