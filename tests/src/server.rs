@@ -53,8 +53,7 @@ impl Launch {
             .env("PLUMB_KV_CACHE_MIB", "16")
             .env("PLUMB_MAX_NEW_TOKENS_LIMIT", "60000")
             .env("HF_HOME", folder.path())
-            .env("HF_HUB_OFFLINE", "1")
-            .env("NO_COLOR", "1");
+            .env("HF_HUB_OFFLINE", "1");
         Self { command, folder, hub: None }
     }
 

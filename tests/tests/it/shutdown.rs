@@ -37,6 +37,8 @@ async fn not_serving_comes_first_then_a_lame_duck_then_the_end_of_what_runs() {
     while TcpStream::connect(server.address()).await.is_ok() {
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
+    let late = refused(client.score(items(None, vec![text("too late")])).await);
+    assert_eq!(late.code, Code::Unavailable, "{late}");
     let mut drawn = 0;
     let mut summary = None;
     while let Some(answer) = running.next().await {
