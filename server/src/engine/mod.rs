@@ -8,7 +8,7 @@ mod worker;
 
 use std::ops::{Deref, Range};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use plumb_model::loaded::LoadedModel;
@@ -146,38 +146,21 @@ pub enum Finish {
     Length,
 }
 
-/// How busy the engine is.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
-pub struct QueueLoad {
-    /// Sequences that have not begun.
-    pub waiting_sequences: usize,
-    /// Their tokens.
-    pub waiting_tokens: usize,
-    /// Sequences that have begun.
-    pub running: usize,
-    /// Recent speed; 0 before the first step.
-    pub tokens_per_second: f64,
-}
-
-/// What the thread tells without being asked.
+/// The recent speed in tokens per second, which the thread tells without being asked; 0 before the first step.
 #[derive(Debug, Default)]
-struct Gauges {
-    /// Sent and not yet taken in.
-    arriving: AtomicUsize,
-    waiting_sequences: AtomicUsize,
-    waiting_tokens: AtomicUsize,
-    running: AtomicUsize,
-    /// Bits of an f64.
-    tokens_per_second: AtomicU64,
-}
+struct Speed(AtomicU64);
 
-impl Gauges {
+impl Speed {
+    fn read(&self) -> f64 {
+        f64::from_bits(self.0.load(Ordering::Relaxed))
+    }
+
     /// Moves the average towards a step's speed.
-    fn record_rate(&self, tokens: usize, duration: Duration) {
+    fn record(&self, tokens: usize, duration: Duration) {
         let rate = tokens as f64 / duration.as_secs_f64().max(1e-6);
-        let old = f64::from_bits(self.tokens_per_second.load(Ordering::Relaxed));
+        let old = self.read();
         let new = if old == 0.0 { rate } else { 0.9 * old + 0.1 * rate };
-        self.tokens_per_second.store(new.to_bits(), Ordering::Relaxed);
+        self.0.store(new.to_bits(), Ordering::Relaxed);
     }
 }
 
@@ -185,7 +168,7 @@ impl Gauges {
 #[derive(Clone, Debug)]
 pub struct Engine {
     commands: std::sync::mpsc::Sender<Command>,
-    gauges: Arc<Gauges>,
+    speed: Arc<Speed>,
     alive: watch::Receiver<bool>,
     next_key: Arc<AtomicU64>,
 }
@@ -220,11 +203,6 @@ impl ModelHandle {
     fn key(&self) -> ModelKey {
         self.0.key
     }
-
-    /// Handles of the model, this one included: work in flight holds one each.
-    pub fn holders(&self) -> usize {
-        Arc::strong_count(&self.0)
-    }
 }
 
 impl Engine {
@@ -236,9 +214,9 @@ impl Engine {
             .build()
             .map_err(|error| Error::internal(format!("cannot start the compute threads: {error}")))?;
         let (commands, receiver) = std::sync::mpsc::channel();
-        let gauges = Arc::new(Gauges::default());
+        let speed = Arc::new(Speed::default());
         let (alive_sender, alive) = watch::channel(true);
-        let worker = Worker::new(options, receiver, gauges.clone(), pool);
+        let worker = Worker::new(options, receiver, speed.clone(), pool);
         std::thread::Builder::new()
             .name("plumb-engine".into())
             .spawn(move || {
@@ -247,7 +225,7 @@ impl Engine {
                 worker.run();
             })
             .map_err(|error| Error::internal(format!("cannot start the engine thread: {error}")))?;
-        Ok(Engine { commands, gauges, alive, next_key: Arc::new(AtomicU64::new(1)) })
+        Ok(Engine { commands, speed, alive, next_key: Arc::new(AtomicU64::new(1)) })
     }
 
     /// Makes room for a model and tries it out. `name` and `version` are for logs and metrics.
@@ -259,15 +237,10 @@ impl Engine {
         Ok(ModelHandle(Arc::new(Attached { key, model, commands: self.commands.clone() })))
     }
 
-    /// Runs a sequence. Dropping the future takes it out of the queue.
-    pub async fn run(&self, sequence: Sequence) -> Result<SequenceOutput> {
-        self.submit(sequence)?.await.map_err(|_| Error::DeviceLost)?
-    }
-
-    /// Puts a sequence into the queue at once; the answer is awaited by itself.
+    /// Puts a sequence into the queue at once; the answer is awaited by itself. Dropping it takes the sequence out.
     pub fn submit(&self, sequence: Sequence) -> Result<oneshot::Receiver<Result<SequenceOutput>>> {
         let (reply, answer) = oneshot::channel();
-        self.send_work(Command::Run { sequence, reply })?;
+        self.send(Command::Run { sequence, reply })?;
         Ok(answer)
     }
 
@@ -275,7 +248,7 @@ impl Engine {
     pub fn generate(&self, job: GenerateJob) -> Result<mpsc::Receiver<Result<GenerateEvent>>> {
         // Room for every event, so that a slow reader never holds the engine up.
         let (events, receiver) = mpsc::channel(job.max_new_tokens + 3);
-        self.send_work(Command::Generate { job: Box::new(job), events })?;
+        self.send(Command::Generate { job: Box::new(job), events })?;
         Ok(receiver)
     }
 
@@ -284,20 +257,9 @@ impl Engine {
         self.alive.clone()
     }
 
-    /// How busy the engine is.
-    pub fn load(&self) -> QueueLoad {
-        QueueLoad {
-            waiting_sequences: self.gauges.waiting_sequences.load(Ordering::Relaxed)
-                + self.gauges.arriving.load(Ordering::Relaxed),
-            waiting_tokens: self.gauges.waiting_tokens.load(Ordering::Relaxed),
-            running: self.gauges.running.load(Ordering::Relaxed),
-            tokens_per_second: f64::from_bits(self.gauges.tokens_per_second.load(Ordering::Relaxed)),
-        }
-    }
-
-    fn send_work(&self, command: Command) -> Result<()> {
-        self.gauges.arriving.fetch_add(1, Ordering::Relaxed);
-        self.send(command)
+    /// Recent speed in tokens per second; 0 before the first step.
+    pub fn tokens_per_second(&self) -> f64 {
+        self.speed.read()
     }
 
     fn send(&self, command: Command) -> Result<()> {

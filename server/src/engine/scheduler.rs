@@ -257,11 +257,6 @@ impl Scheduler {
         ids.fold((0, 0), |(n, tokens), (_, id)| (n + 1, tokens + self.entries.get(id).map_or(0, |e| e.tokens().len())))
     }
 
-    /// Sequences that have begun.
-    pub fn running(&self) -> usize {
-        self.queues.values().map(|q| q.running.len()).sum()
-    }
-
     /// True if nothing waits and nothing runs.
     pub fn is_empty(&self) -> bool {
         self.entries.is_empty()

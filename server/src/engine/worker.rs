@@ -3,7 +3,6 @@
 use std::collections::HashMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::sync::mpsc::{Receiver, TryRecvError};
 use std::time::Instant;
 
@@ -12,7 +11,7 @@ use plumb_model::loaded::LoadedModel;
 use tokio::sync::{mpsc, oneshot};
 
 use super::scheduler::{ModelKey, NewSequence, Plan, Scheduler, SequenceId, Slice, Want as Wanted, log_prob_rows};
-use super::{EngineOptions, Finish, Gauges, GenerateEvent, GenerateJob, Sequence, SequenceOutput, Want};
+use super::{EngineOptions, Finish, GenerateEvent, GenerateJob, Sequence, SequenceOutput, Speed, Want};
 use crate::error::{Error, Result};
 use crate::telemetry::events::{BatchRun, PrefixEvictions, QueueChanged};
 
@@ -61,7 +60,7 @@ impl Caller {
 
 pub(super) struct Worker {
     commands: Receiver<Command>,
-    gauges: Arc<Gauges>,
+    speed: Arc<Speed>,
     pool: rayon::ThreadPool,
     scheduler: Scheduler,
     devices: HashMap<ModelKey, Device>,
@@ -73,13 +72,13 @@ impl Worker {
     pub(super) fn new(
         options: EngineOptions,
         commands: Receiver<Command>,
-        gauges: Arc<Gauges>,
+        speed: Arc<Speed>,
         pool: rayon::ThreadPool,
     ) -> Self {
         Self {
             scheduler: Scheduler::new(options.limits()),
             commands,
-            gauges,
+            speed,
             pool,
             devices: HashMap::new(),
             callers: HashMap::new(),
@@ -94,7 +93,7 @@ impl Worker {
             if let Some(plan) = self.scheduler.plan(Instant::now()) {
                 self.run_plan(&plan);
             }
-            self.publish_gauges();
+            self.report_queue();
         }
     }
 
@@ -161,7 +160,6 @@ impl Worker {
     }
 
     fn add(&mut self, mut caller: Caller) {
-        self.gauges.arriving.fetch_sub(1, Ordering::Relaxed);
         let new = match &mut caller {
             Caller::Score { sequence, .. } => NewSequence {
                 model: sequence.model.key(),
@@ -220,12 +218,8 @@ impl Worker {
     fn run_plan(&mut self, plan: &Plan) {
         let started = Instant::now();
         let Some(device) = self.devices.get_mut(&plan.model) else { return };
-        let mut targets: Vec<Vec<u32>> = Vec::new();
-        for slice in &plan.slices {
-            targets.push(log_prob_targets(&self.scheduler, slice));
-        }
         let mut step = Step::default();
-        for (slice, targets) in plan.slices.iter().zip(&targets) {
+        for slice in &plan.slices {
             let Some(entry) = self.scheduler.entry(slice.id) else { continue };
             let last = slice.positions.end == entry.tokens().len();
             step.sequences.push(StepSequence {
@@ -236,7 +230,12 @@ impl Worker {
                     Wanted::Reward if last => Read::LastReward,
                     Wanted::Generate { .. } if last => Read::LastLogits,
                     Wanted::TokenRewards => Read::Rewards,
-                    Wanted::LogProbs(range) => Read::LogProbs { rows: log_prob_rows(range, &slice.positions), targets },
+                    Wanted::LogProbs(range) => {
+                        let rows = log_prob_rows(range, &slice.positions);
+                        // The token after each row.
+                        let first = slice.positions.start + 1;
+                        Read::LogProbs { targets: &entry.tokens()[first + rows.start..first + rows.end], rows }
+                    }
                     _ => Read::Nothing,
                 },
             });
@@ -258,7 +257,7 @@ impl Worker {
             duration,
         }
         .emit();
-        self.gauges.record_rate(plan.tokens(), duration);
+        self.speed.record(plan.tokens(), duration);
         match values {
             Ok(values) => {
                 for (slice, values) in plan.slices.iter().zip(values) {
@@ -345,11 +344,8 @@ impl Worker {
         }
     }
 
-    fn publish_gauges(&mut self) {
+    fn report_queue(&mut self) {
         let (sequences, tokens) = self.scheduler.waiting();
-        self.gauges.waiting_sequences.store(sequences, Ordering::Relaxed);
-        self.gauges.waiting_tokens.store(tokens, Ordering::Relaxed);
-        self.gauges.running.store(self.scheduler.running(), Ordering::Relaxed);
         QueueChanged { sequences, tokens }.emit();
         let evictions = self.scheduler.evictions();
         if evictions > self.evictions {
@@ -357,15 +353,6 @@ impl Worker {
         }
         self.evictions = evictions;
     }
-}
-
-/// Tokens whose log-probabilities a slice reads.
-fn log_prob_targets(scheduler: &Scheduler, slice: &Slice) -> Vec<u32> {
-    let Some(entry) = scheduler.entry(slice.id) else { return Vec::new() };
-    let Wanted::LogProbs(range) = entry.want() else { return Vec::new() };
-    let rows = log_prob_rows(range, &slice.positions);
-    let start = slice.positions.start + 1;
-    entry.tokens()[start + rows.start..start + rows.end].to_vec()
 }
 
 /// Runs a step; a panic in it is an error, not the end of the thread.

@@ -57,7 +57,7 @@ pub(crate) struct Context {
 impl Context {
     /// Room for sequences of these lengths.
     fn admit(&self, tokens: &[usize]) -> Result<Vec<TokenPermit>> {
-        let admitted = self.budget.admit(tokens, self.engine.load().tokens_per_second);
+        let admitted = self.budget.admit(tokens, self.engine.tokens_per_second());
         admitted.inspect_err(|error| Rejected { error }.emit())
     }
 
