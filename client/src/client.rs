@@ -242,7 +242,7 @@ impl Client {
         message: Q,
         rpc: impl Fn(Channel, Request<Q>) -> F,
     ) -> Result<A, Error> {
-        let mut attempt = 1;
+        let (mut tries, mut counted) = (0, 0);
         loop {
             let answer = rpc(self.channel(), self.request(message.clone(), deadline));
             let status = match within(deadline, answer).await {
@@ -250,12 +250,13 @@ impl Client {
                 Err(status) => status,
             };
             let remaining = deadline.map(|at| at.saturating_duration_since(Instant::now()));
-            let delay = self.shared.retry.delay(attempt, failure_of(&status), remaining, rand::random());
-            match delay {
+            let (policy, failure) = (&self.shared.retry, failure_of(&status));
+            tries += 1;
+            counted += u32::from(policy.counts(failure, remaining));
+            match policy.delay(counted, failure, remaining, rand::random()) {
                 Some(delay) if may_repeat => sleep(delay).await,
-                _ => return Err(Box::new(CallError::new(&status, attempt)).into()),
+                _ => return Err(Box::new(CallError::new(&status, tries)).into()),
             }
-            attempt += 1;
         }
     }
 }

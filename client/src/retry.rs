@@ -8,10 +8,11 @@ use tonic::Code;
 ///
 /// Tried again are `UNAVAILABLE`, and `RESOURCE_EXHAUSTED` only where the server says when to come back (a `RetryInfo`
 /// detail): without it the request itself is too large and would fail for ever. A `RetryInfo` delay is always waited
-/// for in full.
+/// for in full. A server that is busy and says for how long is asked again until the deadline, however often that is:
+/// such tries are not counted, except where there is no deadline.
 #[derive(Clone, Debug, PartialEq)]
 pub struct RetryPolicy {
-    /// Most tries, the first included. Default 5.
+    /// Most tries that are counted, the first included; 1 never tries again. Default 5.
     pub max_attempts: u32,
     /// Longest pause after the first try. Default 100 ms.
     pub initial_backoff: Duration,
@@ -38,9 +39,15 @@ impl RetryPolicy {
         Self { max_attempts: 1, ..Self::default() }
     }
 
+    /// Whether a failure uses up a try.
+    pub fn counts(&self, failure: Failure, remaining: Option<Duration>) -> bool {
+        let busy = failure.code == Code::ResourceExhausted && failure.retry_after.is_some();
+        self.max_attempts <= 1 || remaining.is_none() || !busy
+    }
+
     /// How long to wait before trying again, or `None` if the failure stands.
     ///
-    /// `attempt` counts from 1, `jitter` lies in `0.0..=1.0`, `remaining` is the time to the deadline. The pause is
+    /// `attempt` is the number of tries that are counted, from 1, `jitter` lies in `0.0..=1.0`, `remaining` is the time to the deadline. The pause is
     /// the server's delay plus `jitter` times the back-off, so that clients that failed together come back apart.
     pub fn delay(&self, attempt: u32, failure: Failure, remaining: Option<Duration>, jitter: f64) -> Option<Duration> {
         let worth_it = match failure.code {
@@ -48,7 +55,8 @@ impl RetryPolicy {
             Code::ResourceExhausted => failure.retry_after.is_some(),
             _ => false,
         };
-        if !worth_it || attempt >= self.max_attempts {
+        let used_up = attempt >= self.max_attempts && self.counts(failure, remaining);
+        if !worth_it || used_up {
             return None;
         }
         let growth = self.multiplier.max(1.0).powi(attempt.saturating_sub(1).min(64) as i32);
@@ -101,6 +109,10 @@ mod tests {
         check(1, unavailable, None, Some(100), None);
         check(1, unavailable, None, Some(101), Some(100));
         check(1, exhausted, Some(1000), Some(900), None);
+        // A busy server is asked until the deadline.
+        check(5, exhausted, Some(1000), Some(1101), Some(1100));
+        check(5, exhausted, Some(1000), None, None);
+        check(5, unavailable, Some(1000), Some(1101), None);
         // Nothing else is worth it.
         for code in [Code::InvalidArgument, Code::NotFound, Code::Internal, Code::DeadlineExceeded, Code::Unknown] {
             check(1, code, Some(10), None, None);
@@ -115,5 +127,7 @@ mod tests {
         assert_eq!(policy.delay(1000, failure, None, 0.0), Some(Duration::ZERO));
         assert_eq!(policy.delay(1, failure, None, 0.5), Some(ms(50)));
         assert_eq!(RetryPolicy::none().delay(1, failure, None, FULL), None);
+        let busy = Failure { code: Code::ResourceExhausted, retry_after: Some(ms(1)) };
+        assert_eq!(RetryPolicy::none().delay(1, busy, Some(ms(1000)), FULL), None);
     }
 }

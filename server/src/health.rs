@@ -24,6 +24,9 @@ pub(crate) enum Phase {
     Stopping,
 }
 
+/// For each service, whether it serves. The first is the server as a whole.
+type Statuses = [(&'static str, bool); 5];
+
 /// All that decides on the answers.
 #[derive(Clone, Copy, Debug)]
 struct Inputs {
@@ -33,8 +36,7 @@ struct Inputs {
 }
 
 impl Inputs {
-    /// For each service, whether it serves. The first is the server as a whole.
-    fn statuses(self) -> [(&'static str, bool); 5] {
+    fn statuses(self) -> Statuses {
         let up = self.engine_alive && self.phase == Phase::Serving;
         let Kinds { language, preference } = self.kinds;
         let any = up && (language || preference);
@@ -49,10 +51,17 @@ impl Inputs {
     }
 }
 
+/// What has been told last, and why.
+struct Told {
+    inputs: Inputs,
+    /// Nothing before the first time.
+    statuses: Option<Statuses>,
+}
+
 /// Answers health checks.
 pub(crate) struct Health {
     /// Held while the answers are changed, so that the last change is the one that stays.
-    inputs: Mutex<Inputs>,
+    told: Mutex<Told>,
     reporter: HealthReporter,
     ready: watch::Sender<bool>,
     alive: watch::Sender<bool>,
@@ -63,7 +72,7 @@ impl Health {
     pub(crate) async fn new(reporter: HealthReporter) -> Arc<Self> {
         let inputs = Inputs { phase: Phase::Starting, engine_alive: true, kinds: Kinds::default() };
         let health = Self {
-            inputs: Mutex::new(inputs),
+            told: Mutex::new(Told { inputs, statuses: None }),
             reporter,
             ready: watch::Sender::new(false),
             alive: watch::Sender::new(true),
@@ -112,11 +121,16 @@ impl Health {
         let _ = self.alive().wait_for(|alive| !alive).await;
     }
 
+    /// Those who watch a service hear of it only when its answer is another.
     async fn change(&self, change: impl FnOnce(&mut Inputs)) {
-        let mut inputs = self.inputs.lock().await;
-        change(&mut inputs);
-        let statuses = inputs.statuses();
-        for (service, serves) in statuses {
+        let mut told = self.told.lock().await;
+        change(&mut told.inputs);
+        let statuses = told.inputs.statuses();
+        let before = told.statuses.replace(statuses);
+        for (at, (service, serves)) in statuses.into_iter().enumerate() {
+            if before.is_some_and(|before| before[at].1 == serves) {
+                continue;
+            }
             let status = if serves { ServingStatus::Serving } else { ServingStatus::NotServing };
             self.reporter.set_service_status(service, status).await;
         }
@@ -129,6 +143,12 @@ impl Health {
 
 #[cfg(test)]
 mod tests {
+    use tokio_stream::StreamExt as _;
+    use tonic_health::pb::HealthCheckRequest;
+    use tonic_health::pb::health_check_response::ServingStatus as WireStatus;
+    use tonic_health::pb::health_server::Health as _;
+    use tonic_health::server::HealthService;
+
     use super::*;
 
     fn check(phase: Phase, engine_alive: bool, language: bool, preference: bool, expected: [bool; 5]) {
@@ -147,6 +167,24 @@ mod tests {
         check(Phase::Serving, no, yes, yes, [no; 5]);
         check(Phase::Starting, yes, yes, yes, [no; 5]);
         check(Phase::Stopping, yes, yes, yes, [no; 5]);
+    }
+
+    #[tokio::test]
+    async fn who_watches_hears_of_changes_only() {
+        let reporter = HealthReporter::new();
+        let service = HealthService::from_health_reporter(reporter.clone());
+        let health = Health::new(reporter).await;
+        health.change(|inputs| inputs.kinds.preference = true).await;
+        health.set_phase(Phase::Serving).await;
+        let request = tonic::Request::new(HealthCheckRequest { service: String::new() });
+        let mut watched = service.watch(request).await.unwrap().into_inner();
+        let mut next = async || watched.next().await.unwrap().unwrap().status();
+        assert_eq!(next().await, WireStatus::Serving);
+        health.change(|inputs| inputs.kinds.language = true).await;
+        health.set_phase(Phase::Stopping).await;
+        assert_eq!(next().await, WireStatus::NotServing);
+        health.set_phase(Phase::Serving).await;
+        assert_eq!(next().await, WireStatus::Serving);
     }
 
     #[tokio::test]

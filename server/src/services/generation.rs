@@ -101,7 +101,7 @@ impl Plan {
         }
         let sampling = sampling(request.sampling.unwrap_or_default())?;
         let model = context.registry.resolve(request.model.as_ref(), Need::Language)?;
-        let mut text = input::render_options(request.text.as_ref(), limits.auto_truncate)?;
+        let mut text = input::render_options(request.text.as_ref(), model.info.max_input_tokens, limits.auto_truncate)?;
         // Truncation makes room for the new tokens. Without it, a long prompt leaves less room than was asked for.
         let reserved = if text.truncation == Truncation::Refuse { 1 } else { max_new_tokens };
         text.max_tokens.get_or_insert(model.info.max_input_tokens.saturating_sub(reserved).max(1));
@@ -192,7 +192,9 @@ async fn start(context: Arc<Context>, plan: Plan) -> Result<Run> {
 
 async fn start_samples(context: &Context, plan: &Plan, prompt: Rendered, max_new_tokens: usize) -> Result<Vec<Sample>> {
     let model = &plan.model;
-    let permits = context.admit(&vec![prompt.ids.len() + max_new_tokens; plan.samples])?;
+    let pinned_prefix = input::pinned_prefix(&prompt, &plan.text);
+    let work = prompt.ids.len() - pinned_prefix + max_new_tokens;
+    let permits = context.admit(&vec![work; plan.samples])?;
     let default_stops = plan.default_stop_strings();
     let decoder = match default_stops.is_empty() {
         // In this form an answer begins after a space or a new line.
@@ -201,7 +203,6 @@ async fn start_samples(context: &Context, plan: &Plan, prompt: Rendered, max_new
     };
     let stops = if plan.stop_strings.is_empty() { default_stops } else { plan.stop_strings.clone() };
     let eos = if plan.stop_at_eos { model.text.eos_ids().to_vec() } else { Vec::new() };
-    let pinned_prefix = input::pinned_prefix(&prompt, &plan.text);
     let mut samples = Vec::with_capacity(plan.samples);
     for (i, permit) in permits.into_iter().enumerate() {
         let params = SamplingParams { seed: seed_of(plan.sampling.seed, i), ..plan.sampling.clone() };

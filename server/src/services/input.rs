@@ -41,10 +41,20 @@ pub(super) fn candidate_input(prompt: &TextInput, candidate: &v1::Candidate) -> 
     Ok(TextInput::PromptResponse { prompt: Box::new(prompt.clone()), response })
 }
 
-/// How inputs become tokens.
-pub(super) fn render_options(options: Option<&v1::TextOptions>, auto_truncate: bool) -> Result<RenderOptions> {
+/// How inputs become tokens. `longest` is what the model takes.
+pub(super) fn render_options(
+    options: Option<&v1::TextOptions>,
+    longest: usize,
+    auto_truncate: bool,
+) -> Result<RenderOptions> {
     let default = v1::TextOptions::default();
     let options = options.unwrap_or(&default);
+    let max_tokens = options.max_tokens.map(|tokens| tokens as usize);
+    if let Some(tokens) = max_tokens
+        && !(1..=longest).contains(&tokens)
+    {
+        return Err(Error::invalid("text.max_tokens", format!("{tokens} is not in 1..={longest}")));
+    }
     Ok(RenderOptions {
         chat_format: match known("text.chat_format", options.chat_format)? {
             v1::ChatFormat::Unspecified => ChatFormat::Auto,
@@ -62,7 +72,7 @@ pub(super) fn render_options(options: Option<&v1::TextOptions>, auto_truncate: b
             v1::Truncation::Left => Truncation::Left,
             v1::Truncation::Right => Truncation::Right,
         },
-        max_tokens: options.max_tokens.map(|tokens| tokens as usize),
+        max_tokens,
     })
 }
 
@@ -106,7 +116,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn unknown_enum_values_are_refused_by_name() {
+    fn values_out_of_range_are_refused_by_name() {
         let check = |result: Result<()>, field: &str| {
             let error = result.unwrap_err();
             assert!(matches!(&error, Error::InvalidArgument { field: f, .. } if f == field), "{error:?}");
@@ -114,11 +124,13 @@ mod tests {
         let options = |change: fn(&mut v1::TextOptions)| {
             let mut options = v1::TextOptions::default();
             change(&mut options);
-            render_options(Some(&options), false).map(drop)
+            render_options(Some(&options), 8, false).map(drop)
         };
         check(options(|options| options.chat_format = 99), "text.chat_format");
         check(options(|options| options.hhh_prompt = -1), "text.hhh_prompt");
         check(options(|options| options.truncation = 4), "text.truncation");
+        check(options(|options| options.max_tokens = Some(0)), "text.max_tokens");
+        check(options(|options| options.max_tokens = Some(9)), "text.max_tokens");
         check(Objective::parse(4).map(drop), "objective");
         check(priority(4).map(drop), "priority");
     }
@@ -127,13 +139,13 @@ mod tests {
     fn truncation_is_refused_unless_somebody_asks_for_it() {
         let check = |asked: v1::Truncation, auto: bool, expected: Truncation| {
             let options = v1::TextOptions { truncation: asked.into(), ..v1::TextOptions::default() };
-            assert_eq!(render_options(Some(&options), auto).unwrap().truncation, expected, "{asked:?}, auto {auto}");
+            assert_eq!(render_options(Some(&options), 8, auto).unwrap().truncation, expected, "{asked:?}, auto {auto}");
         };
         check(v1::Truncation::Unspecified, false, Truncation::Refuse);
         check(v1::Truncation::Unspecified, true, Truncation::Left);
         check(v1::Truncation::Refuse, true, Truncation::Refuse);
         check(v1::Truncation::Right, false, Truncation::Right);
-        assert_eq!(render_options(None, false).unwrap(), RenderOptions::default());
+        assert_eq!(render_options(None, 8, false).unwrap(), RenderOptions::default());
     }
 
     #[test]

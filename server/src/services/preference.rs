@@ -83,11 +83,12 @@ async fn score(context: &Context, request: v1::ScoreRequest, times: CallTimes) -
     let v1::ScoreRequest { model, items, text, objective, per_token, request_id, priority } = request;
     record_request_id(&request_id);
     context.check_count("items", items.len())?;
+    let model = context.registry.resolve(model.as_ref(), Need::Any)?;
     let call = ScoreCall {
-        text: input::render_options(text.as_ref(), context.limits.auto_truncate)?,
+        text: input::render_options(text.as_ref(), model.info.max_input_tokens, context.limits.auto_truncate)?,
         objective: Objective::parse(objective)?,
         priority: input::priority(priority)?,
-        model: context.registry.resolve(model.as_ref(), Need::Any)?,
+        model,
         inputs: items.iter().map(input::text_input).collect(),
         field: "items",
         per_token,
@@ -115,11 +116,12 @@ async fn rank_candidates(context: &Context, request: v1::RankRequest, times: Cal
     record_request_id(&request_id);
     context.check_count("candidates", candidates.len())?;
     let prompt = input::text_input(&prompt.unwrap_or_default()).map_err(|error| error.within("prompt"))?;
+    let model = context.registry.resolve(model.as_ref(), Need::Any)?;
     let call = ScoreCall {
-        text: input::render_options(text.as_ref(), context.limits.auto_truncate)?,
+        text: input::render_options(text.as_ref(), model.info.max_input_tokens, context.limits.auto_truncate)?,
         objective: Objective::parse(objective)?,
         priority: input::priority(priority)?,
-        model: context.registry.resolve(model.as_ref(), Need::Any)?,
+        model,
         // Every candidate is rendered as a whole, as Score would: equal tokens give equal bits, and the engine finds
         // what they share.
         inputs: candidates.iter().map(|candidate| input::candidate_input(&prompt, candidate)).collect(),

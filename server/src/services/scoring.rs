@@ -53,6 +53,13 @@ struct Part {
     pinned_prefix: usize,
 }
 
+impl Part {
+    /// Tokens to compute. The HHH prompt is computed once per model, not once per request.
+    fn work(&self) -> usize {
+        self.tokens.len() - self.pinned_prefix
+    }
+}
+
 /// What the engine answered for an input.
 struct Outputs {
     sequence: SequenceOutput,
@@ -123,10 +130,10 @@ impl Context {
         times: CallTimes,
     ) -> Result<Vec<Result<Outputs>>> {
         let parts = || prepared.iter().flatten().flat_map(Prepared::parts);
-        let lengths: Vec<usize> = parts().map(|part| part.tokens.len()).collect();
-        let mut permits = self.admit(&lengths)?.into_iter();
+        let work: Vec<usize> = parts().map(Part::work).collect();
+        let mut permits = self.admit(&work)?.into_iter();
         // All are in the queue before the first is awaited: what they share is computed once, and batches are full.
-        let mut answers = Vec::with_capacity(lengths.len());
+        let mut answers = Vec::with_capacity(work.len());
         for part in parts() {
             let meta = JobMeta {
                 priority,

@@ -49,9 +49,10 @@ impl Tokens for TokensService {
     async fn render(&self, request: Request<v1::RenderRequest>) -> Result<Response<v1::RenderResponse>, Status> {
         let v1::RenderRequest { model, input, text, add_generation_prompt } = request.into_inner();
         let input = input::text_input(&input.unwrap_or_default()).map_err(|error| error.within("input"))?;
-        let options = input::render_options(text.as_ref(), self.context.limits.auto_truncate)?;
-        let mode = if add_generation_prompt { RenderMode::Generate } else { RenderMode::Score };
         let model = self.context.registry.resolve(model.as_ref(), Need::Any)?;
+        let longest = model.info.max_input_tokens;
+        let options = input::render_options(text.as_ref(), longest, self.context.limits.auto_truncate)?;
+        let mode = if add_generation_prompt { RenderMode::Generate } else { RenderMode::Score };
         let identity = model.identity();
         let rendered = self.context.pool.run(move || model.text.render(&input, &options, mode)).await?;
         let rendered = rendered.map_err(|error| Error::from(error).within("input"))?;

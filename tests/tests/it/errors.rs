@@ -68,8 +68,8 @@ async fn a_score_that_makes_no_sense_is_an_invalid_argument() {
     invalid(options(&|o| o.chat_format = 99).await, "text.chat_format", "99");
     invalid(options(&|o| o.hhh_prompt = 99).await, "text.hhh_prompt", "99");
     invalid(options(&|o| o.truncation = 99).await, "text.truncation", "99");
-    invalid(options(&|o| o.max_tokens = Some(0)).await, "items[0]", "max_tokens is 0");
-    invalid(options(&|o| o.max_tokens = Some(1025)).await, "items[0]", "takes 1024 tokens");
+    invalid(options(&|o| o.max_tokens = Some(0)).await, "text.max_tokens", "0 is not in 1..=1024");
+    invalid(options(&|o| o.max_tokens = Some(1025)).await, "text.max_tokens", "1025 is not in 1..=1024");
     invalid(item(v1::Input::default()).await, "items[0]", "`conversation`, `text` and `token_ids`");
     invalid(item(text("")).await, "items[0]", "empty");
     invalid(item(ids(&[])).await, "items[0]", "no token ids");
