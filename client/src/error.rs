@@ -3,7 +3,7 @@
 use std::fmt;
 use std::time::Duration;
 
-use plumb_proto::v1;
+use plumb_proto::{code_name, v1};
 use tonic::{Code, Status};
 use tonic_types::StatusExt;
 
@@ -149,29 +149,6 @@ pub fn score(result: &v1::ScoreResult) -> Result<&v1::Score, ItemFailure> {
 /// The reward of an item, or why it has none.
 pub fn reward(result: &v1::ScoreResult) -> Result<f32, ItemFailure> {
     score(result).map(|score| score.reward)
-}
-
-/// The name of a code as gRPC writes it, such as `RESOURCE_EXHAUSTED`.
-pub fn code_name(code: Code) -> &'static str {
-    match code {
-        Code::Ok => "OK",
-        Code::Cancelled => "CANCELLED",
-        Code::Unknown => "UNKNOWN",
-        Code::InvalidArgument => "INVALID_ARGUMENT",
-        Code::DeadlineExceeded => "DEADLINE_EXCEEDED",
-        Code::NotFound => "NOT_FOUND",
-        Code::AlreadyExists => "ALREADY_EXISTS",
-        Code::PermissionDenied => "PERMISSION_DENIED",
-        Code::ResourceExhausted => "RESOURCE_EXHAUSTED",
-        Code::FailedPrecondition => "FAILED_PRECONDITION",
-        Code::Aborted => "ABORTED",
-        Code::OutOfRange => "OUT_OF_RANGE",
-        Code::Unimplemented => "UNIMPLEMENTED",
-        Code::Internal => "INTERNAL",
-        Code::Unavailable => "UNAVAILABLE",
-        Code::DataLoss => "DATA_LOSS",
-        Code::Unauthenticated => "UNAUTHENTICATED",
-    }
 }
 
 /// What the retry policy looks at.

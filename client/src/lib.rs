@@ -35,11 +35,11 @@ mod retry;
 mod stream;
 
 pub use client::{Client, SERVICES};
-pub use error::{CallError, Error, FieldViolation, ItemFailure, code_name, reward, score};
+pub use error::{CallError, Error, FieldViolation, ItemFailure, reward, score};
 pub use input::{conversation, dialogue, text};
 pub use options::{ApiKey, ClientOptions};
-/// The messages of package `plumb.v1`.
-pub use plumb_proto::v1;
+/// The messages of package `plumb.v1`, and the names of status codes.
+pub use plumb_proto::{code_name, v1};
 pub use retry::{Failure, RetryPolicy};
 pub use stream::Answers;
 /// gRPC status codes.

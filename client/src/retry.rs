@@ -47,8 +47,9 @@ impl RetryPolicy {
 
     /// How long to wait before trying again, or `None` if the failure stands.
     ///
-    /// `attempt` is the number of tries that are counted, from 1, `jitter` lies in `0.0..=1.0`, `remaining` is the time to the deadline. The pause is
-    /// the server's delay plus `jitter` times the back-off, so that clients that failed together come back apart.
+    /// `attempt` is the number of tries that are counted, from 1, `jitter` lies in `0.0..=1.0`, `remaining` is the time
+    /// to the deadline. The pause is the server's delay plus `jitter` times the back-off, so that clients that failed
+    /// together come back apart.
     pub fn delay(&self, attempt: u32, failure: Failure, remaining: Option<Duration>, jitter: f64) -> Option<Duration> {
         let worth_it = match failure.code {
             Code::Unavailable => true,
@@ -110,9 +111,9 @@ mod tests {
         check(1, unavailable, None, Some(101), Some(100));
         check(1, exhausted, Some(1000), Some(900), None);
         // A busy server is asked until the deadline.
-        check(5, exhausted, Some(1000), Some(1101), Some(1100));
+        check(5, exhausted, Some(1000), Some(2601), Some(2600));
         check(5, exhausted, Some(1000), None, None);
-        check(5, unavailable, Some(1000), Some(1101), None);
+        check(5, unavailable, Some(1000), Some(2601), None);
         // Nothing else is worth it.
         for code in [Code::InvalidArgument, Code::NotFound, Code::Internal, Code::DeadlineExceeded, Code::Unknown] {
             check(1, code, Some(10), None, None);

@@ -24,7 +24,8 @@ use super::{Outcome, Usage};
 Closed loop (default): so many requests are always in flight. Open loop (--rate): requests start at their times, whether
 or not the server keeps up, and latency counts from the intended start (no coordinated omission).
 
-Random tokens are drawn anew for every request, from --seed.
+Random tokens are drawn anew for every request. With the --seed of an earlier run they are the same again, and a server
+that still has them in its cache answers at once.
 
 Examples:
   plumb bench unique --items 32 --tokens 256 --concurrency 1
@@ -140,9 +141,9 @@ struct LoadArgs {
     /// Load before the measurement; 0 for none
     #[arg(long, value_name = "SECS", default_value_t = 2.0)]
     warmup_secs: f64,
-    /// Seed of the random tokens and gaps
-    #[arg(long, value_name = "N", default_value_t = 0)]
-    seed: u64,
+    /// Seed of the random tokens and gaps [default: drawn and shown]
+    #[arg(long, value_name = "N")]
+    seed: Option<u64>,
     /// Smallest token id to draw; special tokens are often the first ones
     #[arg(long, value_name = "ID", default_value_t = 5)]
     min_token_id: u32,
@@ -175,6 +176,7 @@ pub(crate) async fn run(global: &Global, args: BenchArgs) -> anyhow::Result<Outc
         WorkloadCommand::Generate { load, streams, .. } => (load, *streams),
     };
     let load = load.clone();
+    let seed = load.seed.unwrap_or_else(|| u64::from(rand::random::<u32>()));
     let concurrency = load.concurrency.unwrap_or(in_flight) as usize;
     let pace = match load.rate {
         None => Pace::Closed { concurrency },
@@ -182,7 +184,7 @@ pub(crate) async fn run(global: &Global, args: BenchArgs) -> anyhow::Result<Outc
             per_second,
             poisson: load.arrivals == Arrivals::Poisson,
             max_in_flight: load.max_in_flight as usize,
-            seed: load.seed,
+            seed,
         },
     };
     let limit = load.requests.map_or(Limit::For(load.duration_secs), Limit::Requests);
@@ -192,7 +194,7 @@ pub(crate) async fn run(global: &Global, args: BenchArgs) -> anyhow::Result<Outc
     let client = global.connect_with(RetryPolicy::none()).await?;
     let workload = workload(&args.workload);
     let ids = if workload.needs_ids() { token_ids(&client, &load).await? } else { 0..0 };
-    let common = Common { client, model: load.model.spec(), ids, seed: load.seed };
+    let common = Common { client, model: load.model.spec(), ids, seed };
     let workload = Arc::new(workload.prepare(common)?);
 
     if !warmup.is_zero() {
@@ -204,7 +206,7 @@ pub(crate) async fn run(global: &Global, args: BenchArgs) -> anyhow::Result<Outc
             return Err(anyhow::anyhow!("no request succeeded while warming up: {failure}"));
         }
     }
-    eprintln!("measuring {limit}, {pace}");
+    eprintln!("measuring {limit}, {pace}, seed {seed}");
     let recorder = Recorder::new()?;
     let seconds = drive::drive(&workload, pace, limit, workload::MEASURED, &recorder).await;
     let report: Report = recorder.report(workload.describe(), pace, seconds);

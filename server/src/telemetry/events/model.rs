@@ -88,7 +88,7 @@ impl ModelLoaded<'_> {
                 error!(target: "plumb::models", model, version, seconds = duration.as_secs_f64(), %error, "load failed")
             }
         }
-        let code = super::request::code_name(code);
+        let code = plumb_proto::code_name(code);
         counter!(names::MODEL_LOADS.name, "model" => model.to_owned(), "code" => code).increment(1);
         histogram!(names::MODEL_LOAD_DURATION.name, "model" => model.to_owned()).record(duration);
     }
