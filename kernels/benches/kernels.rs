@@ -7,12 +7,13 @@ use std::hint::black_box;
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use half::bf16;
 use plumb_kernels::Element;
-use plumb_kernels::activation::{Activation, gated};
+use plumb_kernels::activation::Activation;
 use plumb_kernels::attention::{KvPages, PAGE, Prepare, Rule, Run, Span, attention, padded, prepare};
 use plumb_kernels::head::token_log_probs;
-use plumb_kernels::linear::{Linear, LinearBuilder, Store};
+use plumb_kernels::linear::{Activated, Linear, LinearBuilder, Matrix, Store};
 use plumb_kernels::norm::Norm;
 use plumb_kernels::rotary::Rotary;
+use rayon::prelude::*;
 
 const HIDDEN: usize = 576;
 const INNER: usize = 1536;
@@ -28,9 +29,56 @@ fn layer<E: Element>(outputs: usize, inputs: usize) -> Linear<E> {
     LinearBuilder::new(outputs, inputs).rows(&values(outputs * inputs)).finish(None)
 }
 
+/// What the machine can do at most: bf16 dot products that touch no memory, and sequential reads, on all threads.
+fn limits(c: &mut Criterion) {
+    let threads = rayon::current_num_threads();
+    let mut group = c.benchmark_group("limits");
+    #[cfg(target_arch = "x86_64")]
+    if plumb_kernels::isa() == plumb_kernels::Isa::Avx512Bf16 {
+        const STEPS: usize = 20_000;
+        group.throughput(Throughput::Elements((threads * STEPS * peak::MULTIPLY_ADDS) as u64));
+        group.bench_function("bf16 dot products", |b| b.iter(|| rayon::broadcast(|_| peak::run(black_box(STEPS)))));
+    }
+    let words = vec![1u64; 1 << 25];
+    group.throughput(Throughput::Bytes(size_of_val(words.as_slice()) as u64));
+    group.bench_function("reads", |b| {
+        b.iter(|| words.par_chunks(1 << 17).map(|words| words.iter().fold(0, |a, b| a ^ b)).reduce(|| 0, |a, b| a ^ b));
+    });
+}
+
+/// The dot-product instruction, as often in flight as the kernel has it.
+#[cfg(target_arch = "x86_64")]
+#[expect(unsafe_code, reason = "a vector instruction that the caller has detected")]
+mod peak {
+    use std::arch::x86_64::*;
+    use std::hint::black_box;
+
+    const SUMS: usize = 24;
+    /// Multiply-adds of a step.
+    pub(super) const MULTIPLY_ADDS: usize = SUMS * 32;
+
+    pub(super) fn run(steps: usize) -> f32 {
+        // SAFETY: the caller has detected the features.
+        unsafe { body(steps) }
+    }
+
+    #[target_feature(enable = "avx512f,avx512bf16")]
+    fn body(steps: usize) -> f32 {
+        let ones = black_box(_mm512_set1_ps(1.0));
+        let pair = _mm512_cvtne2ps_pbh(ones, ones);
+        let mut sums = [_mm512_setzero_ps(); SUMS];
+        for _ in 0..steps {
+            for sum in &mut sums {
+                *sum = _mm512_dpbf16_ps(*sum, pair, pair);
+            }
+        }
+        sums.iter().map(|sum| _mm512_reduce_add_ps(*sum)).sum()
+    }
+}
+
 fn linear<E: Element>(c: &mut Criterion) {
     let mut group = c.benchmark_group(format!("linear/{}", E::NAME));
-    for (outputs, inputs) in [(HIDDEN, HIDDEN), (2 * INNER, HIDDEN), (HIDDEN, INNER)] {
+    for (outputs, inputs) in [(HIDDEN, HIDDEN), ((HEADS + 2 * KV_HEADS) * HEAD_DIM, HIDDEN), (HIDDEN, INNER)] {
         let layer = layer::<E>(outputs, inputs);
         for rows in [1, 16, 512, 4096] {
             let x = values::<E>(rows * inputs);
@@ -40,6 +88,19 @@ fn linear<E: Element>(c: &mut Criterion) {
                 b.iter(|| layer.forward(black_box(&x), &mut out, Store::Set));
             });
         }
+    }
+}
+
+fn gated(c: &mut Criterion) {
+    let weights = values::<bf16>(INNER * HIDDEN);
+    let part = Matrix { weights: &weights, bias: None };
+    let layer = Activated::new(Activation::Silu, part, HIDDEN, Some(part));
+    let mut group = c.benchmark_group("gated/bf16");
+    for rows in [1, 16, 512, 4096] {
+        let x = values::<bf16>(rows * HIDDEN);
+        let mut out = vec![bf16::default(); rows * INNER];
+        group.throughput(Throughput::Elements((rows * 2 * INNER * HIDDEN) as u64));
+        group.bench_function(rows.to_string(), |b| b.iter(|| layer.forward(black_box(&x), &mut out)));
     }
 }
 
@@ -84,13 +145,10 @@ fn rows(c: &mut Criterion) {
     let x = values::<f32>(512 * HIDDEN);
     let mut normed = vec![bf16::default(); x.len()];
     let norm = Norm::Rms { weight: vec![1.0; HIDDEN], eps: 1e-5 };
-    let wide = values::<f32>(512 * 2 * INNER);
-    let mut inner = vec![bf16::default(); 512 * INNER];
     let mut group = c.benchmark_group("rows/bf16");
     group.throughput(Throughput::Elements(512));
     group.bench_function("rms_norm", |b| b.iter(|| norm.forward(black_box(&x), &mut normed)));
-    group.bench_function("gated silu", |b| b.iter(|| gated(Activation::Silu, black_box(&wide), INNER, &mut inner)));
 }
 
-criterion_group!(benches, linear::<bf16>, linear::<f32>, heads, attend::<bf16>, rows);
+criterion_group!(benches, limits, linear::<bf16>, linear::<f32>, gated, heads, attend::<bf16>, rows);
 criterion_main!(benches);

@@ -9,10 +9,11 @@ use std::ops::Range;
 
 use crate::Element;
 use crate::gemm::{LANES, Tile};
-use crate::math::{exp, tanh};
+use crate::math::{exp, lane_sum, tanh};
 use crate::norm::Norm;
-use crate::parallel::{Shared, for_each_piece};
+use crate::parallel::{Rows, Shared, for_each_piece};
 use crate::rotary::Rotary;
+use crate::simd::vectorised;
 
 /// Positions in a page.
 pub const PAGE: usize = 32;
@@ -103,6 +104,17 @@ pub struct Prepare<'a> {
     pub rotary: &'a Rotary,
 }
 
+impl Prepare<'_> {
+    /// A head of q or k, normed and rotated.
+    fn head(&self, norm: Option<&Norm>, x: &[f32], position: usize, out: &mut [f32]) {
+        match norm {
+            Some(norm) => norm.row(x, out),
+            None => out.copy_from_slice(x),
+        }
+        self.rotary.apply(position, out);
+    }
+}
+
 /// Splits `qkv[rows, (heads + 2 * kv_heads) * head_dim]`, norms and rotates q and k, writes k and v to their pages and
 /// q to `q[rows, heads * padded_dim]`. `runs` cover the rows in order, the first row of `qkv` being `first_row`.
 ///
@@ -139,17 +151,11 @@ pub fn prepare<E: Element>(
             let position = run.position + row;
             let qkv = &qkv[(first + row) * width..(first + row + 1) * width];
             for h in 0..how.heads {
-                head[..dim].copy_from_slice(&qkv[h * dim..(h + 1) * dim]);
-                if let Some(norm) = how.q_norm {
-                    norm.in_place(&mut head[..dim]);
-                }
-                how.rotary.apply(position, &mut head[..dim]);
+                how.head(how.q_norm, &qkv[h * dim..(h + 1) * dim], position, &mut head[..dim]);
                 let start = ((first + row) * how.heads + h) * padded_dim;
                 // SAFETY: every row belongs to one run.
                 let out = unsafe { q.range(start..start + padded_dim) };
-                for (out, x) in out.iter_mut().zip(&head) {
-                    *out = E::from_f32(*x);
-                }
+                convert(&head, out);
             }
             let slot = position % PAGE;
             for h in 0..kv_heads {
@@ -161,11 +167,7 @@ pub fn prepare<E: Element>(
                     values.fill(E::default());
                 }
                 let k = &qkv[(how.heads + h) * dim..(how.heads + h + 1) * dim];
-                head[..dim].copy_from_slice(k);
-                if let Some(norm) = how.k_norm {
-                    norm.in_place(&mut head[..dim]);
-                }
-                how.rotary.apply(position, &mut head[..dim]);
+                how.head(how.k_norm, k, position, &mut head[..dim]);
                 for (d, x) in head.iter().enumerate() {
                     keys[(d / E::PAIR * PAGE + slot) * E::PAIR + d % E::PAIR] = E::from_f32(*x);
                 }
@@ -304,8 +306,7 @@ impl<'a, E: Element> GroupTile<'a, E> {
                 ldb: PAGE * E::PAIR,
                 cols: PAGE,
                 k: dim,
-                c: &mut self.scores[i * PAGE..],
-                ldc: BLOCK,
+                c: Rows::new(&mut self.scores[i * PAGE..], BLOCK),
                 accumulate: false,
             });
         }
@@ -342,8 +343,7 @@ impl<'a, E: Element> GroupTile<'a, E> {
                 ldb: dim * E::PAIR,
                 cols: dim,
                 k: PAGE,
-                c: &mut self.sums,
-                ldc: dim,
+                c: Rows::new(&mut self.sums, dim),
                 accumulate: true,
             });
         }
@@ -356,99 +356,71 @@ impl<'a, E: Element> GroupTile<'a, E> {
             let start = ((self.span.row + row / self.group) * self.rule.heads + head) * dim;
             // SAFETY: every position and head belongs to one tile.
             let out = unsafe { out.range(start..start + dim) };
-            for (out, sum) in out.iter_mut().zip(&self.sums[row * padded_dim..]) {
-                *out = E::from_f32(sum / total);
+            divide(&self.sums[row * padded_dim..][..dim], *total, out);
+        }
+    }
+}
+
+vectorised! {
+    fn convert<E: Element>(x: &[f32], out: &mut [E]) {
+        out.iter_mut().zip(x).for_each(|(out, x)| *out = E::from_f32(*x));
+    }
+}
+
+vectorised! {
+    fn divide<E: Element>(x: &[f32], divisor: f32, out: &mut [E]) {
+        out.iter_mut().zip(x).for_each(|(out, x)| *out = E::from_f32(x / divisor));
+    }
+}
+
+vectorised! {
+    /// One row of [`GroupTile::soft_max`], a multiple of the lanes; keys outside `seen` get the weight 0, which changes no
+    /// bit of any sum.
+    fn soft_max_row<E: Element>(
+        scores: &mut [f32],
+        seen: Range<usize>,
+        rule: Rule,
+        weights: &mut [E],
+        state: &mut (f32, f32),
+        sums: &mut [f32],
+    ) {
+        let (max, total) = state;
+        // Whole vectors, so that every score has its lane.
+        let (used, unseen) = weights.split_at_mut(seen.end.next_multiple_of(LANES));
+        unseen.fill(E::default());
+        let scores = &mut scores[..used.len()];
+        for score in scores.iter_mut() {
+            *score *= rule.scale;
+            if let Some(cap) = rule.softcap {
+                *score = cap * tanh(*score / cap);
             }
         }
-    }
-}
-
-/// One row of [`GroupTile::soft_max`], in the widest vectors that the machine has.
-fn soft_max_row<E: Element>(
-    scores: &mut [f32],
-    seen: Range<usize>,
-    rule: Rule,
-    weights: &mut [E],
-    state: &mut (f32, f32),
-    sums: &mut [f32],
-) {
-    #[cfg(target_arch = "x86_64")]
-    match crate::isa() {
-        crate::Isa::Avx512Bf16 | crate::Isa::Avx512 => {
-            // SAFETY: the features were detected.
-            return unsafe { soft_max_avx512(scores, seen, rule, weights, state, sums) };
+        scores[..seen.start.min(seen.end)].fill(f32::NEG_INFINITY);
+        scores[seen.end..].fill(f32::NEG_INFINITY);
+        let mut largest = [f32::NEG_INFINITY; LANES];
+        for chunk in scores.chunks_exact(LANES) {
+            for (largest, score) in largest.iter_mut().zip(chunk) {
+                // A NaN stays a NaN in the score and becomes one in the sum; here it must not hide the others.
+                *largest = if score > largest { *score } else { *largest };
+            }
         }
-        // SAFETY: the features were detected.
-        crate::Isa::Avx2 => return unsafe { soft_max_avx2(scores, seen, rule, weights, state, sums) },
-        crate::Isa::Portable => {}
-    }
-    soft_max_body(scores, seen, rule, weights, state, sums);
-}
-
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
-fn soft_max_avx512<E: Element>(
-    scores: &mut [f32],
-    seen: Range<usize>,
-    rule: Rule,
-    weights: &mut [E],
-    state: &mut (f32, f32),
-    sums: &mut [f32],
-) {
-    soft_max_body(scores, seen, rule, weights, state, sums);
-}
-
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2")]
-fn soft_max_avx2<E: Element>(
-    scores: &mut [f32],
-    seen: Range<usize>,
-    rule: Rule,
-    weights: &mut [E],
-    state: &mut (f32, f32),
-    sums: &mut [f32],
-) {
-    soft_max_body(scores, seen, rule, weights, state, sums);
-}
-
-/// `columns` is a multiple of the lanes; keys outside `seen` get the weight 0, which changes no bit of any sum.
-#[inline(always)]
-fn soft_max_body<E: Element>(
-    scores: &mut [f32],
-    seen: Range<usize>,
-    rule: Rule,
-    weights: &mut [E],
-    state: &mut (f32, f32),
-    sums: &mut [f32],
-) {
-    let (max, total) = state;
-    let mut largest = [f32::NEG_INFINITY; LANES];
-    for (i, chunk) in scores.chunks_exact_mut(LANES).enumerate() {
-        for (lane, score) in chunk.iter_mut().enumerate() {
-            let scaled = *score * rule.scale;
-            let capped = rule.softcap.map_or(scaled, |cap| cap * tanh(scaled / cap));
-            let column = i * LANES + lane;
-            *score = if seen.start <= column && column < seen.end { capped } else { f32::NEG_INFINITY };
-            // A NaN stays a NaN in the score and becomes one in the sum; here it must not hide the others.
-            largest[lane] = if *score > largest[lane] { *score } else { largest[lane] };
+        let new_max = largest.iter().copied().fold(*max, |a, b| if b > a { b } else { a });
+        // A row that has seen no key yet: exp(-inf - 0) is 0, exp(-inf - -inf) would be NaN.
+        let base = if new_max == f32::NEG_INFINITY { 0.0 } else { new_max };
+        let mut lanes = [0.0f32; LANES];
+        for (scores, weights) in scores.chunks_exact(LANES).zip(used.chunks_exact_mut(LANES)) {
+            for lane in 0..LANES {
+                let weight = exp(scores[lane] - base);
+                lanes[lane] += weight;
+                weights[lane] = E::from_f32(weight);
+            }
         }
-    }
-    let new_max = largest.iter().copied().fold(*max, |a, b| if b > a { b } else { a });
-    // A row that has seen no key yet: exp(-inf - 0) is 0, exp(-inf - -inf) would be NaN.
-    let base = if new_max == f32::NEG_INFINITY { 0.0 } else { new_max };
-    let mut lanes = [0.0f32; LANES];
-    for (scores, weights) in scores.chunks_exact(LANES).zip(weights.chunks_exact_mut(LANES)) {
-        for lane in 0..LANES {
-            let weight = exp(scores[lane] - base);
-            lanes[lane] += weight;
-            weights[lane] = E::from_f32(weight);
+        let rescale = exp(*max - base);
+        *total = *total * rescale + lane_sum(lanes);
+        *max = new_max;
+        for sum in sums {
+            *sum *= rescale;
         }
-    }
-    let rescale = exp(*max - base);
-    *total = *total * rescale + lanes.iter().sum::<f32>();
-    *max = new_max;
-    for sum in sums {
-        *sum *= rescale;
     }
 }
 

@@ -1,9 +1,11 @@
 //! What stands on top of the decoder: log-probabilities of given tokens and a scalar head, all in f32.
 
 use crate::Element;
-use crate::linear::{Linear, PANEL};
-use crate::math::{exp, tanh};
-use crate::parallel::{Shared, for_each_piece};
+use crate::gemm::LANES;
+use crate::linear::{Linear, PANEL, Store};
+use crate::math::{exp, lane_sum, tanh};
+use crate::parallel::{Rows, Shared, for_each_piece};
+use crate::simd::vectorised;
 
 /// Rows that share a pass over the vocabulary.
 const ROWS: usize = 96;
@@ -31,7 +33,7 @@ pub fn token_log_probs<E: Element>(head: &Linear<E>, softcap: Option<f32>, x: &[
         let mut scratch = [0.0; ROWS * PANEL];
         let sums = &mut scratch[..rows.len() * PANEL];
         for panel in group * PANELS..((group + 1) * PANELS).min(vocabulary.div_ceil(PANEL)) {
-            head.panel(panel, x, sums, E::gemm_tile_f32);
+            head.panel(panel, x, rows.len(), &mut Rows::new(sums, PANEL), Store::Set, E::gemm_tile_f32);
             let columns = PANEL.min(vocabulary - panel * PANEL);
             for (row, logits) in rows.clone().zip(sums.chunks_exact_mut(PANEL)) {
                 // SAFETY: pieces differ in their rows or their group.
@@ -44,24 +46,37 @@ pub fn token_log_probs<E: Element>(head: &Linear<E>, softcap: Option<f32>, x: &[
     partial.chunks_exact(groups).map(merge).collect()
 }
 
-/// Takes a panel's logits into a row's running sum.
-fn add_panel(logits: &mut [f32], softcap: Option<f32>, target: Option<usize>, into: &mut (f32, f32, f32)) {
-    if let Some(cap) = softcap {
-        soft_cap(logits, cap);
-    }
-    let (max, sum, target_logit) = into;
-    if let Some(logit) = target.and_then(|t| logits.get(t)) {
-        *target_logit = *logit;
-    }
-    let panel_max = logits.iter().copied().fold(*max, f32::max);
-    let mut lanes = [0.0f32; 16];
-    for chunk in logits.chunks(16) {
-        for (lane, logit) in lanes.iter_mut().zip(chunk) {
+vectorised! {
+    /// Takes a panel's logits into a row's running sum.
+    fn add_panel(logits: &mut [f32], softcap: Option<f32>, target: Option<usize>, into: &mut (f32, f32, f32)) {
+        if let Some(cap) = softcap {
+            logits.iter_mut().for_each(|logit| *logit = cap * tanh(*logit / cap));
+        }
+        let (max, sum, target_logit) = into;
+        if let Some(logit) = target.and_then(|t| logits.get(t)) {
+            *target_logit = *logit;
+        }
+        let mut largest = [*max; LANES];
+        for chunk in logits.chunks(LANES) {
+            for (lane, logit) in largest.iter_mut().zip(chunk) {
+                *lane = if *logit > *lane { *logit } else { *lane };
+            }
+        }
+        let panel_max = largest.iter().copied().fold(*max, f32::max);
+        let mut lanes = [0.0f32; LANES];
+        let chunks = logits.chunks_exact(LANES);
+        let rest = chunks.remainder();
+        for chunk in chunks {
+            for (lane, logit) in lanes.iter_mut().zip(chunk) {
+                *lane += exp(logit - panel_max);
+            }
+        }
+        for (lane, logit) in lanes.iter_mut().zip(rest) {
             *lane += exp(logit - panel_max);
         }
+        *sum = *sum * exp(*max - panel_max) + lane_sum(lanes);
+        *max = panel_max;
     }
-    *sum = *sum * exp(*max - panel_max) + lanes.iter().sum::<f32>();
-    *max = panel_max;
 }
 
 fn merge(groups: &[(f32, f32, f32)]) -> f32 {
@@ -71,10 +86,10 @@ fn merge(groups: &[(f32, f32, f32)]) -> f32 {
     target - max - sum.ln()
 }
 
-/// `cap * tanh(logit / cap)` in place.
-pub fn soft_cap(logits: &mut [f32], cap: f32) {
-    for logit in logits {
-        *logit = cap * tanh(*logit / cap);
+vectorised! {
+    /// `cap * tanh(logit / cap)` in place.
+    pub fn soft_cap(logits: &mut [f32], cap: f32) {
+        logits.iter_mut().for_each(|logit| *logit = cap * tanh(*logit / cap));
     }
 }
 
@@ -84,13 +99,13 @@ pub fn soft_cap(logits: &mut [f32], cap: f32) {
 /// If the lengths differ.
 pub fn dot(weight: &[f32], x: &[f32]) -> f32 {
     assert_eq!(weight.len(), x.len(), "shapes of a scalar head");
-    let mut lanes = [0.0f32; 16];
-    for (w, x) in weight.chunks(16).zip(x.chunks(16)) {
+    let mut lanes = [0.0f32; LANES];
+    for (w, x) in weight.chunks(LANES).zip(x.chunks(LANES)) {
         for ((lane, w), x) in lanes.iter_mut().zip(w).zip(x) {
             *lane += w * x;
         }
     }
-    lanes.iter().sum()
+    lane_sum(lanes)
 }
 
 #[cfg(test)]

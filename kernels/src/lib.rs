@@ -24,6 +24,7 @@ pub mod reference;
 pub mod rotary;
 
 mod gemm;
+mod simd;
 
 pub mod parallel;
 

@@ -1,13 +1,22 @@
 //! Linear layers over weights that are packed once at load.
 
+use std::ops::Range;
+
+use crate::activation::Activation;
 use crate::element::Element;
 use crate::gemm::{LANES, Tile};
-use crate::parallel::{Shared, for_each_piece};
+use crate::parallel::{Rows, Shared, for_each_piece};
 
 /// Outputs that a packed panel holds: four vectors, so that six rows fill the registers.
 pub(crate) const PANEL: usize = 4 * LANES;
-/// Rows of the input that stay in the second-level cache while the weights stream by.
-const ROW_BLOCK: usize = 192;
+/// Most rows of the input that stay in the second-level cache while the weights stream by.
+const BLOCK_ROWS: usize = 96;
+/// Rows that the kernel takes at a time.
+const KERNEL_ROWS: usize = 6;
+/// Rows of which a thread needs so many for its own pass over all weights to be worth it.
+const FEW_ROWS: usize = 48;
+/// Rows whose result waits in the first-level cache for its non-linearity.
+const ACTIVATED_ROWS: usize = 48;
 /// Longest stretch of the sum for which a panel's weights stay in the second-level cache.
 const SUM_BLOCK: usize = 2048;
 
@@ -131,32 +140,42 @@ impl<E: Element> Linear<E> {
     fn run<A: Copy + Sync>(&self, x: &[A], out: &mut [f32], store: Store, kernel: fn(Tile<'_, A, E>)) {
         let rows = x.len() / self.inputs;
         assert_eq!((x.len(), out.len()), (rows * self.inputs, rows * self.outputs), "shapes of a linear layer");
-        let panels = self.outputs.div_ceil(PANEL);
-        // With few rows there is nothing to share between panels, and every panel is a piece of its own.
-        let panels_a_piece = if rows <= ROW_BLOCK { 2 } else { 8 };
-        let pieces_a_block = panels.div_ceil(panels_a_piece);
         let shared = Shared::new(out);
-        for_each_piece(rows.div_ceil(ROW_BLOCK) * pieces_a_block, 1, |piece| {
-            let (block, first) = (piece.start / pieces_a_block, piece.start % pieces_a_block * panels_a_piece);
-            let block = block * ROW_BLOCK..((block + 1) * ROW_BLOCK).min(rows);
-            let x = &x[block.start * self.inputs..block.end * self.inputs];
-            let mut scratch = [0.0; ROW_BLOCK * PANEL];
-            for panel in first..(first + panels_a_piece).min(panels) {
-                let sums = &mut scratch[..block.len() * PANEL];
-                self.panel(panel, x, sums, kernel);
+        for_each_block(rows, self.panels(), |rows, panels| {
+            let x = &x[rows.start * self.inputs..rows.end * self.inputs];
+            for panel in panels {
                 let columns = panel * PANEL..((panel + 1) * PANEL).min(self.outputs);
-                for (r, sums) in block.clone().zip(sums.chunks_exact(PANEL)) {
-                    // SAFETY: pieces differ in their rows or their columns.
-                    let out = unsafe { shared.range(r * self.outputs + columns.start..r * self.outputs + columns.end) };
-                    self.store(columns.start, sums, out, store);
+                // SAFETY: blocks differ in their rows or their panels.
+                let mut out = unsafe { shared.rows(rows.start * self.outputs + columns.start, self.outputs) };
+                if columns.len() == PANEL {
+                    self.panel(panel, x, rows.len(), &mut out, store, kernel);
+                } else {
+                    let mut scratch = [0.0; BLOCK_ROWS * PANEL];
+                    self.panel(panel, x, rows.len(), &mut Rows::new(&mut scratch, PANEL), Store::Set, kernel);
+                    for (row, sums) in scratch.chunks_exact(PANEL).take(rows.len()).enumerate() {
+                        for (out, sum) in out.row(row, 0..columns.len()).iter_mut().zip(sums) {
+                            *out = if store == Store::Add { *out + sum } else { *sum };
+                        }
+                    }
                 }
             }
         });
     }
 
-    /// `sums[rows, PANEL]` of one panel, without bias.
-    pub(crate) fn panel<A>(&self, panel: usize, x: &[A], sums: &mut [f32], kernel: fn(Tile<'_, A, E>)) {
-        let rows = sums.len() / PANEL;
+    fn panels(&self) -> usize {
+        self.outputs.div_ceil(PANEL)
+    }
+
+    /// One panel of the result, bias included, into PANEL columns of `out`.
+    pub(crate) fn panel<A>(
+        &self,
+        panel: usize,
+        x: &[A],
+        rows: usize,
+        out: &mut Rows<'_, f32>,
+        store: Store,
+        kernel: fn(Tile<'_, A, E>),
+    ) {
         let weights = &self.packed[panel * PANEL * self.inputs..(panel + 1) * PANEL * self.inputs];
         let mut done = 0;
         while done < self.inputs {
@@ -169,21 +188,131 @@ impl<E: Element> Linear<E> {
                 ldb: PANEL * E::PAIR,
                 cols: PANEL,
                 k,
-                c: sums,
-                ldc: PANEL,
-                accumulate: done > 0,
+                c: out.reborrow(),
+                accumulate: done > 0 || store == Store::Add,
             });
             done += k;
         }
-    }
-
-    fn store(&self, first: usize, sums: &[f32], out: &mut [f32], store: Store) {
-        let bias = self.bias.as_ref().map(|bias| &bias[first..first + out.len()]);
-        for (i, (out, sum)) in out.iter_mut().zip(sums).enumerate() {
-            let y = sum + bias.map_or(0.0, |bias| bias[i]);
-            *out = if store == Store::Add { *out + y } else { y };
+        if let Some(bias) = &self.bias {
+            let bias = &bias[panel * PANEL..((panel + 1) * PANEL).min(self.outputs)];
+            for row in 0..rows {
+                out.row(row, 0..bias.len()).iter_mut().zip(bias).for_each(|(out, bias)| *out += bias);
+            }
         }
     }
+}
+
+/// Calls `f` for blocks of rows and panels that together are all of them, on all threads.
+///
+/// With many rows every thread takes blocks of rows and goes through all panels; with few the panels are shared out,
+/// so that each is read once.
+fn for_each_block(rows: usize, panels: usize, f: impl Fn(Range<usize>, Range<usize>) + Sync + Send) {
+    let threads = rayon::current_num_threads();
+    if rows >= threads * FEW_ROWS {
+        // As many blocks for one thread as for another, in whole steps of the kernel.
+        let blocks = rows.div_ceil(BLOCK_ROWS).next_multiple_of(threads);
+        let block = rows.div_ceil(blocks).next_multiple_of(KERNEL_ROWS);
+        for_each_piece(rows, block, |rows| f(rows, 0..panels));
+    } else {
+        for_each_piece(panels, 1, |panels| {
+            (0..rows).step_by(BLOCK_ROWS).for_each(|start| {
+                f(start..(start + BLOCK_ROWS).min(rows), panels.clone());
+            })
+        });
+    }
+}
+
+/// A linear layer whose result goes through a non-linearity before it is stored: `act(W x + b)`, or with a gate
+/// `act(G x + a) * (U x + b)`.
+#[derive(Debug)]
+pub struct Activated<E> {
+    /// The gate's panels, if there is one, then the others.
+    linear: Linear<E>,
+    activation: Activation,
+    outputs: usize,
+    gated: bool,
+}
+
+impl<E: Element> Activated<E> {
+    /// A layer of the rows `[outputs, inputs]`, with their biases.
+    ///
+    /// # Panics
+    /// If the shapes do not fit.
+    pub fn new(activation: Activation, rows: Matrix<'_, E>, inputs: usize, gate: Option<Matrix<'_, E>>) -> Self {
+        let outputs = rows.weights.len() / inputs;
+        let padded = outputs.next_multiple_of(PANEL);
+        let parts = || gate.iter().chain([&rows]);
+        let padding = vec![E::default(); (padded - outputs) * inputs];
+        let mut builder = LinearBuilder::new(parts().count() * padded, inputs);
+        for part in parts() {
+            builder = builder.rows(part.weights).rows(&padding);
+        }
+        let bias = rows.bias.map(|_| {
+            let padding = vec![0.0; padded - outputs];
+            parts().flat_map(|part| part.bias.into_iter().flatten().chain(&padding)).copied().collect()
+        });
+        Self { linear: builder.finish(bias), activation, outputs, gated: gate.is_some() }
+    }
+
+    /// Number of outputs.
+    pub fn outputs(&self) -> usize {
+        self.outputs
+    }
+
+    /// Bytes that the layer takes.
+    pub fn bytes(&self) -> usize {
+        self.linear.bytes()
+    }
+
+    /// `out[rows, outputs]` from `x[rows, inputs]`.
+    ///
+    /// # Panics
+    /// If the lengths do not fit.
+    pub fn forward(&self, x: &[E], out: &mut [E]) {
+        let inputs = self.linear.inputs;
+        let rows = x.len() / inputs;
+        assert_eq!((x.len(), out.len()), (rows * inputs, rows * self.outputs), "shapes of a linear layer");
+        let panels = self.outputs.div_ceil(PANEL);
+        let shared = Shared::new(out);
+        for_each_block(rows, panels, |rows, panels| {
+            for panel in panels {
+                let columns = panel * PANEL..((panel + 1) * PANEL).min(self.outputs);
+                // SAFETY: blocks differ in their rows or their panels.
+                let mut out = unsafe { shared.rows(rows.start * self.outputs + columns.start, self.outputs) };
+                for first in (0..rows.len()).step_by(ACTIVATED_ROWS) {
+                    let len = ACTIVATED_ROWS.min(rows.len() - first);
+                    let x = &x[(rows.start + first) * inputs..(rows.start + first + len) * inputs];
+                    let mut scratch = [[0.0; ACTIVATED_ROWS * PANEL]; 2];
+                    let [gate, up] = &mut scratch;
+                    let compute = |panel, sums: &mut [f32]| {
+                        self.linear.panel(panel, x, len, &mut Rows::new(sums, PANEL), Store::Set, E::gemm_tile);
+                    };
+                    compute(panel, gate);
+                    if self.gated {
+                        compute(panel + self.outputs.div_ceil(PANEL), up);
+                    }
+                    for (row, (gate, up)) in gate.chunks_exact(PANEL).zip(up.chunks_exact(PANEL)).take(len).enumerate()
+                    {
+                        let out = out.row(first + row, 0..columns.len());
+                        if self.gated {
+                            self.activation.gated(gate, up, out);
+                        } else {
+                            self.activation.plain(gate, out);
+                        }
+                    }
+                }
+            }
+        });
+    }
+}
+
+/// Rows of a linear layer.
+#[derive(Clone, Copy, Debug)]
+pub struct Matrix<'a, E> {
+    /// `[outputs, inputs]`.
+    pub weights: &'a [E],
+    /// `[outputs]`.
+    pub bias: Option<&'a [f32]>,
 }
 
 #[cfg(test)]

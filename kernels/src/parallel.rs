@@ -52,4 +52,70 @@ impl<'a, T> Shared<'a, T> {
         // SAFETY: in bounds by the assertion, not aliased by the caller's promise.
         unsafe { std::slice::from_raw_parts_mut(self.start.add(range.start), range.end - range.start) }
     }
+
+    /// The rows of a matrix from element `start` on, `stride` apart.
+    ///
+    /// # Safety
+    /// No element that is written through the result may be reached in another way as long as it lives.
+    ///
+    /// # Panics
+    /// If the start does not lie in the slice.
+    pub unsafe fn rows(&self, start: usize, stride: usize) -> Rows<'_, T> {
+        assert!(start <= self.len, "{start} in {}", self.len);
+        // SAFETY: in bounds by the assertion.
+        Rows { start: unsafe { self.start.add(start) }, len: self.len - start, stride, slice: PhantomData }
+    }
+}
+
+/// Rows of a matrix of which a part is written, while other threads may write the rest.
+#[derive(Debug)]
+pub struct Rows<'a, T> {
+    start: *mut T,
+    len: usize,
+    stride: usize,
+    slice: PhantomData<&'a mut [T]>,
+}
+
+impl<'a, T> Rows<'a, T> {
+    /// Rows of `stride` elements that nobody else sees.
+    pub fn new(slice: &'a mut [T], stride: usize) -> Self {
+        Self { start: slice.as_mut_ptr(), len: slice.len(), stride, slice: PhantomData }
+    }
+
+    /// Whether `rows` rows of `columns` columns lie in the memory that this was made of.
+    pub fn holds(&self, rows: usize, columns: usize) -> bool {
+        rows == 0
+            || columns == 0
+            || (columns <= self.stride || rows == 1) && (rows - 1) * self.stride + columns <= self.len
+    }
+
+    /// The same rows, for as long as they are not used otherwise.
+    pub fn reborrow(&mut self) -> Rows<'_, T> {
+        Rows { slice: PhantomData, ..*self }
+    }
+
+    /// Where the first row begins.
+    pub fn as_mut_ptr(&mut self) -> *mut T {
+        self.start
+    }
+
+    /// Distance between the beginnings of two rows.
+    pub fn stride(&self) -> usize {
+        self.stride
+    }
+
+    /// Columns of a row.
+    ///
+    /// # Panics
+    /// If they do not lie in the memory that this was made of.
+    pub fn row(&mut self, row: usize, columns: Range<usize>) -> &mut [T] {
+        assert!(columns.start <= columns.end && row * self.stride + columns.end <= self.len, "{row}, {columns:?}");
+        // SAFETY: in bounds by the assertion; whoever made this promised that it is the only way to these elements.
+        unsafe {
+            std::slice::from_raw_parts_mut(
+                self.start.add(row * self.stride + columns.start),
+                columns.end - columns.start,
+            )
+        }
+    }
 }

@@ -1,23 +1,27 @@
 //! Rotary position embedding: rotates the first and the second half of a head's first `dim` elements by angles that
 //! grow with the position.
 
+use crate::simd::vectorised;
+
 /// Cosines and sines for every position of a model's context.
 #[derive(Debug)]
 pub struct Rotary {
     dim: usize,
     positions: usize,
-    /// `[positions, dim / 2]` pairs of cosine and sine.
-    table: Vec<(f32, f32)>,
+    /// `[positions, 2, dim / 2]`: cosines, sines.
+    table: Vec<f32>,
 }
 
 impl Rotary {
     /// A table for `positions` positions of the given inverse frequencies, `dim / 2` of them, in radians a position.
     pub fn new(inverse_frequencies: &[f32], positions: usize) -> Self {
-        let table = (0..positions)
+        let mut table = Vec::with_capacity(positions * 2 * inverse_frequencies.len());
+        for position in 0..positions {
             // The angle is rounded to f32 before its sine is taken, as the models were trained.
-            .flat_map(|p| inverse_frequencies.iter().map(move |f| p as f32 * f))
-            .map(|angle| (f64::from(angle).cos() as f32, f64::from(angle).sin() as f32))
-            .collect();
+            let angles = || inverse_frequencies.iter().map(|f| f64::from(position as f32 * f));
+            table.extend(angles().map(|angle| angle.cos() as f32));
+            table.extend(angles().map(|angle| angle.sin() as f32));
+        }
         Self { dim: 2 * inverse_frequencies.len(), positions, table }
     }
 
@@ -32,9 +36,15 @@ impl Rotary {
     /// If the position is not covered or the head is narrower than the rotated part.
     pub fn apply(&self, position: usize, head: &mut [f32]) {
         let half = self.dim / 2;
-        let table = &self.table[position * half..(position + 1) * half];
+        let (cos, sin) = self.table[position * self.dim..(position + 1) * self.dim].split_at(half);
         let (first, second) = head[..self.dim].split_at_mut(half);
-        for ((a, b), (cos, sin)) in first.iter_mut().zip(second).zip(table) {
+        rotate(first, second, cos, sin);
+    }
+}
+
+vectorised! {
+    fn rotate(first: &mut [f32], second: &mut [f32], cos: &[f32], sin: &[f32]) {
+        for (((a, b), cos), sin) in first.iter_mut().zip(second).zip(cos).zip(sin) {
             (*a, *b) = (*a * cos - *b * sin, *b * cos + *a * sin);
         }
     }

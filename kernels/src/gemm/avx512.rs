@@ -10,7 +10,8 @@ use crate::gemm::{LANES, Tile};
 /// `$micro::<R, V>` for each.
 macro_rules! blocked {
     ($tile:ident, $pair:expr, $micro:ident) => {{
-        let Tile { a, lda, rows, b, ldb, cols, k, c, ldc, accumulate } = $tile;
+        let Tile { a, lda, rows, b, ldb, cols, k, mut c, accumulate } = $tile;
+        let ldc = c.stride();
         let steps = k / $pair;
         let mut j = 0;
         while j < cols {

@@ -9,9 +9,12 @@
 mod avx512;
 mod portable;
 
+use std::sync::OnceLock;
+
 use half::bf16;
 
 use crate::Element;
+use crate::parallel::Rows;
 
 /// Columns are computed in vectors of this many.
 pub(crate) const LANES: usize = 16;
@@ -33,10 +36,8 @@ pub struct Tile<'a, A, B> {
     pub cols: usize,
     /// Length of the sum; a multiple of `B::PAIR`.
     pub k: usize,
-    /// Result rows, `ldc` apart.
-    pub c: &'a mut [f32],
-    /// Distance between rows of `c`.
-    pub ldc: usize,
+    /// Result rows.
+    pub c: Rows<'a, f32>,
     /// Adds to `c` instead of overwriting it.
     pub accumulate: bool,
 }
@@ -50,7 +51,7 @@ impl<A, B: Element> Tile<'_, A, B> {
         }
         assert!(self.lda >= self.k || self.rows == 1, "rows of a overlap");
         assert!((self.rows - 1) * self.lda + self.k <= self.a.len(), "a is too short");
-        assert!((self.rows - 1) * self.ldc + self.cols <= self.c.len(), "c is too short");
+        assert!(self.c.holds(self.rows, self.cols), "c is too short");
         if let Some(last) = (self.k / B::PAIR).checked_sub(1) {
             assert!(last * self.ldb + self.cols * B::PAIR <= self.b.len(), "b is too short");
         }
@@ -71,13 +72,20 @@ pub enum Isa {
 }
 
 /// The instruction set in use.
+#[inline]
 pub fn isa() -> Isa {
+    static ISA: OnceLock<Isa> = OnceLock::new();
+    *ISA.get_or_init(detect)
+}
+
+fn detect() -> Isa {
     #[cfg(target_arch = "x86_64")]
     {
         let avx512 = is_x86_feature_detected!("avx512f")
             && is_x86_feature_detected!("avx512bw")
             && is_x86_feature_detected!("avx512vl")
-            && is_x86_feature_detected!("avx512dq");
+            && is_x86_feature_detected!("avx512dq")
+            && is_x86_feature_detected!("fma");
         if avx512 && is_x86_feature_detected!("avx512bf16") {
             return Isa::Avx512Bf16;
         }
@@ -156,7 +164,7 @@ mod tests {
         let start = numbers(rows * cols, 3);
         let mut whole = start.clone();
         let call = |a: &[A], rows, b: &[B], cols, k, ldc, c: &mut [f32], accumulate, lda, ldb| {
-            kernel(Tile { a, lda, rows, b, ldb, cols, k, c, ldc, accumulate });
+            kernel(Tile { a, lda, rows, b, ldb, cols, k, c: Rows::new(c, ldc), accumulate });
         };
         let ldb = cols * B::PAIR;
         call(&a, rows, &b, cols, k, cols, &mut whole, true, k, ldb);

@@ -21,11 +21,11 @@ fn with_avx2<A: Element, B: Element>(tile: Tile<'_, A, B>) {
 
 #[inline(always)]
 fn body<A: Element, B: Element, const FUSED: bool>(tile: Tile<'_, A, B>) {
-    let Tile { a, lda, rows, b, ldb, cols, k, c, ldc, accumulate } = tile;
+    let Tile { a, lda, rows, b, ldb, cols, k, mut c, accumulate } = tile;
     for r in 0..rows {
         let row = &a[r * lda..r * lda + k];
         for j in (0..cols).step_by(LANES) {
-            let out = &mut c[r * ldc + j..r * ldc + j + LANES];
+            let out = c.row(r, j..j + LANES);
             let mut sums = [0.0f32; LANES];
             if accumulate {
                 sums.copy_from_slice(out);

@@ -4,7 +4,7 @@ use candle_core::{DType as TensorType, Tensor};
 use half::bf16;
 use plumb_kernels::Element;
 use plumb_kernels::activation::Activation;
-use plumb_kernels::linear::{Linear, LinearBuilder};
+use plumb_kernels::linear::{Activated, Linear, LinearBuilder, Matrix};
 use plumb_kernels::norm::Norm;
 use plumb_kernels::rotary::Rotary;
 
@@ -100,11 +100,6 @@ impl<E: Load> Stack<E> {
             final_norm,
             head,
             rotary: Rotary::new(&inverse_frequencies(&config.rope), positions),
-            activation: match config.activation {
-                config::Activation::Silu => Activation::Silu,
-                config::Activation::Gelu => Activation::Gelu,
-                config::Activation::GeluTanh => Activation::GeluTanh,
-            },
             parameters,
             config: config.clone(),
         })
@@ -164,6 +159,26 @@ impl Taker<'_> {
         Ok(builder.finish(bias.then_some(biases)))
     }
 
+    /// The first half of a feed-forward layer.
+    fn activated<E: Load>(&mut self, up: &str, gate: Option<&str>) -> Result<Activated<E>> {
+        let Config { hidden_size: inputs, intermediate_size: outputs, mlp_bias, .. } = *self.config;
+        let mut part = |name: &str| -> Result<(Vec<E>, Option<Vec<f32>>)> {
+            let weights = self.vector(&format!("{name}.weight"), &[outputs, inputs])?;
+            let bias = if mlp_bias { Some(self.vector(&format!("{name}.bias"), &[outputs])?) } else { None };
+            Ok((weights, bias))
+        };
+        let (up, gate) = (part(up)?, gate.map(part).transpose()?);
+        fn matrix<E>((weights, bias): &(Vec<E>, Option<Vec<f32>>)) -> Matrix<'_, E> {
+            Matrix { weights, bias: bias.as_deref() }
+        }
+        let activation = match self.config.activation {
+            config::Activation::Silu => Activation::Silu,
+            config::Activation::Gelu => Activation::Gelu,
+            config::Activation::GeluTanh => Activation::GeluTanh,
+        };
+        Ok(Activated::new(activation, matrix(&up), inputs, gate.as_ref().map(matrix)))
+    }
+
     fn llama_layer<E: Load>(&mut self, prefix: &str) -> Result<Layer<E>> {
         let config = self.config;
         let (hidden, inner) = (config.hidden_size, config.intermediate_size);
@@ -173,10 +188,6 @@ impl Taker<'_> {
         let qkv = [(attention("q_proj"), q), (attention("k_proj"), kv), (attention("v_proj"), kv)];
         let sandwich = config.block == Block::SandwichNorm;
         let mlp_norm = if sandwich { "pre_feedforward_layernorm" } else { "post_attention_layernorm" };
-        let mut up = vec![(mlp("up_proj"), inner)];
-        if config.gated {
-            up.insert(0, (mlp("gate_proj"), inner));
-        }
         let mut optional = |wanted: bool, name: String, width| {
             if wanted { self.norm(&name, width).map(Some) } else { Ok(None) }
         };
@@ -192,7 +203,7 @@ impl Taker<'_> {
             output: self.stacked(&[(attention("o_proj"), hidden)], q, config.attention_output_bias)?,
             attention_post_norm,
             mlp_norm: self.norm(&format!("{prefix}.{mlp_norm}"), hidden)?,
-            up: self.stacked(&up, hidden, config.mlp_bias)?,
+            up: self.activated(&mlp("up_proj"), config.gated.then(|| mlp("gate_proj")).as_deref())?,
             down: self.stacked(&[(mlp("down_proj"), hidden)], inner, config.mlp_bias)?,
             mlp_post_norm,
         })
@@ -213,7 +224,7 @@ impl Taker<'_> {
             )?,
             attention_post_norm: None,
             mlp_norm: self.norm(&format!("{prefix}.post_attention_layernorm"), hidden)?,
-            up: self.stacked(&[(format!("{prefix}.mlp.dense_h_to_4h"), inner)], hidden, config.mlp_bias)?,
+            up: self.activated(&format!("{prefix}.mlp.dense_h_to_4h"), None)?,
             down: self.stacked(&[(format!("{prefix}.mlp.dense_4h_to_h"), hidden)], inner, config.mlp_bias)?,
             mlp_post_norm: None,
         })

@@ -3,7 +3,6 @@
 use std::ops::Range;
 
 use plumb_kernels::Element;
-use plumb_kernels::activation::{gated, plain};
 use plumb_kernels::attention::{KvPages, PAGE, Prepare, Rule, Run, Span, attention, padded, prepare};
 use plumb_kernels::head::{dot, soft_cap, token_log_probs};
 use plumb_kernels::linear::Store;
@@ -14,8 +13,8 @@ use super::{Head, Layer, Stack};
 use crate::config::Block;
 use crate::{Error, Result};
 
-/// Rows that go through a linear layer together: the widest intermediate result stays small and in the cache.
-const CHUNK: usize = 512;
+/// Rows that go through a linear layer together: what lies between two of them stays small and in the cache.
+const CHUNK: usize = 1152;
 
 /// Buffers of a step, kept from one to the next.
 #[derive(Debug, Default)]
@@ -24,8 +23,8 @@ pub(super) struct Buffers<E> {
     x: Vec<f32>,
     /// Normalised rows of a chunk, `[CHUNK, hidden]`.
     normed: Vec<E>,
-    /// A linear layer's wide result for a chunk.
-    wide: Vec<f32>,
+    /// q, k and v of a chunk.
+    qkv: Vec<f32>,
     /// A branch's result for a chunk before its norm, `[CHUNK, hidden]`.
     branch: Vec<f32>,
     /// The feed-forward's inner rows of a chunk, `[CHUNK, intermediate]`.
@@ -141,7 +140,7 @@ impl<E: Load> Stack<E> {
         for chunk in chunks(rows) {
             let normed = resize(&mut buffers.normed, chunk.len() * hidden);
             layer.attention_norm.forward(&buffers.x[chunk.start * hidden..chunk.end * hidden], normed);
-            let qkv = resize(&mut buffers.wide, chunk.len() * layer.qkv.outputs());
+            let qkv = resize(&mut buffers.qkv, chunk.len() * layer.qkv.outputs());
             layer.qkv.forward(normed, qkv, Store::Set);
             let first_run = next_run;
             while runs.get(next_run).is_some_and(|run| run.row < chunk.end) {
@@ -171,7 +170,7 @@ impl<E: Load> Stack<E> {
 
     /// `x += [post_norm] down(act(up(norm(x))))`.
     fn feed_forward(&self, layer: &Layer<E>, rows: usize, buffers: &mut Buffers<E>) {
-        let (hidden, inner_width) = (self.config.hidden_size, self.config.intermediate_size);
+        let hidden = self.config.hidden_size;
         for chunk in chunks(rows) {
             let x = &mut buffers.x[chunk.start * hidden..chunk.end * hidden];
             let normed = if self.config.block == Block::Parallel {
@@ -181,14 +180,8 @@ impl<E: Load> Stack<E> {
                 layer.mlp_norm.forward(x, normed);
                 normed
             };
-            let wide = resize(&mut buffers.wide, chunk.len() * layer.up.outputs());
-            layer.up.forward(normed, wide, Store::Set);
-            let inner = resize(&mut buffers.inner, chunk.len() * inner_width);
-            if self.config.gated {
-                gated(self.activation, wide, inner_width, inner);
-            } else {
-                plain(self.activation, wide, inner_width, inner);
-            }
+            let inner = resize(&mut buffers.inner, chunk.len() * layer.up.outputs());
+            layer.up.forward(normed, inner);
             add_branch(&layer.down, inner, layer.mlp_post_norm.as_ref(), &mut buffers.branch, x);
         }
     }

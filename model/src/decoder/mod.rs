@@ -10,9 +10,8 @@ mod step;
 
 use half::bf16;
 use plumb_kernels::Element;
-use plumb_kernels::activation::Activation;
 use plumb_kernels::attention::KvPages;
-use plumb_kernels::linear::Linear;
+use plumb_kernels::linear::{Activated, Linear};
 use plumb_kernels::norm::Norm;
 use plumb_kernels::rotary::Rotary;
 
@@ -128,7 +127,6 @@ struct Stack<E> {
     final_norm: Norm,
     head: Head<E>,
     rotary: Rotary,
-    activation: Activation,
     parameters: u64,
 }
 
@@ -143,8 +141,8 @@ struct Layer<E> {
     /// Over the attention's result, before it is added (sandwich norm).
     attention_post_norm: Option<Norm>,
     mlp_norm: Norm,
-    /// gate and up on top of one another, or up alone.
-    up: Linear<E>,
+    /// Up with its non-linearity, and with its gate if there is one.
+    up: Activated<E>,
     down: Linear<E>,
     /// Over the feed-forward's result, before it is added (sandwich norm).
     mlp_post_norm: Option<Norm>,
