@@ -8,9 +8,10 @@ use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_m
 use half::bf16;
 use plumb_kernels::Element;
 use plumb_kernels::activation::Activation;
-use plumb_kernels::attention::{KvPages, PAGE, Prepare, Rule, Run, Span, attention, padded, prepare};
+use plumb_kernels::attention::{KvPages, PAGE, Prepare, Rule, Run, Span, Work, attention, padded, prepare};
 use plumb_kernels::head::token_log_probs;
 use plumb_kernels::linear::{Activated, Linear, LinearBuilder, Matrix, Store};
+use plumb_kernels::memory::Buffer;
 use plumb_kernels::norm::Norm;
 use plumb_kernels::rotary::Rotary;
 use rayon::prelude::*;
@@ -29,21 +30,70 @@ fn layer<E: Element>(outputs: usize, inputs: usize) -> Linear<E> {
     LinearBuilder::new(outputs, inputs).rows(&values(outputs * inputs)).finish(None)
 }
 
-/// What the machine can do at most: bf16 dot products that touch no memory, and sequential reads, on all threads.
+/// What the machine can do at most: bf16 dot products in registers alone, the matrix kernel over operands that stay in
+/// the first-level cache, and sequential reads of memory, each on all threads.
 fn limits(c: &mut Criterion) {
     let threads = rayon::current_num_threads();
     let mut group = c.benchmark_group("limits");
     #[cfg(target_arch = "x86_64")]
     if plumb_kernels::isa() == plumb_kernels::Isa::Avx512Bf16 {
-        const STEPS: usize = 20_000;
+        const STEPS: usize = 1_000_000;
         group.throughput(Throughput::Elements((threads * STEPS * peak::MULTIPLY_ADDS) as u64));
         group.bench_function("bf16 dot products", |b| b.iter(|| rayon::broadcast(|_| peak::run(black_box(STEPS)))));
     }
-    let words = vec![1u64; 1 << 25];
-    group.throughput(Throughput::Bytes(size_of_val(words.as_slice()) as u64));
-    group.bench_function("reads", |b| {
-        b.iter(|| words.par_chunks(1 << 17).map(|words| words.iter().fold(0, |a, b| a ^ b)).reduce(|| 0, |a, b| a ^ b));
+    let (outputs, inputs, rows, times) = (64, 256, 48, 500);
+    let layer = layer::<bf16>(outputs, inputs);
+    let x = values::<bf16>(rows * inputs);
+    group.throughput(Throughput::Elements((threads * times * rows * outputs * inputs) as u64));
+    group.bench_function("bf16 matrix loop", |b| {
+        b.iter(|| {
+            rayon::broadcast(|_| {
+                let mut out = vec![0.0; rows * outputs];
+                (0..times).for_each(|_| layer.forward(black_box(&x), black_box(&mut out), Store::Set));
+            })
+        });
     });
+    // Far more than any cache holds.
+    let words = Buffer::<u64>::zeros(1 << 26);
+    group.throughput(Throughput::Bytes(size_of_val(&*words) as u64));
+    group.bench_function("reads", |b| {
+        b.iter(|| words.par_chunks(words.len() / threads).map(read::all).reduce(|| 0, |a, b| a ^ b));
+    });
+}
+
+/// Reads memory as fast as one thread can: several streams of the widest vectors, fetched ahead.
+mod read {
+    const STREAMS: usize = 4;
+
+    pub(super) fn all(words: &[u64]) -> u64 {
+        let streams: Vec<&[u64]> = words.chunks_exact(words.len() / STREAMS).collect();
+        let [a, b, c, d] = streams[..] else { return 0 };
+        #[cfg(target_arch = "x86_64")]
+        if std::arch::is_x86_feature_detected!("avx512f") {
+            // SAFETY: detected.
+            #[expect(unsafe_code, reason = "wide vectors that were detected")]
+            return unsafe { wide(a, b, c, d) };
+        }
+        body(a, b, c, d)
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    #[target_feature(enable = "avx512f")]
+    fn wide(a: &[u64], b: &[u64], c: &[u64], d: &[u64]) -> u64 {
+        body(a, b, c, d)
+    }
+
+    #[inline(always)]
+    fn body(a: &[u64], b: &[u64], c: &[u64], d: &[u64]) -> u64 {
+        let mut sums = [0u64; 16];
+        let pairs = a.chunks_exact(16).zip(b.chunks_exact(16)).zip(c.chunks_exact(16).zip(d.chunks_exact(16)));
+        for ((a, b), (c, d)) in pairs {
+            for (i, sum) in sums.iter_mut().enumerate() {
+                *sum ^= a[i] ^ b[i] ^ c[i] ^ d[i];
+            }
+        }
+        sums.iter().fold(0, |a, b| a ^ b)
+    }
 }
 
 /// The dot-product instruction, as often in flight as the kernel has it.
@@ -136,7 +186,8 @@ fn attend<E: Element>(c: &mut Criterion) {
         let span = Span { row: 0, len: tokens, position: before, pages: &pages };
         group.throughput(Throughput::Elements(tokens as u64));
         group.bench_function(format!("{tokens} after {before}"), |b| {
-            b.iter(|| attention(black_box(q), &kv, 0, &[span], rule, &mut out));
+            let work = Work::new(&[span], HEADS / KV_HEADS, KV_HEADS);
+            b.iter(|| attention(black_box(q), &kv, 0, &work, rule, &mut out));
         });
     }
 }

@@ -2,7 +2,7 @@
 
 use crate::Element;
 use crate::math::{self, erf, tanh};
-use crate::simd::vectorised;
+use crate::simd::{narrow, vectorised};
 
 /// An element-wise non-linearity.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -40,19 +40,21 @@ macro_rules! activation {
     ($plain:ident, $gated:ident, $x:ident => $act:expr) => {
         vectorised! {
             fn $plain<E: Element>(x: &[f32], out: &mut [E]) {
-                for (x, out) in x.iter().zip(out) {
-                    let $x = *x;
-                    *out = E::from_f32($act);
-                }
+                let x = &x[..out.len()];
+                narrow::<S, E>(out, |i| {
+                    let $x = x[i];
+                    $act
+                });
             }
         }
 
         vectorised! {
             fn $gated<E: Element>(gate: &[f32], up: &[f32], out: &mut [E]) {
-                for ((gate, up), out) in gate.iter().zip(up).zip(out) {
-                    let $x = *gate;
-                    *out = E::from_f32($act * up);
-                }
+                let (gate, up) = (&gate[..out.len()], &up[..out.len()]);
+                narrow::<S, E>(out, |i| {
+                    let $x = gate[i];
+                    $act * up[i]
+                });
             }
         }
     };

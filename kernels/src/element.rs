@@ -1,9 +1,10 @@
 //! The types in which weights, activations between operations, and key/value caches are held.
 
+use bytemuck::Pod;
 use half::bf16;
-use half::vec::HalfBitsVecExt;
 
-use crate::gemm::{self, Tile};
+use crate::gemm::{self, LANES, Tile};
+use crate::simd::Simd;
 
 mod sealed {
     pub trait Sealed {}
@@ -12,7 +13,7 @@ mod sealed {
 }
 
 /// `f32` or `bf16`.
-pub trait Element: sealed::Sealed + Copy + Default + Send + Sync + PartialEq + std::fmt::Debug + 'static {
+pub trait Element: sealed::Sealed + Pod + Default + Send + Sync + PartialEq + std::fmt::Debug + 'static {
     /// Values along the summed dimension that lie side by side in a packed matrix: the dot-product instruction for
     /// bf16 takes two.
     const PAIR: usize;
@@ -24,8 +25,9 @@ pub trait Element: sealed::Sealed + Copy + Default + Send + Sync + PartialEq + s
     /// Exact.
     fn to_f32(self) -> f32;
 
-    /// `len` zeros, whose memory the system provides when it is first touched.
-    fn zeros(len: usize) -> Vec<Self>;
+    /// A vector of [`Element::from_f32`], with what the machine has for it.
+    #[doc(hidden)]
+    fn from_lanes<S: Simd>(lanes: [f32; LANES]) -> [Self; LANES];
 
     /// Multiplies rows of this type with a packed matrix of this type; see [`Tile`].
     #[doc(hidden)]
@@ -49,8 +51,9 @@ impl Element for f32 {
         self
     }
 
-    fn zeros(len: usize) -> Vec<Self> {
-        vec![0.0; len]
+    #[inline(always)]
+    fn from_lanes<S: Simd>(lanes: [f32; LANES]) -> [Self; LANES] {
+        lanes
     }
 
     fn gemm_tile(tile: Tile<'_, f32, f32>) {
@@ -81,8 +84,9 @@ impl Element for bf16 {
         f32::from_bits(u32::from(self.to_bits()) << 16)
     }
 
-    fn zeros(len: usize) -> Vec<Self> {
-        vec![0u16; len].reinterpret_into()
+    #[inline(always)]
+    fn from_lanes<S: Simd>(lanes: [f32; LANES]) -> [Self; LANES] {
+        S::to_bf16(lanes)
     }
 
     fn gemm_tile(tile: Tile<'_, bf16, bf16>) {

@@ -33,7 +33,8 @@ pub fn token_log_probs<E: Element>(head: &Linear<E>, softcap: Option<f32>, x: &[
         let mut scratch = [0.0; ROWS * PANEL];
         let sums = &mut scratch[..rows.len() * PANEL];
         for panel in group * PANELS..((group + 1) * PANELS).min(vocabulary.div_ceil(PANEL)) {
-            head.panel(panel, x, rows.len(), &mut Rows::new(sums, PANEL), Store::Set, E::gemm_tile_f32);
+            let all = panel * PANEL..(panel + 1) * PANEL;
+            head.strip(all, x, rows.len(), &mut Rows::new(sums, PANEL), Store::Set, E::gemm_tile_f32);
             let columns = PANEL.min(vocabulary - panel * PANEL);
             for (row, logits) in rows.clone().zip(sums.chunks_exact_mut(PANEL)) {
                 // SAFETY: pieces differ in their rows or their group.

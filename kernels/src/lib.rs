@@ -14,6 +14,7 @@
 
 pub mod element;
 pub mod math;
+pub mod memory;
 
 pub mod activation;
 pub mod attention;

@@ -5,6 +5,7 @@ use std::ops::Range;
 use crate::activation::Activation;
 use crate::element::Element;
 use crate::gemm::{LANES, Tile};
+use crate::memory::Buffer;
 use crate::parallel::{Rows, Shared, for_each_piece};
 
 /// Outputs that a packed panel holds: four vectors, so that six rows fill the registers.
@@ -13,6 +14,8 @@ pub(crate) const PANEL: usize = 4 * LANES;
 const BLOCK_ROWS: usize = 96;
 /// Rows that the kernel takes at a time.
 const KERNEL_ROWS: usize = 6;
+/// Outputs in which work is cut where the panels are shared out.
+const STRIP: usize = PANEL / 2;
 /// Rows of which a thread needs so many for its own pass over all weights to be worth it.
 const FEW_ROWS: usize = 48;
 /// Rows whose result waits in the first-level cache for its non-linearity.
@@ -28,7 +31,7 @@ pub struct Linear<E> {
     outputs: usize,
     inputs: usize,
     /// `[panel][input / PAIR][PANEL][PAIR]`.
-    packed: Vec<E>,
+    packed: Buffer<E>,
     bias: Option<Vec<f32>>,
 }
 
@@ -46,7 +49,7 @@ impl<E: Element> LinearBuilder<E> {
     /// If `inputs` is odd and the element is bf16.
     pub fn new(outputs: usize, inputs: usize) -> Self {
         assert!(inputs.is_multiple_of(E::PAIR), "an odd number of inputs: {inputs}");
-        let packed = vec![E::default(); outputs.div_ceil(PANEL) * PANEL * inputs];
+        let packed = Buffer::zeros(outputs.div_ceil(PANEL) * PANEL * inputs);
         Self { linear: Linear { outputs, inputs, packed, bias: None }, next_row: 0 }
     }
 
@@ -103,7 +106,7 @@ impl<E: Element> Linear<E> {
 
     /// Bytes that the layer takes.
     pub fn bytes(&self) -> usize {
-        std::mem::size_of_val(self.packed.as_slice()) + self.bias.as_ref().map_or(0, |b| b.len() * 4)
+        size_of_val(&*self.packed) + self.bias.as_ref().map_or(0, |b| b.len() * 4)
     }
 
     /// Weights of one output, in f32: an embedding row where the layer is a tied language head.
@@ -141,19 +144,20 @@ impl<E: Element> Linear<E> {
         let rows = x.len() / self.inputs;
         assert_eq!((x.len(), out.len()), (rows * self.inputs, rows * self.outputs), "shapes of a linear layer");
         let shared = Shared::new(out);
-        for_each_block(rows, self.panels(), |rows, panels| {
+        for_each_block(rows, self.outputs, |rows, columns| {
             let x = &x[rows.start * self.inputs..rows.end * self.inputs];
-            for panel in panels {
-                let columns = panel * PANEL..((panel + 1) * PANEL).min(self.outputs);
-                // SAFETY: blocks differ in their rows or their panels.
+            for columns in panels(columns) {
+                let len = columns.len();
+                // SAFETY: blocks differ in their rows or their columns.
                 let mut out = unsafe { shared.rows(rows.start * self.outputs + columns.start, self.outputs) };
-                if columns.len() == PANEL {
-                    self.panel(panel, x, rows.len(), &mut out, store, kernel);
+                if len.is_multiple_of(LANES) {
+                    self.strip(columns, x, rows.len(), &mut out, store, kernel);
                 } else {
                     let mut scratch = [0.0; BLOCK_ROWS * PANEL];
-                    self.panel(panel, x, rows.len(), &mut Rows::new(&mut scratch, PANEL), Store::Set, kernel);
+                    let whole = columns.start..columns.start + len.next_multiple_of(LANES);
+                    self.strip(whole, x, rows.len(), &mut Rows::new(&mut scratch, PANEL), Store::Set, kernel);
                     for (row, sums) in scratch.chunks_exact(PANEL).take(rows.len()).enumerate() {
-                        for (out, sum) in out.row(row, 0..columns.len()).iter_mut().zip(sums) {
+                        for (out, sum) in out.row(row, 0..len).iter_mut().zip(sums) {
                             *out = if store == Store::Add { *out + sum } else { *sum };
                         }
                     }
@@ -162,21 +166,17 @@ impl<E: Element> Linear<E> {
         });
     }
 
-    fn panels(&self) -> usize {
-        self.outputs.div_ceil(PANEL)
-    }
-
-    /// One panel of the result, bias included, into PANEL columns of `out`.
-    pub(crate) fn panel<A>(
+    /// Columns of the result that lie in one panel, bias included, into `out`; a multiple of the lanes.
+    pub(crate) fn strip<A>(
         &self,
-        panel: usize,
+        columns: Range<usize>,
         x: &[A],
         rows: usize,
         out: &mut Rows<'_, f32>,
         store: Store,
         kernel: fn(Tile<'_, A, E>),
     ) {
-        let weights = &self.packed[panel * PANEL * self.inputs..(panel + 1) * PANEL * self.inputs];
+        let weights = &self.packed[columns.start / PANEL * PANEL * self.inputs..];
         let mut done = 0;
         while done < self.inputs {
             let k = (self.inputs - done).min(SUM_BLOCK);
@@ -184,9 +184,9 @@ impl<E: Element> Linear<E> {
                 a: &x[done..],
                 lda: self.inputs,
                 rows,
-                b: &weights[done * PANEL..],
+                b: &weights[done * PANEL + columns.start % PANEL * E::PAIR..],
                 ldb: PANEL * E::PAIR,
-                cols: PANEL,
+                cols: columns.len(),
                 k,
                 c: out.reborrow(),
                 accumulate: done > 0 || store == Store::Add,
@@ -194,7 +194,7 @@ impl<E: Element> Linear<E> {
             done += k;
         }
         if let Some(bias) = &self.bias {
-            let bias = &bias[panel * PANEL..((panel + 1) * PANEL).min(self.outputs)];
+            let bias = &bias[columns.start..columns.end.min(self.outputs)];
             for row in 0..rows {
                 out.row(row, 0..bias.len()).iter_mut().zip(bias).for_each(|(out, bias)| *out += bias);
             }
@@ -202,24 +202,36 @@ impl<E: Element> Linear<E> {
     }
 }
 
-/// Calls `f` for blocks of rows and panels that together are all of them, on all threads.
+/// Calls `f` for blocks of rows and columns that together are all of them, on all threads.
 ///
-/// With many rows every thread takes blocks of rows and goes through all panels; with few the panels are shared out,
-/// so that each is read once.
-fn for_each_block(rows: usize, panels: usize, f: impl Fn(Range<usize>, Range<usize>) + Sync + Send) {
+/// With many rows every thread takes blocks of rows and goes through all columns; with few the columns are shared out,
+/// so that every weight is read once, and each thread reads one stretch of them.
+fn for_each_block(rows: usize, columns: usize, f: impl Fn(Range<usize>, Range<usize>) + Sync + Send) {
     let threads = rayon::current_num_threads();
     if rows >= threads * FEW_ROWS {
         // As many blocks for one thread as for another, in whole steps of the kernel.
         let blocks = rows.div_ceil(BLOCK_ROWS).next_multiple_of(threads);
         let block = rows.div_ceil(blocks).next_multiple_of(KERNEL_ROWS);
-        for_each_piece(rows, block, |rows| f(rows, 0..panels));
+        for_each_piece(rows, block, |rows| f(rows, 0..columns));
     } else {
-        for_each_piece(panels, 1, |panels| {
+        let stretch = columns.div_ceil(threads).next_multiple_of(STRIP);
+        for_each_piece(columns, stretch, |columns| {
             (0..rows).step_by(BLOCK_ROWS).for_each(|start| {
-                f(start..(start + BLOCK_ROWS).min(rows), panels.clone());
+                f(start..(start + BLOCK_ROWS).min(rows), columns.clone());
             })
         });
     }
+}
+
+/// The columns, cut where a panel ends.
+fn panels(columns: Range<usize>) -> impl Iterator<Item = Range<usize>> {
+    let mut start = columns.start;
+    std::iter::from_fn(move || {
+        let end = ((start / PANEL + 1) * PANEL).min(columns.end);
+        let panel = (start < end).then(|| start..end);
+        start = end;
+        panel
+    })
 }
 
 /// A linear layer whose result goes through a non-linearity before it is stored: `act(W x + b)`, or with a gate
@@ -272,24 +284,23 @@ impl<E: Element> Activated<E> {
         let inputs = self.linear.inputs;
         let rows = x.len() / inputs;
         assert_eq!((x.len(), out.len()), (rows * inputs, rows * self.outputs), "shapes of a linear layer");
-        let panels = self.outputs.div_ceil(PANEL);
         let shared = Shared::new(out);
-        for_each_block(rows, panels, |rows, panels| {
-            for panel in panels {
-                let columns = panel * PANEL..((panel + 1) * PANEL).min(self.outputs);
-                // SAFETY: blocks differ in their rows or their panels.
+        for_each_block(rows, self.outputs, |rows, columns| {
+            for columns in panels(columns) {
+                // SAFETY: blocks differ in their rows or their columns.
                 let mut out = unsafe { shared.rows(rows.start * self.outputs + columns.start, self.outputs) };
                 for first in (0..rows.len()).step_by(ACTIVATED_ROWS) {
                     let len = ACTIVATED_ROWS.min(rows.len() - first);
                     let x = &x[(rows.start + first) * inputs..(rows.start + first + len) * inputs];
                     let mut scratch = [[0.0; ACTIVATED_ROWS * PANEL]; 2];
                     let [gate, up] = &mut scratch;
-                    let compute = |panel, sums: &mut [f32]| {
-                        self.linear.panel(panel, x, len, &mut Rows::new(sums, PANEL), Store::Set, E::gemm_tile);
+                    let compute = |first: usize, sums: &mut [f32]| {
+                        let columns = first + columns.start..first + columns.end.next_multiple_of(LANES);
+                        self.linear.strip(columns, x, len, &mut Rows::new(sums, PANEL), Store::Set, E::gemm_tile);
                     };
-                    compute(panel, gate);
+                    compute(0, gate);
                     if self.gated {
-                        compute(panel + self.outputs.div_ceil(PANEL), up);
+                        compute(self.outputs.next_multiple_of(PANEL), up);
                     }
                     for (row, (gate, up)) in gate.chunks_exact(PANEL).zip(up.chunks_exact(PANEL)).take(len).enumerate()
                     {

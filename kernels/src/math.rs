@@ -29,6 +29,25 @@ pub fn exp(x: f32) -> f32 {
     if x > 88.722_84 { f32::INFINITY } else { y }
 }
 
+/// `2^x` within 2 ulp for `x` up to 127; 0 below -126, NaN for NaN; exactly 1 at 0.
+#[inline(always)]
+pub fn exp2(x: f32) -> f32 {
+    // As in `exp`.
+    const ROUND: f32 = 12_582_912.0;
+    let rounded = x + ROUND;
+    let r = x - (rounded - ROUND);
+    let mut p = 1.535_336_2e-4f32;
+    p = p.mul_add(r, 1.339_887_4e-3);
+    p = p.mul_add(r, 9.618_437e-3);
+    p = p.mul_add(r, 5.550_332_5e-2);
+    p = p.mul_add(r, 2.402_264_8e-1);
+    p = p.mul_add(r, 6.931_472e-1);
+    p = p.mul_add(r, 1.0);
+    // The integer goes on top of the exponent; what is above its nine bits falls off.
+    let y = f32::from_bits(p.to_bits().wrapping_add(rounded.to_bits() << 23));
+    if x < -126.0 { 0.0 } else { y }
+}
+
 /// Sum of the lanes, in halves.
 #[inline(always)]
 pub fn lane_sum(lanes: [f32; LANES]) -> f32 {
@@ -85,6 +104,17 @@ mod tests {
         assert_eq!(exp(f32::INFINITY), f32::INFINITY);
         assert_eq!(exp(-100.0), 0.0);
         assert!(exp(f32::NAN).is_nan());
+    }
+
+    #[test]
+    fn exp2_is_within_two_ulp() {
+        for i in -1_260_000..1_270_000 {
+            let x = i as f32 * 1e-4;
+            let expected = f64::from(x).exp2();
+            assert!((f64::from(exp2(x)) - expected).abs() / expected < 2.5e-7, "{x}: {} {expected}", exp2(x));
+        }
+        assert_eq!((exp2(0.0), exp2(f32::NEG_INFINITY), exp2(-127.0), exp2(-3e9)), (1.0, 0.0, 0.0, 0.0));
+        assert!(exp2(f32::NAN).is_nan());
     }
 
     #[test]

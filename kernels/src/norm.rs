@@ -4,7 +4,7 @@ use crate::Element;
 use crate::gemm::LANES;
 use crate::math::lane_sum;
 use crate::parallel::{Shared, for_each_piece};
-use crate::simd::vectorised;
+use crate::simd::{narrow, vectorised};
 
 /// Rows that a thread takes at a time.
 const ROWS: usize = 64;
@@ -90,9 +90,8 @@ impl Norm {
 vectorised! {
     fn rms<E: Element>(x: &[f32], weight: &[f32], eps: f32, out: &mut [E]) {
         let scale = 1.0 / (sum(x, |x| x * x) / x.len() as f32 + eps).sqrt();
-        for ((x, w), out) in x.iter().zip(weight).zip(out) {
-            *out = E::from_f32(x * scale * w);
-        }
+        let (x, weight) = (&x[..out.len()], &weight[..out.len()]);
+        narrow::<S, E>(out, |i| x[i] * scale * weight[i]);
     }
 }
 
@@ -102,9 +101,8 @@ vectorised! {
         let mean = sum(x, |x| x) / n;
         let variance = sum(x, |x| (x - mean) * (x - mean)) / n;
         let scale = 1.0 / (variance + eps).sqrt();
-        for (((x, w), b), out) in x.iter().zip(weight).zip(bias).zip(out) {
-            *out = E::from_f32((x - mean) * scale * w + b);
-        }
+        let (x, weight, bias) = (&x[..out.len()], &weight[..out.len()], &bias[..out.len()]);
+        narrow::<S, E>(out, |i| (x[i] - mean) * scale * weight[i] + bias[i]);
     }
 }
 

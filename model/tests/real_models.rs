@@ -1,5 +1,5 @@
-//! Checkpoints too large to commit: those in the folder that `PLUMB_MODELS` names, as `../shared/tools/peers` makes it
-//! (`smollm2/`, and somewhere below the folder the GGUF file that it was made from).
+//! Checkpoints too large to commit: those in the folder that `PLUMB_MODELS` names (`smollm2/`, and
+//! somewhere below the folder the GGUF file that it was made from).
 
 #![expect(clippy::unwrap_used, reason = "a test may stop where it stands, in its helpers too")]
 

@@ -71,6 +71,8 @@ pub(crate) fn bf16_by_bf16(tile: Tile<'_, bf16, bf16>) {
     blocked!(tile, 2, bf16_bf16_block)
 }
 
+const PF: usize = 8192;
+
 /// The sums before the first step.
 ///
 /// # Safety
@@ -196,6 +198,9 @@ unsafe fn bf16_bf16_block<const R: usize, const V: usize>(
             let b = b.add(step * ldb);
             let mut columns = [std::mem::transmute::<__m512i, __m512bh>(_mm512_setzero_si512()); V];
             for (v, column) in columns.iter_mut().enumerate() {
+                if R == 1 {
+                    _mm_prefetch::<_MM_HINT_T0>(b.wrapping_byte_add(v * 64 + PF).cast());
+                }
                 *column = std::mem::transmute::<__m512i, __m512bh>(_mm512_loadu_si512(b.add(v * LANES * 2).cast()));
             }
             for (r, row) in sums.iter_mut().enumerate() {

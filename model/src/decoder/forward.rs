@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use plumb_kernels::Element;
-use plumb_kernels::attention::{KvPages, PAGE, Prepare, Rule, Run, Span, attention, padded, prepare};
+use plumb_kernels::attention::{KvPages, PAGE, Prepare, Rule, Run, Span, Work, attention, padded, prepare};
 use plumb_kernels::head::{dot, soft_cap, token_log_probs};
 use plumb_kernels::linear::Store;
 
@@ -47,10 +47,11 @@ impl<E: Load> Stack<E> {
             return Ok(Vec::new());
         }
         let runs = runs(step);
-        let spans = spans(step);
+        let config = &self.config;
+        let work = Work::new(&spans(step), config.num_heads / config.num_kv_heads, config.num_kv_heads);
         self.embed(step, resize(&mut buffers.x, rows * self.config.hidden_size));
         for (i, layer) in self.layers.iter().enumerate() {
-            self.attend(i, layer, &runs, &spans, kv, buffers);
+            self.attend(i, layer, &runs, &work, kv, buffers);
             self.feed_forward(layer, rows, buffers);
         }
         self.read(step, buffers)
@@ -120,7 +121,7 @@ impl<E: Load> Stack<E> {
         index: usize,
         layer: &Layer<E>,
         runs: &[Run],
-        spans: &[Span<'_>],
+        work: &Work<'_>,
         kv: &mut KvPages<E>,
         buffers: &mut Buffers<E>,
     ) {
@@ -160,7 +161,7 @@ impl<E: Load> Stack<E> {
             window: config.windows[index],
         };
         let attended = resize(&mut buffers.attended, rows * heads * dim);
-        attention(q, kv, index, spans, rule, attended);
+        attention(q, kv, index, work, rule, attended);
         for chunk in chunks(rows) {
             let attended = &attended[chunk.start * heads * dim..chunk.end * heads * dim];
             let x = &mut buffers.x[chunk.start * hidden..chunk.end * hidden];

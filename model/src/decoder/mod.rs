@@ -13,6 +13,7 @@ use plumb_kernels::Element;
 use plumb_kernels::attention::KvPages;
 use plumb_kernels::linear::{Activated, Linear};
 use plumb_kernels::norm::Norm;
+use plumb_kernels::parallel::with_team;
 use plumb_kernels::rotary::Rotary;
 
 pub use step::{Read, Step, StepSequence};
@@ -109,11 +110,11 @@ impl Decoder {
     /// Fails if a sequence does not fit the model (a token outside the vocabulary, a position beyond the context, a
     /// read that the head cannot serve) or if the store or workspace belongs to another model.
     pub fn step(&self, step: &Step<'_>, kv: &mut KvStore, workspace: &mut Workspace) -> Result<Vec<Vec<f32>>> {
-        match (&self.0, &mut kv.0, &mut workspace.0) {
+        with_team(|| match (&self.0, &mut kv.0, &mut workspace.0) {
             (Typed::F32(stack), Typed::F32(kv), Typed::F32(buffers)) => stack.step(step, kv, buffers),
             (Typed::Bf16(stack), Typed::Bf16(kv), Typed::Bf16(buffers)) => stack.step(step, kv, buffers),
             _ => Err(Error::InvalidInput("the cache belongs to a model of another type".into())),
-        }
+        })
     }
 }
 

@@ -1,0 +1,120 @@
+//! Memory for numbers: large arrays for weights, keys and values, and what a thread scribbles on.
+
+use std::alloc::{Layout, handle_alloc_error};
+use std::cell::Cell;
+use std::fmt;
+use std::marker::PhantomData;
+use std::ops::{Deref, DerefMut};
+
+use bytemuck::Pod;
+use memmap2::MmapMut;
+
+/// Zeros that the system provides as they are first touched and takes back as soon as they are dropped.
+///
+/// Starts at a page, so that no vector straddles two cache lines, and lies in huge pages where the system has them: a
+/// decoding step reads every weight once, and would miss the address cache at every small page.
+pub struct Buffer<T> {
+    map: Option<MmapMut>,
+    len: usize,
+    numbers: PhantomData<T>,
+}
+
+impl<T: Pod> Buffer<T> {
+    /// `len` zeros.
+    pub fn zeros(len: usize) -> Self {
+        let bytes = len * size_of::<T>();
+        Self { map: (bytes > 0).then(|| map(bytes)), len, numbers: PhantomData }
+    }
+}
+
+fn map(bytes: usize) -> MmapMut {
+    let Ok(map) = MmapMut::map_anon(bytes) else {
+        // As every other allocation that fails.
+        handle_alloc_error(Layout::from_size_align(bytes, 1).unwrap_or_else(|_| Layout::new::<u8>()));
+    };
+    #[cfg(target_os = "linux")]
+    // A kernel without huge pages refuses; small ones do as well, only slower.
+    drop(map.advise(memmap2::Advice::HugePage));
+    map
+}
+
+impl<T: Pod> Deref for Buffer<T> {
+    type Target = [T];
+
+    #[inline]
+    fn deref(&self) -> &[T] {
+        self.map.as_ref().map_or(&[], |map| &bytemuck::cast_slice(map)[..self.len])
+    }
+}
+
+impl<T: Pod> DerefMut for Buffer<T> {
+    #[inline]
+    fn deref_mut(&mut self) -> &mut [T] {
+        let len = self.len;
+        self.map.as_mut().map_or(&mut [], |map| &mut bytemuck::cast_slice_mut(map)[..len])
+    }
+}
+
+impl<T> fmt::Debug for Buffer<T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Buffer").field("len", &self.len).finish_non_exhaustive()
+    }
+}
+
+/// A cache line.
+#[derive(Clone, Copy, bytemuck::Zeroable, bytemuck::Pod)]
+#[repr(C, align(64))]
+struct Line([u8; 64]);
+
+thread_local! {
+    /// What the thread's last piece of work has left.
+    static SCRATCH: Cell<Vec<Line>> = const { Cell::new(Vec::new()) };
+}
+
+/// Calls `f` with memory that the thread keeps from one piece of work to the next; it begins at a cache line and holds
+/// whatever was there.
+pub(crate) fn with_scratch<R>(bytes: usize, f: impl FnOnce(&mut [u8]) -> R) -> R {
+    let mut lines = SCRATCH.take();
+    let needed = bytes.div_ceil(size_of::<Line>());
+    if lines.len() < needed {
+        lines.resize(needed, Line([0; 64]));
+    }
+    let result = f(&mut bytemuck::cast_slice_mut(&mut lines)[..bytes]);
+    SCRATCH.set(lines);
+    result
+}
+
+/// The first `len` numbers of scratch memory, and the rest of it from a cache line on.
+pub(crate) fn carve<T: Pod>(scratch: &mut [u8], len: usize) -> (&mut [T], &mut [u8]) {
+    let bytes = carved::<T>(len);
+    let (numbers, rest) = scratch.split_at_mut(bytes);
+    (&mut bytemuck::cast_slice_mut(numbers)[..len], rest)
+}
+
+/// Bytes that [`carve`] takes for `len` numbers.
+pub(crate) fn carved<T>(len: usize) -> usize {
+    (len * size_of::<T>()).next_multiple_of(size_of::<Line>())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use half::bf16;
+
+    fn check<T: Pod + PartialEq + fmt::Debug>(len: usize, one: T) {
+        let mut buffer = Buffer::<T>::zeros(len);
+        assert_eq!(buffer.len(), len);
+        assert!(buffer.iter().all(|x| *x == T::zeroed()));
+        buffer.fill(one);
+        assert!(buffer.iter().all(|x| *x == one));
+        assert!(len == 0 || buffer.as_ptr().addr().is_multiple_of(64));
+    }
+
+    #[test]
+    fn zeros_of_any_length_at_the_start_of_a_cache_line() {
+        for len in [0, 1, 63, 5000, 3 << 20] {
+            check::<f32>(len, 1.0);
+            check::<bf16>(len, bf16::ONE);
+        }
+    }
+}
