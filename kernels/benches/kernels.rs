@@ -10,7 +10,7 @@ use plumb_kernels::Element;
 use plumb_kernels::activation::Activation;
 use plumb_kernels::attention::{KvPages, PAGE, Prepare, Rule, Run, Span, Work, attention, padded, prepare};
 use plumb_kernels::head::token_log_probs;
-use plumb_kernels::linear::{Activated, Linear, LinearBuilder, Matrix, Store};
+use plumb_kernels::linear::{Activated, Linear, Matrix, Rows, Store};
 use plumb_kernels::memory::Buffer;
 use plumb_kernels::norm::Norm;
 use plumb_kernels::rotary::Rotary;
@@ -27,21 +27,15 @@ fn values<E: Element>(n: usize) -> Vec<E> {
 }
 
 fn layer<E: Element>(outputs: usize, inputs: usize) -> Linear<E> {
-    LinearBuilder::new(outputs, inputs).rows(&values(outputs * inputs)).finish(None)
+    Linear::new(&[Matrix { weights: Rows::Plain(&values(outputs * inputs)), bias: None }], inputs)
 }
 
-/// What the machine can do at most: bf16 dot products in registers alone, the matrix kernel over operands that stay in
-/// the first-level cache, and sequential reads of memory, each on all threads.
+/// What the machine can do at most, on all threads: the matrix kernel over operands that stay in the caches of a core, and
+/// sequential reads of memory.
 fn limits(c: &mut Criterion) {
     let threads = rayon::current_num_threads();
     let mut group = c.benchmark_group("limits");
-    #[cfg(target_arch = "x86_64")]
-    if plumb_kernels::isa() == plumb_kernels::Isa::Avx512Bf16 {
-        const STEPS: usize = 1_000_000;
-        group.throughput(Throughput::Elements((threads * STEPS * peak::MULTIPLY_ADDS) as u64));
-        group.bench_function("bf16 dot products", |b| b.iter(|| rayon::broadcast(|_| peak::run(black_box(STEPS)))));
-    }
-    let (outputs, inputs, rows, times) = (64, 256, 48, 500);
+    let (outputs, inputs, rows, times) = (64, 1024, 96, 100);
     let layer = layer::<bf16>(outputs, inputs);
     let x = values::<bf16>(rows * inputs);
     group.throughput(Throughput::Elements((threads * times * rows * outputs * inputs) as u64));
@@ -53,77 +47,37 @@ fn limits(c: &mut Criterion) {
             })
         });
     });
-    // Far more than any cache holds.
-    let words = Buffer::<u64>::zeros(1 << 26);
+    // Far more than any cache holds; written, since zeros that nobody has written all lie in the same page.
+    let mut words = Buffer::<u64>::zeros(1 << 26);
+    words.fill(1);
     group.throughput(Throughput::Bytes(size_of_val(&*words) as u64));
     group.bench_function("reads", |b| {
-        b.iter(|| words.par_chunks(words.len() / threads).map(read::all).reduce(|| 0, |a, b| a ^ b));
+        b.iter(|| words.par_chunks(words.len() / threads).map(read).reduce(|| 0, |a, b| a ^ b));
     });
 }
 
-/// Reads memory as fast as one thread can: several streams of the widest vectors, fetched ahead.
-mod read {
-    const STREAMS: usize = 4;
-
-    pub(super) fn all(words: &[u64]) -> u64 {
-        let streams: Vec<&[u64]> = words.chunks_exact(words.len() / STREAMS).collect();
-        let [a, b, c, d] = streams[..] else { return 0 };
-        #[cfg(target_arch = "x86_64")]
-        if std::arch::is_x86_feature_detected!("avx512f") {
-            // SAFETY: detected.
-            #[expect(unsafe_code, reason = "wide vectors that were detected")]
-            return unsafe { wide(a, b, c, d) };
-        }
-        body(a, b, c, d)
-    }
-
+/// Reads memory as fast as one thread can: wide vectors, fetched ahead.
+fn read(words: &[u64]) -> u64 {
     #[cfg(target_arch = "x86_64")]
     #[target_feature(enable = "avx512f")]
-    fn wide(a: &[u64], b: &[u64], c: &[u64], d: &[u64]) -> u64 {
-        body(a, b, c, d)
-    }
-
-    #[inline(always)]
-    fn body(a: &[u64], b: &[u64], c: &[u64], d: &[u64]) -> u64 {
-        let mut sums = [0u64; 16];
-        let pairs = a.chunks_exact(16).zip(b.chunks_exact(16)).zip(c.chunks_exact(16).zip(d.chunks_exact(16)));
-        for ((a, b), (c, d)) in pairs {
-            for (i, sum) in sums.iter_mut().enumerate() {
-                *sum ^= a[i] ^ b[i] ^ c[i] ^ d[i];
+    fn wide(words: &[u64]) -> u64 {
+        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        let mut sums = [0u64; 32];
+        for chunk in words.chunks_exact(32) {
+            for line in chunk.chunks_exact(8) {
+                _mm_prefetch::<_MM_HINT_T0>(line.as_ptr().wrapping_add(1024).cast());
             }
+            sums.iter_mut().zip(chunk).for_each(|(sum, word)| *sum ^= word);
         }
         sums.iter().fold(0, |a, b| a ^ b)
     }
-}
-
-/// The dot-product instruction, as often in flight as the kernel has it.
-#[cfg(target_arch = "x86_64")]
-#[expect(unsafe_code, reason = "a vector instruction that the caller has detected")]
-mod peak {
-    use std::arch::x86_64::*;
-    use std::hint::black_box;
-
-    const SUMS: usize = 24;
-    /// Multiply-adds of a step.
-    pub(super) const MULTIPLY_ADDS: usize = SUMS * 32;
-
-    pub(super) fn run(steps: usize) -> f32 {
-        // SAFETY: the caller has detected the features.
-        unsafe { body(steps) }
+    #[cfg(target_arch = "x86_64")]
+    if std::arch::is_x86_feature_detected!("avx512f") {
+        // SAFETY: detected.
+        #[expect(unsafe_code, reason = "wide vectors that were detected")]
+        return unsafe { wide(words) };
     }
-
-    #[target_feature(enable = "avx512f,avx512bf16")]
-    fn body(steps: usize) -> f32 {
-        let ones = black_box(_mm512_set1_ps(1.0));
-        let pair = _mm512_cvtne2ps_pbh(ones, ones);
-        let mut sums = [_mm512_setzero_ps(); SUMS];
-        for _ in 0..steps {
-            for sum in &mut sums {
-                *sum = _mm512_dpbf16_ps(*sum, pair, pair);
-            }
-        }
-        sums.iter().map(|sum| _mm512_reduce_add_ps(*sum)).sum()
-    }
+    words.iter().fold(0, |a, b| a ^ b)
 }
 
 fn linear<E: Element>(c: &mut Criterion) {
@@ -143,7 +97,7 @@ fn linear<E: Element>(c: &mut Criterion) {
 
 fn gated(c: &mut Criterion) {
     let weights = values::<bf16>(INNER * HIDDEN);
-    let part = Matrix { weights: &weights, bias: None };
+    let part = Matrix { weights: Rows::Plain(&weights), bias: None };
     let layer = Activated::new(Activation::Silu, part, HIDDEN, Some(part));
     let mut group = c.benchmark_group("gated/bf16");
     for rows in [1, 16, 512, 4096] {

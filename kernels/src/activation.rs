@@ -40,21 +40,13 @@ macro_rules! activation {
     ($plain:ident, $gated:ident, $x:ident => $act:expr) => {
         vectorised! {
             fn $plain<E: Element>(x: &[f32], out: &mut [E]) {
-                let x = &x[..out.len()];
-                narrow::<S, E>(out, |i| {
-                    let $x = x[i];
-                    $act
-                });
+                narrow::<S, E, 1>(out, [x], |[$x]| $act);
             }
         }
 
         vectorised! {
             fn $gated<E: Element>(gate: &[f32], up: &[f32], out: &mut [E]) {
-                let (gate, up) = (&gate[..out.len()], &up[..out.len()]);
-                narrow::<S, E>(out, |i| {
-                    let $x = gate[i];
-                    $act * up[i]
-                });
+                narrow::<S, E, 2>(out, [gate, up], |[$x, up]| $act * up);
             }
         }
     };

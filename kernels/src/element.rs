@@ -29,6 +29,10 @@ pub trait Element: sealed::Sealed + Pod + Default + Send + Sync + PartialEq + st
     #[doc(hidden)]
     fn from_lanes<S: Simd>(lanes: [f32; LANES]) -> [Self; LANES];
 
+    /// The slice, if this is bf16.
+    #[doc(hidden)]
+    fn as_bf16_mut(slice: &mut [Self]) -> Option<&mut [bf16]>;
+
     /// Multiplies rows of this type with a packed matrix of this type; see [`Tile`].
     #[doc(hidden)]
     fn gemm_tile(tile: Tile<'_, Self, Self>);
@@ -54,6 +58,10 @@ impl Element for f32 {
     #[inline(always)]
     fn from_lanes<S: Simd>(lanes: [f32; LANES]) -> [Self; LANES] {
         lanes
+    }
+
+    fn as_bf16_mut(_: &mut [f32]) -> Option<&mut [bf16]> {
+        None
     }
 
     fn gemm_tile(tile: Tile<'_, f32, f32>) {
@@ -87,6 +95,10 @@ impl Element for bf16 {
     #[inline(always)]
     fn from_lanes<S: Simd>(lanes: [f32; LANES]) -> [Self; LANES] {
         S::to_bf16(lanes)
+    }
+
+    fn as_bf16_mut(slice: &mut [bf16]) -> Option<&mut [bf16]> {
+        Some(slice)
     }
 
     fn gemm_tile(tile: Tile<'_, bf16, bf16>) {

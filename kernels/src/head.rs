@@ -3,7 +3,7 @@
 use crate::Element;
 use crate::gemm::LANES;
 use crate::linear::{Linear, PANEL, Store};
-use crate::math::{exp, lane_sum, tanh};
+use crate::math::{exp, lane_max, lane_sum, tanh};
 use crate::parallel::{Rows, Shared, for_each_piece};
 use crate::simd::vectorised;
 
@@ -39,8 +39,14 @@ pub fn token_log_probs<E: Element>(head: &Linear<E>, softcap: Option<f32>, x: &[
             for (row, logits) in rows.clone().zip(sums.chunks_exact_mut(PANEL)) {
                 // SAFETY: pieces differ in their rows or their group.
                 let partial = unsafe { &mut shared.range(row * groups + group..row * groups + group + 1)[0] };
-                let target = (targets[row] as usize).checked_sub(panel * PANEL);
-                add_panel(&mut logits[..columns], softcap, target, partial);
+                let logits = &mut logits[..columns];
+                if let Some(cap) = softcap {
+                    soft_cap(logits, cap);
+                }
+                if let Some(logit) = (targets[row] as usize).checked_sub(panel * PANEL).and_then(|t| logits.get(t)) {
+                    partial.2 = *logit;
+                }
+                add_logits(logits, partial);
             }
         }
     });
@@ -48,22 +54,16 @@ pub fn token_log_probs<E: Element>(head: &Linear<E>, softcap: Option<f32>, x: &[
 }
 
 vectorised! {
-    /// Takes a panel's logits into a row's running sum.
-    fn add_panel(logits: &mut [f32], softcap: Option<f32>, target: Option<usize>, into: &mut (f32, f32, f32)) {
-        if let Some(cap) = softcap {
-            logits.iter_mut().for_each(|logit| *logit = cap * tanh(*logit / cap));
-        }
-        let (max, sum, target_logit) = into;
-        if let Some(logit) = target.and_then(|t| logits.get(t)) {
-            *target_logit = *logit;
-        }
+    /// Takes logits into a running sum of exponentials relative to the largest logit.
+    fn add_logits(logits: &[f32], into: &mut (f32, f32, f32)) {
+        let (max, sum, _) = into;
         let mut largest = [*max; LANES];
         for chunk in logits.chunks(LANES) {
             for (lane, logit) in largest.iter_mut().zip(chunk) {
                 *lane = if *logit > *lane { *logit } else { *lane };
             }
         }
-        let panel_max = largest.iter().copied().fold(*max, f32::max);
+        let panel_max = lane_max(largest).max(*max);
         let mut lanes = [0.0f32; LANES];
         let chunks = logits.chunks_exact(LANES);
         let rest = chunks.remainder();
@@ -85,6 +85,13 @@ fn merge(groups: &[(f32, f32, f32)]) -> f32 {
     let sum: f32 = groups.iter().map(|g| g.1 * exp(g.0 - max)).sum();
     let target = groups.iter().map(|g| g.2).fold(f32::NEG_INFINITY, f32::max);
     target - max - sum.ln()
+}
+
+/// `ln(sum(e^logit))`; NaN if a logit is.
+pub fn log_sum_exp(logits: &[f32]) -> f32 {
+    let mut sums = (f32::NEG_INFINITY, 0.0, f32::NEG_INFINITY);
+    add_logits(logits, &mut sums);
+    sums.0 + sums.1.ln()
 }
 
 vectorised! {
@@ -112,7 +119,7 @@ pub fn dot(weight: &[f32], x: &[f32]) -> f32 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::linear::LinearBuilder;
+    use crate::linear::{Matrix, Rows as Weights};
     use crate::reference;
     use half::bf16;
 
@@ -122,7 +129,7 @@ mod tests {
         let x: Vec<f32> = (0..rows * inputs).map(|i| (i * 31 % 89) as f32 / 44.0 - 1.0).collect();
         let targets: Vec<u32> = (0..rows).map(|r| (r * 37 % vocabulary) as u32).collect();
         let plain: Vec<f32> = weights.iter().map(|w| w.to_f32()).collect();
-        let head = LinearBuilder::new(vocabulary, inputs).rows(&weights).finish(None);
+        let head = Linear::new(&[Matrix { weights: Weights::Plain(&weights), bias: None }], inputs);
         let found = token_log_probs(&head, softcap, &x, &targets);
         let mut logits = reference::linear(&x, &plain, None, inputs);
         if let Some(cap) = softcap {
@@ -142,6 +149,16 @@ mod tests {
         check::<f32>(50, 6, 3, None);
         check::<f32>(2300, 34, 130, Some(5.0));
         check::<bf16>(1025, 64, 7, None);
+    }
+
+    #[test]
+    fn log_sum_exp_is_that_of_the_reference() {
+        for len in [1, 15, 16, 1000] {
+            let logits: Vec<f32> = (0..len).map(|i| (i * 37 % 101) as f32 / 7.0 - 3.0).collect();
+            assert!((logits[0] - log_sum_exp(&logits) - reference::log_prob(&logits, 0)).abs() < 1e-5, "{len}");
+        }
+        assert!(log_sum_exp(&[0.0, f32::NAN]).is_nan());
+        assert!(!log_sum_exp(&[f32::NEG_INFINITY; 3]).is_finite());
     }
 
     #[test]

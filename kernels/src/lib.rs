@@ -21,6 +21,7 @@ pub mod attention;
 pub mod head;
 pub mod linear;
 pub mod norm;
+pub mod quantised;
 pub mod reference;
 pub mod rotary;
 

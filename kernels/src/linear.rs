@@ -5,8 +5,9 @@ use std::ops::Range;
 use crate::activation::Activation;
 use crate::element::Element;
 use crate::gemm::{LANES, Tile};
-use crate::memory::Buffer;
-use crate::parallel::{Rows, Shared, for_each_piece};
+use crate::memory::{Buffer, carve, carved, with_scratch};
+use crate::parallel::{self, Shared, for_each_piece};
+use crate::quantised::{QuantPanels, QuantRows};
 
 /// Outputs that a packed panel holds: four vectors, so that six rows fill the registers.
 pub(crate) const PANEL: usize = 4 * LANES;
@@ -22,6 +23,8 @@ const FEW_ROWS: usize = 48;
 const ACTIVATED_ROWS: usize = 48;
 /// Longest stretch of the sum for which a panel's weights stay in the second-level cache.
 const SUM_BLOCK: usize = 2048;
+/// Inputs of a quantised panel that are expanded together, into the first-level cache.
+const EXPANDED: usize = 256;
 
 /// A linear layer `y = W x + b` whose weights `[outputs, inputs]` are stored as panels of 64 outputs.
 ///
@@ -30,57 +33,42 @@ const SUM_BLOCK: usize = 2048;
 pub struct Linear<E> {
     outputs: usize,
     inputs: usize,
-    /// `[panel][input / PAIR][PANEL][PAIR]`.
-    packed: Buffer<E>,
+    weights: Weights<E>,
     bias: Option<Vec<f32>>,
 }
 
-/// Packs rows one after the other, so that several matrices can become one layer without being joined first.
 #[derive(Debug)]
-pub struct LinearBuilder<E> {
-    linear: Linear<E>,
-    next_row: usize,
+enum Weights<E> {
+    /// `[panel][input / PAIR][PANEL][PAIR]`.
+    Plain(Buffer<E>),
+    /// Expanded on the way into the kernel.
+    Quantised(QuantPanels),
 }
 
-impl<E: Element> LinearBuilder<E> {
-    /// A layer of `outputs` by `inputs`, to be filled with [`LinearBuilder::rows`].
-    ///
-    /// # Panics
-    /// If `inputs` is odd and the element is bf16.
-    pub fn new(outputs: usize, inputs: usize) -> Self {
-        assert!(inputs.is_multiple_of(E::PAIR), "an odd number of inputs: {inputs}");
-        let packed = Buffer::zeros(outputs.div_ceil(PANEL) * PANEL * inputs);
-        Self { linear: Linear { outputs, inputs, packed, bias: None }, next_row: 0 }
-    }
+/// Rows of a linear layer.
+#[derive(Clone, Copy, Debug)]
+pub struct Matrix<'a, E> {
+    /// `[outputs, inputs]`.
+    pub weights: Rows<'a, E>,
+    /// `[outputs]`.
+    pub bias: Option<&'a [f32]>,
+}
 
-    /// Appends output rows, `[rows, inputs]`.
-    ///
-    /// # Panics
-    /// If they are not whole rows or too many.
-    pub fn rows(mut self, rows: &[E]) -> Self {
-        let Linear { outputs, inputs, packed, .. } = &mut self.linear;
-        assert!(rows.len().is_multiple_of(*inputs) && self.next_row + rows.len() / *inputs <= *outputs);
-        for row in rows.chunks_exact(*inputs) {
-            let (panel, column) = (self.next_row / PANEL, self.next_row % PANEL);
-            let panel = &mut packed[panel * PANEL * *inputs..(panel + 1) * PANEL * *inputs];
-            for (step, values) in row.chunks_exact(E::PAIR).enumerate() {
-                let at = (step * PANEL + column) * E::PAIR;
-                panel[at..at + E::PAIR].copy_from_slice(values);
-            }
-            self.next_row += 1;
+/// Weights as they come from a checkpoint.
+#[derive(Clone, Copy, Debug)]
+pub enum Rows<'a, E> {
+    /// One number a weight.
+    Plain(&'a [E]),
+    /// Integers and scales.
+    Quantised(&'a QuantRows),
+}
+
+impl<E: Element> Rows<'_, E> {
+    fn len(&self, inputs: usize) -> usize {
+        match self {
+            Self::Plain(rows) => rows.len() / inputs,
+            Self::Quantised(rows) => rows.rows(),
         }
-        self
-    }
-
-    /// The layer.
-    ///
-    /// # Panics
-    /// If rows are missing or the bias has another length than there are outputs.
-    pub fn finish(mut self, bias: Option<Vec<f32>>) -> Linear<E> {
-        assert_eq!(self.next_row, self.linear.outputs, "rows are missing");
-        assert!(bias.as_ref().is_none_or(|b| b.len() == self.linear.outputs), "a bias of the wrong length");
-        self.linear.bias = bias;
-        self.linear
     }
 }
 
@@ -94,6 +82,41 @@ pub enum Store {
 }
 
 impl<E: Element> Linear<E> {
+    /// A layer of matrices on top of one another. It is held quantised if all of them are.
+    ///
+    /// # Panics
+    /// If rows are not whole, a bias has another length than its rows, or `inputs` is odd and the element is bf16.
+    pub fn new(parts: &[Matrix<'_, E>], inputs: usize) -> Self {
+        Self::stack(parts, inputs, 1)
+    }
+
+    /// As [`Linear::new`], with each part filled up to a multiple of `align` outputs.
+    fn stack(parts: &[Matrix<'_, E>], inputs: usize, align: usize) -> Self {
+        assert!(inputs.is_multiple_of(E::PAIR), "an odd number of inputs: {inputs}");
+        let outputs = parts.iter().map(|part| part.weights.len(inputs).next_multiple_of(align)).sum();
+        let quantised: Vec<&QuantRows> = parts
+            .iter()
+            .filter_map(|part| match part.weights {
+                Rows::Quantised(rows) => Some(rows),
+                Rows::Plain(_) => None,
+            })
+            .collect();
+        let weights = match quantised.len() == parts.len() {
+            true => Weights::Quantised(QuantPanels::new(&quantised, inputs, align)),
+            false => Weights::Plain(pack(parts, inputs, outputs, align)),
+        };
+        let mut bias = Vec::new();
+        if parts.iter().any(|part| part.bias.is_some()) {
+            for part in parts {
+                let (start, rows) = (bias.len(), part.weights.len(inputs));
+                assert!(part.bias.is_none_or(|bias| bias.len() == rows), "a bias of the wrong length");
+                bias.extend_from_slice(part.bias.unwrap_or(&[]));
+                bias.resize(start + rows.next_multiple_of(align), 0.0);
+            }
+        }
+        Self { outputs, inputs, weights, bias: (!bias.is_empty()).then_some(bias) }
+    }
+
     /// Number of outputs.
     pub fn outputs(&self) -> usize {
         self.outputs
@@ -106,7 +129,11 @@ impl<E: Element> Linear<E> {
 
     /// Bytes that the layer takes.
     pub fn bytes(&self) -> usize {
-        size_of_val(&*self.packed) + self.bias.as_ref().map_or(0, |b| b.len() * 4)
+        let weights = match &self.weights {
+            Weights::Plain(packed) => size_of_val(&**packed),
+            Weights::Quantised(panels) => panels.len(),
+        };
+        weights + self.bias.as_ref().map_or(0, |b| b.len() * 4)
     }
 
     /// Weights of one output, in f32: an embedding row where the layer is a tied language head.
@@ -115,7 +142,11 @@ impl<E: Element> Linear<E> {
     /// If there is no such output or `out` is not `[inputs]`.
     pub fn row(&self, output: usize, out: &mut [f32]) {
         assert!(output < self.outputs && out.len() == self.inputs);
-        let panel = &self.packed[output / PANEL * PANEL * self.inputs..];
+        let packed = match &self.weights {
+            Weights::Plain(packed) => packed,
+            Weights::Quantised(panels) => return panels.row::<E>(output, out),
+        };
+        let panel = &packed[output / PANEL * PANEL * self.inputs..];
         for (step, values) in out.chunks_exact_mut(E::PAIR).enumerate() {
             let at = (step * PANEL + output % PANEL) * E::PAIR;
             for (value, weight) in values.iter_mut().zip(&panel[at..at + E::PAIR]) {
@@ -155,7 +186,7 @@ impl<E: Element> Linear<E> {
                 } else {
                     let mut scratch = [0.0; BLOCK_ROWS * PANEL];
                     let whole = columns.start..columns.start + len.next_multiple_of(LANES);
-                    self.strip(whole, x, rows.len(), &mut Rows::new(&mut scratch, PANEL), Store::Set, kernel);
+                    self.strip(whole, x, rows.len(), &mut parallel::Rows::new(&mut scratch, PANEL), Store::Set, kernel);
                     for (row, sums) in scratch.chunks_exact(PANEL).take(rows.len()).enumerate() {
                         for (out, sum) in out.row(row, 0..len).iter_mut().zip(sums) {
                             *out = if store == Store::Add { *out + sum } else { *sum };
@@ -172,26 +203,43 @@ impl<E: Element> Linear<E> {
         columns: Range<usize>,
         x: &[A],
         rows: usize,
-        out: &mut Rows<'_, f32>,
+        out: &mut parallel::Rows<'_, f32>,
         store: Store,
         kernel: fn(Tile<'_, A, E>),
     ) {
-        let weights = &self.packed[columns.start / PANEL * PANEL * self.inputs..];
-        let mut done = 0;
-        while done < self.inputs {
-            let k = (self.inputs - done).min(SUM_BLOCK);
+        let panel = columns.start / PANEL;
+        let within = columns.start % PANEL..columns.start % PANEL + columns.len();
+        let mut tile = |done: usize, k: usize, b: &[E], ldb: usize| {
             kernel(Tile {
                 a: &x[done..],
                 lda: self.inputs,
                 rows,
-                b: &weights[done * PANEL + columns.start % PANEL * E::PAIR..],
-                ldb: PANEL * E::PAIR,
+                b,
+                ldb,
                 cols: columns.len(),
                 k,
                 c: out.reborrow(),
                 accumulate: done > 0 || store == Store::Add,
             });
-            done += k;
+        };
+        let stretches = |longest: usize| {
+            (0..self.inputs).step_by(longest).map(move |done| (done, (self.inputs - done).min(longest)))
+        };
+        match &self.weights {
+            Weights::Plain(packed) => {
+                let weights = &packed[panel * PANEL * self.inputs..];
+                for (done, k) in stretches(SUM_BLOCK) {
+                    tile(done, k, &weights[done * PANEL + within.start * E::PAIR..], PANEL * E::PAIR);
+                }
+            }
+            Weights::Quantised(panels) => with_scratch(carved::<E>(EXPANDED * PANEL), |scratch| {
+                let (expanded, _) = carve::<E>(scratch, EXPANDED * PANEL);
+                for (done, k) in stretches(EXPANDED) {
+                    let expanded = &mut expanded[..k * columns.len()];
+                    panels.expand(panel, done..done + k, within.clone(), expanded);
+                    tile(done, k, expanded, columns.len() * E::PAIR);
+                }
+            }),
         }
         if let Some(bias) = &self.bias {
             let bias = &bias[columns.start..columns.end.min(self.outputs)];
@@ -200,6 +248,32 @@ impl<E: Element> Linear<E> {
             }
         }
     }
+}
+
+/// Packs rows into panels, one part after the other.
+fn pack<E: Element>(parts: &[Matrix<'_, E>], inputs: usize, outputs: usize, align: usize) -> Buffer<E> {
+    let mut packed = Buffer::<E>::zeros(outputs.next_multiple_of(PANEL) * inputs);
+    let mut first = 0;
+    for part in parts {
+        let expanded;
+        let rows = match part.weights {
+            Rows::Plain(rows) => rows,
+            Rows::Quantised(rows) => {
+                expanded = rows.expand();
+                &expanded
+            }
+        };
+        assert!(rows.len().is_multiple_of(inputs), "rows that are not whole");
+        for (output, row) in (first..).zip(rows.chunks_exact(inputs)) {
+            let panel = &mut packed[output / PANEL * PANEL * inputs..][..PANEL * inputs];
+            for (step, values) in row.chunks_exact(E::PAIR).enumerate() {
+                let at = (step * PANEL + output % PANEL) * E::PAIR;
+                panel[at..at + E::PAIR].copy_from_slice(values);
+            }
+        }
+        first += (rows.len() / inputs).next_multiple_of(align);
+    }
+    packed
 }
 
 /// Calls `f` for blocks of rows and columns that together are all of them, on all threads.
@@ -228,7 +302,7 @@ fn panels(columns: Range<usize>) -> impl Iterator<Item = Range<usize>> {
     let mut start = columns.start;
     std::iter::from_fn(move || {
         let end = ((start / PANEL + 1) * PANEL).min(columns.end);
-        let panel = (start < end).then(|| start..end);
+        let panel = (start < end).then_some(start..end);
         start = end;
         panel
     })
@@ -251,19 +325,9 @@ impl<E: Element> Activated<E> {
     /// # Panics
     /// If the shapes do not fit.
     pub fn new(activation: Activation, rows: Matrix<'_, E>, inputs: usize, gate: Option<Matrix<'_, E>>) -> Self {
-        let outputs = rows.weights.len() / inputs;
-        let padded = outputs.next_multiple_of(PANEL);
-        let parts = || gate.iter().chain([&rows]);
-        let padding = vec![E::default(); (padded - outputs) * inputs];
-        let mut builder = LinearBuilder::new(parts().count() * padded, inputs);
-        for part in parts() {
-            builder = builder.rows(part.weights).rows(&padding);
-        }
-        let bias = rows.bias.map(|_| {
-            let padding = vec![0.0; padded - outputs];
-            parts().flat_map(|part| part.bias.into_iter().flatten().chain(&padding)).copied().collect()
-        });
-        Self { linear: builder.finish(bias), activation, outputs, gated: gate.is_some() }
+        let parts: Vec<_> = gate.into_iter().chain([rows]).collect();
+        let linear = Linear::stack(&parts, inputs, PANEL);
+        Self { linear, activation, outputs: rows.weights.len(inputs), gated: gate.is_some() }
     }
 
     /// Number of outputs.
@@ -286,49 +350,54 @@ impl<E: Element> Activated<E> {
         assert_eq!((x.len(), out.len()), (rows * inputs, rows * self.outputs), "shapes of a linear layer");
         let shared = Shared::new(out);
         for_each_block(rows, self.outputs, |rows, columns| {
-            for columns in panels(columns) {
-                // SAFETY: blocks differ in their rows or their columns.
-                let mut out = unsafe { shared.rows(rows.start * self.outputs + columns.start, self.outputs) };
-                for first in (0..rows.len()).step_by(ACTIVATED_ROWS) {
-                    let len = ACTIVATED_ROWS.min(rows.len() - first);
-                    let x = &x[(rows.start + first) * inputs..(rows.start + first + len) * inputs];
-                    let mut scratch = [[0.0; ACTIVATED_ROWS * PANEL]; 2];
-                    let [gate, up] = &mut scratch;
-                    let compute = |first: usize, sums: &mut [f32]| {
-                        let columns = first + columns.start..first + columns.end.next_multiple_of(LANES);
-                        self.linear.strip(columns, x, len, &mut Rows::new(sums, PANEL), Store::Set, E::gemm_tile);
-                    };
-                    compute(0, gate);
-                    if self.gated {
-                        compute(self.outputs.next_multiple_of(PANEL), up);
-                    }
-                    for (row, (gate, up)) in gate.chunks_exact(PANEL).zip(up.chunks_exact(PANEL)).take(len).enumerate()
-                    {
-                        let out = out.row(first + row, 0..columns.len());
-                        if self.gated {
-                            self.activation.gated(gate, up, out);
-                        } else {
-                            self.activation.plain(gate, out);
-                        }
+            with_scratch(2 * carved::<f32>(BLOCK_ROWS * PANEL), |scratch| {
+                for columns in panels(columns) {
+                    for first in rows.clone().step_by(self.rows_at_a_time()) {
+                        let x = &x[first * inputs..rows.end.min(first + self.rows_at_a_time()) * inputs];
+                        // SAFETY: blocks differ in their rows or their columns.
+                        let mut out = unsafe { shared.rows(first * self.outputs + columns.start, self.outputs) };
+                        self.strip(columns.clone(), x, scratch, &mut out);
                     }
                 }
-            }
+            });
         });
     }
-}
 
-/// Rows of a linear layer.
-#[derive(Clone, Copy, Debug)]
-pub struct Matrix<'a, E> {
-    /// `[outputs, inputs]`.
-    pub weights: &'a [E],
-    /// `[outputs]`.
-    pub bias: Option<&'a [f32]>,
+    /// Few enough for their sums to wait in the first-level cache; more where weights have to be expanded for them.
+    fn rows_at_a_time(&self) -> usize {
+        match self.linear.weights {
+            Weights::Plain(_) => ACTIVATED_ROWS,
+            Weights::Quantised(_) => BLOCK_ROWS,
+        }
+    }
+
+    /// Columns of the result that lie in one panel.
+    fn strip(&self, columns: Range<usize>, x: &[E], scratch: &mut [u8], out: &mut parallel::Rows<'_, E>) {
+        let rows = x.len() / self.linear.inputs;
+        let (gate, scratch) = carve::<f32>(scratch, rows * PANEL);
+        let (up, _) = carve::<f32>(scratch, rows * PANEL);
+        let compute = |first: usize, sums: &mut [f32]| {
+            let columns = first + columns.start..first + columns.end.next_multiple_of(LANES);
+            self.linear.strip(columns, x, rows, &mut parallel::Rows::new(sums, PANEL), Store::Set, E::gemm_tile);
+        };
+        compute(0, gate);
+        if self.gated {
+            compute(self.outputs.next_multiple_of(PANEL), up);
+        }
+        for (row, (gate, up)) in gate.chunks_exact(PANEL).zip(up.chunks_exact(PANEL)).enumerate() {
+            let out = out.row(row, 0..columns.len());
+            match self.gated {
+                true => self.activation.gated(gate, up, out),
+                false => self.activation.plain(gate, out),
+            }
+        }
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::quantised::tests::quantised;
     use half::bf16;
     use proptest::prelude::*;
 
@@ -339,11 +408,10 @@ mod tests {
     fn check<E: Element>(rows: usize, outputs: usize, inputs: usize) {
         let weights = values::<E>(outputs * inputs, 1);
         let bias: Vec<f32> = values::<f32>(outputs, 5);
-        let split = outputs / 3 * inputs;
-        let layer = LinearBuilder::new(outputs, inputs)
-            .rows(&weights[..split])
-            .rows(&weights[split..])
-            .finish(Some(bias.clone()));
+        let (first, second) = weights.split_at(outputs / 3 * inputs);
+        let (first_bias, second_bias) = bias.split_at(outputs / 3);
+        let part = |weights, bias| Matrix { weights: Rows::Plain(weights), bias: Some(bias) };
+        let layer = Linear::new(&[part(first, first_bias), part(second, second_bias)], inputs);
         let x = values::<E>(rows * inputs, 2);
         let mut out = vec![1.0; rows * outputs];
         layer.forward(&x, &mut out, Store::Add);
@@ -378,6 +446,45 @@ mod tests {
         fn matches_the_reference_at_odd_shapes(rows in 1usize..40, outputs in 1usize..200, pairs in 1usize..100) {
             check::<f32>(rows, outputs, 2 * pairs);
             check::<bf16>(rows, outputs, 2 * pairs);
+        }
+    }
+
+    fn check_quantised<E: Element>(rows: usize, outputs: usize, groups: usize, codes: Range<i32>) {
+        let inputs = 32 * groups;
+        let parts = [(outputs, 32, true), (outputs / 2 + 1, 16, false)]
+            .map(|(rows, group, offsets)| quantised(rows, inputs, group, codes.clone(), offsets, true));
+        let expanded = parts.each_ref().map(QuantRows::expand::<E>);
+        let bias = vec![0.5; parts[0].rows()];
+        let x = values::<E>(rows * inputs, 2);
+        let part = |weights, bias| Matrix { weights, bias };
+        let layers = [
+            [part(Rows::Quantised(&parts[0]), Some(&bias[..])), part(Rows::Quantised(&parts[1]), None)],
+            [part(Rows::Plain(&expanded[0]), Some(&bias[..])), part(Rows::Plain(&expanded[1]), None)],
+            [part(Rows::Plain(&expanded[0]), Some(&bias[..])), part(Rows::Quantised(&parts[1]), None)],
+        ];
+        let results = layers.map(|parts| {
+            let layer = Linear::new(&parts, inputs);
+            let mut out = vec![0.0; rows * layer.outputs()];
+            layer.forward(&x, &mut out, Store::Set);
+            let mut exact = out.clone();
+            layer.forward_f32(&values::<f32>(rows * inputs, 3), &mut exact, Store::Add);
+            let activated = Activated::new(Activation::Silu, parts[0], inputs, Some(parts[0]));
+            let mut gated = vec![E::default(); rows * activated.outputs()];
+            activated.forward(&x, &mut gated);
+            (out, exact, gated)
+        });
+        assert!(
+            results[0] == results[1] && results[0] == results[2],
+            "{rows} rows, {outputs} outputs, {inputs} inputs"
+        );
+    }
+
+    #[test]
+    fn quantised_weights_give_the_bits_of_expanded_ones() {
+        for (rows, outputs, groups) in [(1, 64, 18), (3, 70, 9), (100, 33, 2), (230, 130, 3)] {
+            check_quantised::<bf16>(rows, outputs, groups, 0..16);
+            check_quantised::<bf16>(rows, outputs, groups, -128..128);
+            check_quantised::<f32>(rows, outputs, groups, -8..8);
         }
     }
 

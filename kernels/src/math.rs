@@ -56,6 +56,15 @@ pub fn lane_sum(lanes: [f32; LANES]) -> f32 {
     (four[0] + four[2]) + (four[1] + four[3])
 }
 
+/// Largest of the lanes, none of which is a NaN.
+#[inline(always)]
+pub fn lane_max(lanes: [f32; LANES]) -> f32 {
+    let larger = |a: f32, b: f32| if b > a { b } else { a };
+    let eight: [f32; 8] = std::array::from_fn(|i| larger(lanes[i], lanes[i + 8]));
+    let four: [f32; 4] = std::array::from_fn(|i| larger(eight[i], eight[i + 4]));
+    larger(larger(four[0], four[2]), larger(four[1], four[3]))
+}
+
 /// `tanh(x)` within 4e-7 absolute.
 #[inline(always)]
 pub fn tanh(x: f32) -> f32 {
@@ -118,8 +127,9 @@ mod tests {
     }
 
     #[test]
-    fn lane_sum_is_the_sum() {
+    fn lanes_are_summed_and_compared() {
         assert_eq!(lane_sum(std::array::from_fn(|i| i as f32)), 120.0);
+        assert_eq!(lane_max(std::array::from_fn(|i| (i * 7 % 16) as f32 - 20.0)), -5.0);
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! Memory for numbers: large arrays for weights, keys and values, and what a thread scribbles on.
 
 use std::alloc::{Layout, handle_alloc_error};
-use std::cell::Cell;
+use std::cell::RefCell;
 use std::fmt;
 use std::marker::PhantomData;
 use std::ops::{Deref, DerefMut};
@@ -67,20 +67,20 @@ impl<T> fmt::Debug for Buffer<T> {
 struct Line([u8; 64]);
 
 thread_local! {
-    /// What the thread's last piece of work has left.
-    static SCRATCH: Cell<Vec<Line>> = const { Cell::new(Vec::new()) };
+    /// What pieces of work have left; as many as were ever nested.
+    static SCRATCH: RefCell<Vec<Vec<Line>>> = const { RefCell::new(Vec::new()) };
 }
 
 /// Calls `f` with memory that the thread keeps from one piece of work to the next; it begins at a cache line and holds
 /// whatever was there.
 pub(crate) fn with_scratch<R>(bytes: usize, f: impl FnOnce(&mut [u8]) -> R) -> R {
-    let mut lines = SCRATCH.take();
+    let mut lines = SCRATCH.with_borrow_mut(Vec::pop).unwrap_or_default();
     let needed = bytes.div_ceil(size_of::<Line>());
     if lines.len() < needed {
         lines.resize(needed, Line([0; 64]));
     }
     let result = f(&mut bytemuck::cast_slice_mut(&mut lines)[..bytes]);
-    SCRATCH.set(lines);
+    SCRATCH.with_borrow_mut(|left| left.push(lines));
     result
 }
 

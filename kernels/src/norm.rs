@@ -90,8 +90,7 @@ impl Norm {
 vectorised! {
     fn rms<E: Element>(x: &[f32], weight: &[f32], eps: f32, out: &mut [E]) {
         let scale = 1.0 / (sum(x, |x| x * x) / x.len() as f32 + eps).sqrt();
-        let (x, weight) = (&x[..out.len()], &weight[..out.len()]);
-        narrow::<S, E>(out, |i| x[i] * scale * weight[i]);
+        narrow::<S, E, 2>(out, [x, weight], |[x, w]| x * scale * w);
     }
 }
 
@@ -101,8 +100,7 @@ vectorised! {
         let mean = sum(x, |x| x) / n;
         let variance = sum(x, |x| (x - mean) * (x - mean)) / n;
         let scale = 1.0 / (variance + eps).sqrt();
-        let (x, weight, bias) = (&x[..out.len()], &weight[..out.len()], &bias[..out.len()]);
-        narrow::<S, E>(out, |i| (x[i] - mean) * scale * weight[i] + bias[i]);
+        narrow::<S, E, 3>(out, [x, weight, bias], |[x, w, b]| (x - mean) * scale * w + b);
     }
 }
 

@@ -87,19 +87,27 @@ macro_rules! vectorised {
 
 pub(crate) use vectorised;
 
-/// `out[i] = f(i)` in the element's type, a vector at a time.
+/// `out[i] = f(inputs[0][i], inputs[1][i], ...)` in the element's type, a vector at a time.
+///
+/// # Panics
+/// If an input is shorter than the output.
 #[inline(always)]
-pub(crate) fn narrow<S: Simd, E: Element>(out: &mut [E], f: impl Fn(usize) -> f32) {
-    let whole = out.len() / LANES * LANES;
-    let (vectors, rest) = out.split_at_mut(whole);
-    for (v, out) in vectors.chunks_exact_mut(LANES).enumerate() {
+pub(crate) fn narrow<S: Simd, E: Element, const N: usize>(
+    out: &mut [E],
+    inputs: [&[f32]; N],
+    f: impl Fn([f32; N]) -> f32,
+) {
+    let inputs = inputs.map(|x| x[..out.len()].as_chunks::<LANES>());
+    let (vectors, rest) = out.as_chunks_mut::<LANES>();
+    for (v, out) in vectors.iter_mut().enumerate() {
+        let inputs = inputs.map(|(x, _)| &x[v]);
         let mut lanes = [0.0; LANES];
         for (i, lane) in lanes.iter_mut().enumerate() {
-            *lane = f(v * LANES + i);
+            *lane = f(inputs.map(|x| x[i]));
         }
-        out.copy_from_slice(&E::from_lanes::<S>(lanes));
+        *out = E::from_lanes::<S>(lanes);
     }
     for (i, out) in rest.iter_mut().enumerate() {
-        *out = E::from_f32(f(whole + i));
+        *out = E::from_f32(f(inputs.map(|(_, x)| x[i])));
     }
 }

@@ -86,6 +86,8 @@ pub struct LoadedModel {
     pub decoder: Decoder,
     /// Pages of keys and values to make room for.
     pub kv_pages: usize,
+    /// Bytes of one of them.
+    pub page_bytes: usize,
 }
 
 impl LoadedModel {
@@ -142,6 +144,6 @@ impl LoadedModel {
             reward_head,
             normalization,
         };
-        Ok(Self { info, text, decoder, kv_pages })
+        Ok(Self { info, text, decoder, kv_pages, page_bytes })
     }
 }

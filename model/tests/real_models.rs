@@ -5,8 +5,10 @@
 
 use std::path::{Path, PathBuf};
 
+use plumb_model::cache::PAGE;
 use plumb_model::checkpoint::{Checkpoint, Source};
 use plumb_model::config::Config;
+use plumb_model::decoder::{DType, Decoder, Read, Step, StepSequence};
 
 /// The folder, or `None` with a line that says so.
 fn models() -> Option<PathBuf> {
@@ -57,6 +59,28 @@ fn a_gguf_file_and_the_folder_made_from_it_agree() {
         // The folder was made by dequantising and rounding to bf16.
         assert_eq!(read(&mut gguf), read(&mut folder), "{name}");
     }
+}
+
+#[test]
+fn a_gguf_file_gives_the_bits_of_the_folder_in_less_memory() {
+    let Some(models) = models() else { return };
+    let text = "The reward is the last token's, whatever else the server is doing: 3 µm, naïve café.";
+    let run = |mut checkpoint: Checkpoint| {
+        let decoder = Decoder::build(&checkpoint.config, &mut checkpoint.weights, DType::Bf16, 512).unwrap();
+        checkpoint.weights.finish().unwrap();
+        let tokens = checkpoint.tokenizer.encode(text, true).unwrap().get_ids().to_vec();
+        let pages: Vec<u32> = (0..tokens.len().div_ceil(PAGE) as u32).collect();
+        let read = Read::LogProbs { rows: 0..tokens.len() - 1, targets: &tokens[1..] };
+        let step = Step { sequences: vec![StepSequence { tokens: &tokens, position: 0, pages: &pages, read }] };
+        let answers = decoder.step(&step, &mut decoder.kv_store(pages.len()), &mut decoder.workspace()).unwrap();
+        assert!(answers[0].len() > 10 && answers[0].iter().all(|log_prob| (-40.0..=0.0).contains(log_prob)));
+        (answers[0].iter().map(|log_prob| log_prob.to_bits()).collect::<Vec<_>>(), decoder.size())
+    };
+    let (folder, (parameters, folder_bytes)) = run(open(&models.join("smollm2")));
+    let (gguf, (gguf_parameters, gguf_bytes)) = run(open(&find_gguf(&models).unwrap()));
+    assert_eq!((gguf, gguf_parameters), (folder, parameters));
+    println!("{gguf_bytes} bytes instead of {folder_bytes}");
+    assert!((gguf_bytes as f64) < 0.45 * folder_bytes as f64, "{gguf_bytes} of {folder_bytes}");
 }
 
 #[test]

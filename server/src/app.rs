@@ -30,10 +30,6 @@ use crate::shutdown::{self, Shutdown};
 use crate::telemetry::events::{ConfigLoaded, Fatal, Listening, Serving};
 use crate::telemetry::{exporter, metrics, tracing};
 
-/// Prompt tokens that a step may compute beside tokens that are being generated: what the reader of a stream may have
-/// to wait for.
-const PREFILL_BESIDE_DECODE: usize = 512;
-
 /// Why the server ended although nobody asked it to.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Failure {
@@ -162,7 +158,9 @@ impl Server {
         let engine = Engine::start(EngineOptions {
             max_batch_tokens: config.engine.max_batch_tokens,
             max_batch_sequences: config.engine.max_batch_sequences,
-            max_prefill_beside_decode: PREFILL_BESIDE_DECODE,
+            max_prefill_beside_decode: config.engine.max_prefill_beside_decode,
+            decode_share: config.engine.decode_share,
+            prefix_cache: config.engine.prefix_cache,
             threads: config.engine.threads,
         })?;
         let registry = Registry::new(engine.clone(), load_options(&config, hhh), config.defaults.clone());

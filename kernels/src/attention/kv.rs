@@ -131,8 +131,9 @@ pub fn prepare<E: Element>(
     for_each_piece(runs.len(), 1, |piece| {
         let run = runs[piece.start];
         let first = run.row - first_row;
-        with_scratch(carved::<f32>(padded_dim), |scratch| {
-            let (head, _) = carve::<f32>(scratch, padded_dim);
+        with_scratch(carved::<f32>(padded_dim) + carved::<E>(padded_dim), |scratch| {
+            let (head, scratch) = carve::<f32>(scratch, padded_dim);
+            let (narrow, _) = carve::<E>(scratch, padded_dim);
             head[dim..].fill(0.0);
             for row in 0..run.len {
                 let position = run.position + row;
@@ -155,14 +156,16 @@ pub fn prepare<E: Element>(
                     }
                     let k = &qkv[(how.heads + h) * dim..(how.heads + h + 1) * dim];
                     how.head(how.k_norm, k, position, &mut head[..dim]);
-                    for (pair, x) in head.chunks_exact(E::PAIR).enumerate() {
-                        let key = &mut keys[(pair * PAGE + slot) * E::PAIR..][..E::PAIR];
-                        key.iter_mut().zip(x).for_each(|(key, x)| *key = E::from_f32(*x));
+                    convert(head, narrow);
+                    let slots = keys.chunks_exact_mut(PAGE * E::PAIR).map(|keys| &mut keys[slot * E::PAIR..]);
+                    for (key, x) in slots.zip(narrow.chunks_exact(E::PAIR)) {
+                        key[..E::PAIR].copy_from_slice(x);
                     }
                     let v = &qkv[(how.heads + kv_heads + h) * dim..(how.heads + kv_heads + h + 1) * dim];
+                    convert(v, &mut narrow[..dim]);
                     let values = &mut values[slot / E::PAIR * padded_dim * E::PAIR..];
-                    for (value, x) in values.chunks_exact_mut(E::PAIR).zip(v) {
-                        value[slot % E::PAIR] = E::from_f32(*x);
+                    for (value, x) in values.chunks_exact_mut(E::PAIR).zip(&narrow[..dim]) {
+                        value[slot % E::PAIR] = *x;
                     }
                 }
             }
@@ -172,7 +175,6 @@ pub fn prepare<E: Element>(
 
 vectorised! {
     fn convert<E: Element>(x: &[f32], out: &mut [E]) {
-        let x = &x[..out.len()];
-        narrow::<S, E>(out, |i| x[i]);
+        narrow::<S, E, 1>(out, [x], |[x]| x);
     }
 }

@@ -94,7 +94,11 @@ impl<'a> Work<'a> {
         };
         for similar in short.chunk_by(together) {
             // As large as rows allow, as small as it takes to give every thread something.
-            let most = similar.iter().map(|s| s.len).sum::<usize>().div_ceil(rayon::current_num_threads().div_ceil(kv_heads) * 2);
+            let most = similar
+                .iter()
+                .map(|s| s.len)
+                .sum::<usize>()
+                .div_ceil(rayon::current_num_threads().div_ceil(kv_heads) * 2);
             let most = most.min(positions);
             let mut start = 0;
             while start < similar.len() {
@@ -112,6 +116,11 @@ impl<'a> Work<'a> {
         let keys = |piece: &Range<usize>| members[piece.clone()].iter().map(|s| s.position + s.len).sum::<usize>();
         pieces.sort_by_key(|piece| std::cmp::Reverse(keys(piece)));
         work
+    }
+
+    /// Rows of the step.
+    pub fn rows(&self) -> usize {
+        self.rows
     }
 
     fn add(&mut self, members: &[Span<'a>]) {

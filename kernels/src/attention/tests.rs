@@ -1,6 +1,6 @@
 use super::*;
-use crate::rotary::Rotary;
 use crate::reference;
+use crate::rotary::Rotary;
 use half::bf16;
 use proptest::prelude::*;
 

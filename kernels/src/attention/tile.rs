@@ -6,7 +6,7 @@ use super::kv::KvLayer;
 use super::{BLOCK, BLOCK_PAGES, KvPages, PAGE, Rule, Span};
 use crate::Element;
 use crate::gemm::{self, LANES};
-use crate::math::{exp2, lane_sum, tanh};
+use crate::math::{exp2, lane_max, lane_sum, tanh};
 use crate::memory::{carve, carved, with_scratch};
 use crate::parallel::{Rows, Shared};
 use crate::simd::{narrow, vectorised};
@@ -164,19 +164,19 @@ impl<E: Element> Tile<'_, E> {
     fn store(&self, state: &State<'_, E>, out: &Shared<'_, E>) {
         let (dim, padded_dim, group) = (self.rule.head_dim, self.kv.padded_dim, self.group());
         let rows = self.members.iter().flat_map(|m| m.row..m.row + m.len);
-        let heads = rows.flat_map(|row| (0..group).map(move |head| row * self.rule.heads + self.kv_head * group + head));
+        let heads =
+            rows.flat_map(|row| (0..group).map(move |head| row * self.rule.heads + self.kv_head * group + head));
         for (i, head) in heads.enumerate() {
             // SAFETY: every position and head belongs to one tile.
             let out = unsafe { out.range(head * dim..(head + 1) * dim) };
-            divide(&state.sums[i * padded_dim..][..dim], state.totals[i][1], out);
+            scale(&state.sums[i * padded_dim..][..dim], 1.0 / state.totals[i][1], out);
         }
     }
 }
 
 vectorised! {
-    fn divide<E: Element>(x: &[f32], divisor: f32, out: &mut [E]) {
-        let x = &x[..out.len()];
-        narrow::<S, E>(out, |i| x[i] / divisor);
+    fn scale<E: Element>(x: &[f32], factor: f32, out: &mut [E]) {
+        narrow::<S, E, 1>(out, [x], |[x]| x * factor);
     }
 }
 
@@ -207,24 +207,25 @@ vectorised! {
         scores[..seen.start.clamp(vectors.start, seen.end) - vectors.start].fill(f32::NEG_INFINITY);
         scores[end..].fill(f32::NEG_INFINITY);
         let mut largest = [f32::NEG_INFINITY; LANES];
-        for chunk in scores.chunks_exact_mut(LANES) {
+        let (scores, _) = scores.as_chunks_mut::<LANES>();
+        for chunk in scores.iter_mut() {
             for (largest, score) in largest.iter_mut().zip(chunk) {
                 *score *= scale;
                 // A NaN stays a NaN in the score and becomes one in the sum; here it must not hide the others.
                 *largest = if *score > *largest { *score } else { *largest };
             }
         }
-        let new_max = largest.iter().copied().fold(*max, |a, b| if b > a { b } else { a });
+        let new_max = lane_max(largest).max(*max);
         // A row that has seen no key yet: 2^(-inf - 0) is 0, 2^(-inf - -inf) would be NaN.
         let base = if new_max == f32::NEG_INFINITY { 0.0 } else { new_max };
         let mut lanes = [0.0f32; LANES];
-        for (scores, weights) in scores.chunks_exact(LANES).zip(weights.chunks_exact_mut(LANES)) {
+        for (scores, weights) in scores.iter().zip(weights.as_chunks_mut::<LANES>().0) {
             let mut powers = [0.0f32; LANES];
             for lane in 0..LANES {
                 powers[lane] = exp2(scores[lane] - base);
                 lanes[lane] += powers[lane];
             }
-            weights.copy_from_slice(&E::from_lanes::<S>(powers));
+            *weights = E::from_lanes::<S>(powers);
         }
         let rescale = exp2(*max - base);
         *total = *total * rescale + lane_sum(lanes);

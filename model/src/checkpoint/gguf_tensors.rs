@@ -4,15 +4,16 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::path::{Path, PathBuf};
 
-use candle_core::quantized::GgmlDType;
 use candle_core::quantized::gguf_file::Content;
+use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{DType, Device, Tensor};
 
-use super::weights::{Description, TensorStore};
+use super::gguf_blocks::Format;
+use super::weights::{Description, Stored, TensorStore};
 use crate::config::{Block, Config};
 use crate::{Error, Result};
 
-/// An open file. Tensors are read, and dequantised, one at a time.
+/// An open file. Tensors are read one at a time.
 pub(super) struct GgufTensors {
     path: PathBuf,
     file: File,
@@ -32,7 +33,7 @@ enum Layout {
     AsIs,
     /// Llama's q and k: a head's rows `[2, half]` became `[half, 2]`, for a rotary embedding of neighbouring rows.
     Interleaved {
-        heads: usize,
+        half: usize,
     },
     /// Gemma's norms, which multiply by 1 + weight: the 1 was added.
     PlusOne,
@@ -43,8 +44,9 @@ impl GgufTensors {
         let named = |name: &String| {
             let hf_name = hf_name(name, config.block);
             let layout = match hf_name.rsplit('.').nth(1) {
-                Some("q_proj") if config.architecture == "llama" => Layout::Interleaved { heads: config.num_heads },
-                Some("k_proj") if config.architecture == "llama" => Layout::Interleaved { heads: config.num_kv_heads },
+                Some("q_proj" | "k_proj") if config.architecture == "llama" => {
+                    Layout::Interleaved { half: config.head_dim / 2 }
+                }
                 Some(part) if config.architecture == "gemma2" && part.ends_with("norm") => Layout::PlusOne,
                 _ => Layout::AsIs,
             };
@@ -52,6 +54,19 @@ impl GgufTensors {
         };
         let tensors = content.tensor_infos.keys().map(named).collect();
         Self { path: path.to_owned(), file, content, tensors }
+    }
+
+    /// Reads a tensor as llama.cpp's converter left it.
+    fn open(&self, name: &str) -> Result<(&Origin, QTensor)> {
+        let missing = || Error::MissingTensor { name: name.to_owned(), expected: Vec::new() };
+        let origin = self.tensors.get(name).ok_or_else(missing)?;
+        let info = self.content.tensor_infos.get(&origin.name).ok_or_else(missing)?;
+        let stored = info.read(&mut &self.file, self.content.tensor_data_offset, &Device::Cpu);
+        Ok((origin, stored.map_err(|error| self.malformed(origin, error.to_string()))?))
+    }
+
+    fn malformed(&self, origin: &Origin, reason: String) -> Error {
+        Error::Malformed { path: self.path.clone(), reason: format!("tensor `{}`: {reason}", origin.name) }
     }
 
     /// Leaves out a tensor that has been dealt with.
@@ -112,35 +127,51 @@ impl TensorStore for GgufTensors {
     }
 
     fn read(&self, name: &str) -> Result<Tensor> {
-        let missing = || Error::MissingTensor { name: name.to_owned(), expected: Vec::new() };
-        let origin = self.tensors.get(name).ok_or_else(missing)?;
-        let info = self.content.tensor_infos.get(&origin.name).ok_or_else(missing)?;
-        let malformed = |error: candle_core::Error| {
-            let reason = format!("tensor `{}`: {error}", origin.name);
-            Error::Malformed { path: self.path.clone(), reason }
-        };
-        let stored = info.read(&mut &self.file, self.content.tensor_data_offset, &Device::Cpu).map_err(malformed)?;
-        let tensor = origin.layout.undo(stored.dequantize(&Device::Cpu)?)?;
-        Ok(match info.ggml_dtype {
-            GgmlDType::F16 => tensor.to_dtype(DType::F16)?,
-            GgmlDType::BF16 => tensor.to_dtype(DType::BF16)?,
-            _ => tensor,
-        })
+        let (origin, stored) = self.open(name)?;
+        origin.layout.undo(&stored)
+    }
+
+    fn read_stored(&self, name: &str) -> Result<Stored> {
+        let (origin, stored) = self.open(name)?;
+        match (Format::of(stored.dtype()), stored.shape().dims()) {
+            (Some(format), [rows, inputs]) if origin.layout != Layout::PlusOne => {
+                let unpacked = format.unpack(&stored.data()?, *rows, *inputs);
+                let unpacked = unpacked.map_err(|reason| self.malformed(origin, reason))?;
+                Ok(Stored::Quantised(match origin.layout.order(*rows) {
+                    Some(order) => unpacked.select(order),
+                    None => unpacked,
+                }))
+            }
+            _ => origin.layout.undo(&stored).map(Stored::Plain),
+        }
     }
 }
 
 impl Layout {
-    /// `tensor` is f32.
-    fn undo(self, tensor: Tensor) -> Result<Tensor> {
-        match self {
-            Self::AsIs => Ok(tensor),
-            Self::PlusOne => Ok((tensor - 1.0)?),
-            Self::Interleaved { heads } => {
-                let shape = tensor.shape().clone();
-                let rows = shape.dims().first().copied().unwrap_or(0);
-                let split = (heads, rows / heads / 2, 2, shape.elem_count() / rows.max(1));
-                Ok(tensor.reshape(split)?.transpose(1, 2)?.contiguous()?.reshape(shape)?)
+    /// Which of the stored rows comes in each row's place, where that is another one.
+    fn order(self, rows: usize) -> Option<impl Iterator<Item = usize> + Clone> {
+        let Self::Interleaved { half } = self else { return None };
+        Some((0..rows).map(move |row| {
+            let within = row % (2 * half);
+            row - within + within % half * 2 + within / half
+        }))
+    }
+
+    /// One number a weight, in the type to compute in.
+    fn undo(self, stored: &QTensor) -> Result<Tensor> {
+        let tensor = stored.dequantize(&Device::Cpu)?;
+        let rows = tensor.dims().first().copied().unwrap_or(0);
+        let tensor = match (self, self.order(rows)) {
+            (Self::PlusOne, _) => (tensor - 1.0)?,
+            (_, Some(order)) => {
+                tensor.index_select(&Tensor::from_iter(order.map(|row| row as u32), &Device::Cpu)?, 0)?
             }
-        }
+            (_, None) => tensor,
+        };
+        Ok(match stored.dtype() {
+            GgmlDType::F16 => tensor.to_dtype(DType::F16)?,
+            GgmlDType::BF16 => tensor.to_dtype(DType::BF16)?,
+            _ => tensor,
+        })
     }
 }

@@ -12,7 +12,7 @@ use serde_json::Value;
 
 use super::fields::{Fields, read_json};
 use super::safetensors::Safetensors;
-use super::weights::TensorStore;
+use super::weights::{Stored, TensorStore};
 use crate::{Error, Result};
 
 pub(super) const CONFIG: &str = "adapter_config.json";
@@ -93,8 +93,9 @@ impl Adapter {
     }
 
     /// Adds the delta for this tensor, if there is one. The sum is f32, and rounded once: when the weights are packed.
-    pub(super) fn merge(&mut self, name: &str, base: Tensor) -> Result<Tensor> {
+    pub(super) fn merge(&mut self, name: &str, base: Stored) -> Result<Stored> {
         let Some(delta) = self.deltas.remove(name) else { return Ok(base) };
+        let base = base.into_tensor()?;
         let a = self.store.read(&delta.a)?.to_dtype(DType::F32)?;
         let b = self.store.read(&delta.b)?.to_dtype(DType::F32)?;
         let found = vec![b.dims().first().copied().unwrap_or(0), a.dims().last().copied().unwrap_or(0)];
@@ -106,7 +107,7 @@ impl Adapter {
             });
         }
         let change = (b.matmul(&a)? * delta.scale)?;
-        Ok((base.to_dtype(DType::F32)? + change)?)
+        Ok(Stored::Plain((base.to_dtype(DType::F32)? + change)?))
     }
 
     /// The adapter's tensors that nothing has used.

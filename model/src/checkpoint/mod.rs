@@ -8,6 +8,7 @@
 
 mod fields;
 mod gguf;
+mod gguf_blocks;
 mod gguf_tensors;
 mod gguf_tokenizer;
 mod hf_config;
@@ -33,7 +34,7 @@ use self::safetensors::Safetensors;
 pub use self::tokenizer::SpecialTokens;
 use self::tokenizer::TextParts;
 use self::weights::TensorStore;
-pub use self::weights::Weights;
+pub use self::weights::{Stored, Weights};
 use crate::config::Config;
 use crate::{Error, Result};
 
@@ -62,7 +63,7 @@ pub struct Checkpoint {
     pub special: SpecialTokens,
     /// The Jinja source of the chat template.
     pub chat_template: Option<String>,
-    /// Type of the linear weights: F32, BF16 or F16; BF16 for a quantised GGUF file.
+    /// Type of the linear weights: F32, BF16 or F16; for a quantised GGUF file BF16, the type to compute in.
     pub stored_dtype: DType,
     /// Hex sha256 of a line `name\0sha256\n` for every file that was read (configuration, tokenizer, weights, adapter),
     /// in the order of the names; an adapter's names begin with `adapter/`.

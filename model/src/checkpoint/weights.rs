@@ -2,7 +2,8 @@
 
 use std::collections::BTreeMap;
 
-use candle_core::{DType, Tensor};
+use candle_core::{DType, Device, Tensor};
+use plumb_kernels::quantised::QuantRows;
 
 use super::lora::Adapter;
 use crate::config::{Config, Head};
@@ -16,6 +17,34 @@ pub(super) trait TensorStore: Send + Sync {
     fn holds(&self, name: &str) -> bool;
     /// Reads one. Its shape has been checked.
     fn read(&self, name: &str) -> Result<Tensor>;
+    /// Reads one, and leaves a quantised matrix quantised.
+    fn read_stored(&self, name: &str) -> Result<Stored> {
+        self.read(name).map(Stored::Plain)
+    }
+}
+
+/// A tensor as it is stored.
+#[derive(Debug)]
+pub enum Stored {
+    /// One number a weight.
+    Plain(Tensor),
+    /// A matrix of integers and scales.
+    Quantised(QuantRows),
+}
+
+impl Stored {
+    /// One number a weight, in the stored type, or in f32 if it was quantised.
+    ///
+    /// # Errors
+    /// [`Error::Tensor`], as every operation on a tensor.
+    pub fn into_tensor(self) -> Result<Tensor> {
+        match self {
+            Self::Plain(tensor) => Ok(tensor),
+            Self::Quantised(rows) => {
+                Ok(Tensor::from_vec(rows.expand::<f32>(), (rows.rows(), rows.inputs), &Device::Cpu)?)
+            }
+        }
+    }
 }
 
 /// What is known of a tensor before it is read.
@@ -29,13 +58,13 @@ pub(super) struct Description {
 /// The tensors of a checkpoint, adapter included, that have not been taken.
 pub struct Weights {
     store: Box<dyn TensorStore>,
-    left: BTreeMap<String, Stored>,
+    left: BTreeMap<String, Entry>,
     adapter: Option<Adapter>,
     architecture: String,
     inert: Inert,
 }
 
-struct Stored {
+struct Entry {
     /// Its name in the store.
     name: String,
     description: Description,
@@ -51,7 +80,7 @@ impl Weights {
     pub(super) fn new(store: Box<dyn TensorStore>, adapter: Option<Adapter>) -> Self {
         let mut left = BTreeMap::new();
         for (name, description) in store.describe() {
-            left.insert(canonical(&name).to_owned(), Stored { name, description });
+            left.insert(canonical(&name).to_owned(), Entry { name, description });
         }
         Self { store, left, adapter, architecture: String::new(), inert: Inert::default() }
     }
@@ -69,7 +98,7 @@ impl Weights {
     /// The floating point type that most elements of linear weights have.
     pub(super) fn dtype(&self) -> Option<DType> {
         let mut elements: Vec<(DType, usize)> = Vec::new();
-        for Description { shape, dtype } in self.left.values().map(|stored| &stored.description) {
+        for Description { shape, dtype } in self.left.values().map(|entry| &entry.description) {
             let (Some(dtype), [_, _]) = (*dtype, shape.as_slice()) else { continue };
             let count: usize = shape.iter().product();
             match elements.iter_mut().find(|(other, _)| *other == dtype) {
@@ -90,21 +119,29 @@ impl Weights {
     /// # Errors
     /// [`Error::MissingTensor`] if it is not there or was taken, [`Error::MisshapenTensor`] if it has another shape.
     pub fn take(&mut self, name: &str, shape: &[usize]) -> Result<Tensor> {
+        self.take_stored(name, shape)?.into_tensor()
+    }
+
+    /// As [`Weights::take`], but a matrix that is quantised, and that no adapter changes, stays quantised.
+    ///
+    /// # Errors
+    /// Those of [`Weights::take`].
+    pub fn take_stored(&mut self, name: &str, shape: &[usize]) -> Result<Stored> {
         if let Some(replacement) = self.adapter.as_mut().and_then(|adapter| adapter.take_replacement(name)) {
             self.left.remove(name);
             let tensor = replacement?;
             check_shape(name, tensor.dims(), shape)?;
-            return Ok(tensor);
+            return Ok(Stored::Plain(tensor));
         }
-        let Some(stored) = self.left.get(name) else {
+        let Some(entry) = self.left.get(name) else {
             return Err(Error::MissingTensor { name: name.to_owned(), expected: shape.to_vec() });
         };
-        check_shape(name, &stored.description.shape, shape)?;
-        let tensor = self.store.read(&stored.name)?;
+        check_shape(name, &entry.description.shape, shape)?;
+        let stored = self.store.read_stored(&entry.name)?;
         self.left.remove(name);
         match &mut self.adapter {
-            Some(adapter) => adapter.merge(name, tensor),
-            None => Ok(tensor),
+            Some(adapter) => adapter.merge(name, stored),
+            None => Ok(stored),
         }
     }
 

@@ -4,12 +4,13 @@ use candle_core::{DType as TensorType, Tensor};
 use half::bf16;
 use plumb_kernels::Element;
 use plumb_kernels::activation::Activation;
-use plumb_kernels::linear::{Activated, Linear, LinearBuilder, Matrix};
+use plumb_kernels::linear::{Activated, Linear, Matrix, Rows};
 use plumb_kernels::norm::Norm;
+use plumb_kernels::quantised::QuantRows;
 use plumb_kernels::rotary::Rotary;
 
 use super::{Head, Layer, Stack};
-use crate::checkpoint::Weights;
+use crate::checkpoint::{Stored, Weights};
 use crate::config::{self, Block, Config, Family, Rope, RopeScaling};
 use crate::{Error, Result};
 
@@ -41,15 +42,13 @@ struct Names {
 impl Names {
     fn of(family: Family) -> Self {
         match family {
-            Family::Llama => Self {
-                embedding: "model.embed_tokens.weight",
-                final_norm: "model.norm",
-                language_head: "lm_head.weight",
-            },
+            Family::Llama => {
+                Self { embedding: "model.embed_tokens", final_norm: "model.norm", language_head: "lm_head" }
+            }
             Family::GptNeoX => Self {
-                embedding: "gpt_neox.embed_in.weight",
+                embedding: "gpt_neox.embed_in",
                 final_norm: "gpt_neox.final_layer_norm",
-                language_head: "embed_out.weight",
+                language_head: "embed_out",
             },
         }
     }
@@ -63,8 +62,7 @@ impl<E: Load> Stack<E> {
         }
         let mut taker = Taker { config, weights, parameters: 0 };
         let names = Names::of(config.family);
-        let vocabulary = [config.vocab_size, config.hidden_size];
-        let table: Vec<E> = taker.vector(names.embedding, &vocabulary)?;
+        let (embedding, head) = taker.ends(&names)?;
         let layers = (0..config.num_layers)
             .map(|i| match config.family {
                 Family::Llama => taker.llama_layer(&format!("model.layers.{i}")),
@@ -72,27 +70,6 @@ impl<E: Load> Stack<E> {
             })
             .collect::<Result<Vec<_>>>()?;
         let final_norm = taker.norm(names.final_norm, config.hidden_size)?;
-        let (embedding, head) = match &config.head {
-            config::Head::Language => {
-                let logits =
-                    |rows: &[E]| LinearBuilder::new(config.vocab_size, config.hidden_size).rows(rows).finish(None);
-                let softcap = config.logit_softcap;
-                if config.tie_word_embeddings {
-                    (None, Head::Language { logits: logits(&table), softcap })
-                } else {
-                    let head = taker.vector(names.language_head, &vocabulary)?;
-                    (Some(table), Head::Language { logits: logits(&head), softcap })
-                }
-            }
-            config::Head::Reward(head) => {
-                let weight = taker.vector(&head.weight, &[1, config.hidden_size])?;
-                let bias = match &head.bias {
-                    Some(name) => taker.vector::<f32>(name, &[1])?[0],
-                    None => 0.0,
-                };
-                (Some(table), Head::Reward { weight, bias, normalization: head.normalization })
-            }
-        };
         let parameters = taker.parameters;
         Ok(Self {
             embedding,
@@ -118,6 +95,43 @@ impl<E: Load> Stack<E> {
     }
 }
 
+/// Rows of a linear layer, with their bias.
+struct Part<E> {
+    weights: Values<E>,
+    bias: Option<Vec<f32>>,
+}
+
+/// `[outputs, inputs]`.
+enum Values<E> {
+    Plain(Vec<E>),
+    Quantised(QuantRows),
+}
+
+impl<E: Load> Part<E> {
+    fn matrix(&self) -> Matrix<'_, E> {
+        let weights = match &self.weights {
+            Values::Plain(rows) => Rows::Plain(rows),
+            Values::Quantised(rows) => Rows::Quantised(rows),
+        };
+        Matrix { weights, bias: self.bias.as_deref() }
+    }
+}
+
+impl<E: Load> Values<E> {
+    /// One number a weight.
+    fn into_plain(self) -> Vec<E> {
+        match self {
+            Self::Plain(rows) => rows,
+            Self::Quantised(rows) => rows.expand(),
+        }
+    }
+}
+
+/// The parts on top of one another.
+fn linear<E: Load>(parts: &[Part<E>], inputs: usize) -> Linear<E> {
+    Linear::new(&parts.iter().map(Part::matrix).collect::<Vec<_>>(), inputs)
+}
+
 /// Takes tensors and counts them.
 struct Taker<'a> {
     config: &'a Config,
@@ -130,6 +144,39 @@ impl Taker<'_> {
         let tensor = self.weights.take(name, shape)?;
         self.parameters += tensor.elem_count() as u64;
         E::load(&tensor)
+    }
+
+    /// The weights `[outputs, inputs]` of the named layer, quantised if they are so in the checkpoint.
+    fn part<E: Load>(&mut self, name: &str, [outputs, inputs]: [usize; 2], bias: bool) -> Result<Part<E>> {
+        let weights = match self.weights.take_stored(&format!("{name}.weight"), &[outputs, inputs])? {
+            Stored::Plain(tensor) => Values::Plain(E::load(&tensor)?),
+            Stored::Quantised(rows) => Values::Quantised(rows),
+        };
+        self.parameters += (outputs * inputs) as u64;
+        let bias = if bias { Some(self.vector(&format!("{name}.bias"), &[outputs])?) } else { None };
+        Ok(Part { weights, bias })
+    }
+
+    /// The embedding, unless the head holds the same numbers, and the head.
+    fn ends<E: Load>(&mut self, names: &Names) -> Result<(Option<Vec<E>>, Head<E>)> {
+        let Config { vocab_size, hidden_size, logit_softcap: softcap, tie_word_embeddings: tied, .. } = *self.config;
+        let table = self.part(names.embedding, [vocab_size, hidden_size], false)?;
+        Ok(match &self.config.head {
+            config::Head::Language if tied => (None, Head::Language { logits: linear(&[table], hidden_size), softcap }),
+            config::Head::Language => {
+                let table = table.weights.into_plain();
+                let head = self.part(names.language_head, [vocab_size, hidden_size], false)?;
+                (Some(table), Head::Language { logits: linear(&[head], hidden_size), softcap })
+            }
+            config::Head::Reward(head) => {
+                let weight = self.vector(&head.weight, &[1, hidden_size])?;
+                let bias = match &head.bias {
+                    Some(name) => self.vector::<f32>(name, &[1])?[0],
+                    None => 0.0,
+                };
+                (Some(table.weights.into_plain()), Head::Reward { weight, bias, normalization: head.normalization })
+            }
+        })
     }
 
     fn norm(&mut self, name: &str, width: usize) -> Result<Norm> {
@@ -147,36 +194,21 @@ impl Taker<'_> {
 
     /// The named layers, on top of one another.
     fn stacked<E: Load>(&mut self, names: &[(String, usize)], inputs: usize, bias: bool) -> Result<Linear<E>> {
-        let outputs = names.iter().map(|(_, outputs)| outputs).sum();
-        let mut builder = LinearBuilder::new(outputs, inputs);
-        let mut biases = Vec::new();
-        for (name, outputs) in names {
-            builder = builder.rows(&self.vector::<E>(&format!("{name}.weight"), &[*outputs, inputs])?);
-            if bias {
-                biases.extend(self.vector::<f32>(&format!("{name}.bias"), &[*outputs])?);
-            }
-        }
-        Ok(builder.finish(bias.then_some(biases)))
+        let parts = names.iter().map(|(name, outputs)| self.part(name, [*outputs, inputs], bias));
+        Ok(linear(&parts.collect::<Result<Vec<_>>>()?, inputs))
     }
 
     /// The first half of a feed-forward layer.
     fn activated<E: Load>(&mut self, up: &str, gate: Option<&str>) -> Result<Activated<E>> {
         let Config { hidden_size: inputs, intermediate_size: outputs, mlp_bias, .. } = *self.config;
-        let mut part = |name: &str| -> Result<(Vec<E>, Option<Vec<f32>>)> {
-            let weights = self.vector(&format!("{name}.weight"), &[outputs, inputs])?;
-            let bias = if mlp_bias { Some(self.vector(&format!("{name}.bias"), &[outputs])?) } else { None };
-            Ok((weights, bias))
-        };
+        let mut part = |name: &str| self.part(name, [outputs, inputs], mlp_bias);
         let (up, gate) = (part(up)?, gate.map(part).transpose()?);
-        fn matrix<E>((weights, bias): &(Vec<E>, Option<Vec<f32>>)) -> Matrix<'_, E> {
-            Matrix { weights, bias: bias.as_deref() }
-        }
         let activation = match self.config.activation {
             config::Activation::Silu => Activation::Silu,
             config::Activation::Gelu => Activation::Gelu,
             config::Activation::GeluTanh => Activation::GeluTanh,
         };
-        Ok(Activated::new(activation, matrix(&up), inputs, gate.as_ref().map(matrix)))
+        Ok(Activated::new(activation, up.matrix(), inputs, gate.as_ref().map(Part::matrix)))
     }
 
     fn llama_layer<E: Load>(&mut self, prefix: &str) -> Result<Layer<E>> {
@@ -233,16 +265,16 @@ impl Taker<'_> {
     /// GPT-NeoX stores q, k and v of head 0, then of head 1, and so on; the decoder wants all q, all k, all v.
     fn interleaved_qkv<E: Load>(&mut self, name: &str) -> Result<Linear<E>> {
         let Config { hidden_size, num_heads, head_dim, qkv_bias, .. } = *self.config;
-        let outputs = 3 * num_heads * head_dim;
-        let rows: Vec<E> = self.vector(&format!("{name}.weight"), &[outputs, hidden_size])?;
-        let bias: Option<Vec<f32>> =
-            if qkv_bias { Some(self.vector(&format!("{name}.bias"), &[outputs])?) } else { None };
-        let parts = || (0..3).flat_map(|part| (0..num_heads).map(move |head| (head * 3 + part) * head_dim));
-        let mut builder = LinearBuilder::new(outputs, hidden_size);
-        for start in parts() {
-            builder = builder.rows(&rows[start * hidden_size..(start + head_dim) * hidden_size]);
-        }
-        Ok(builder.finish(bias.map(|b| parts().flat_map(|start| b[start..start + head_dim].to_vec()).collect())))
+        let Part { weights, bias } = self.part(name, [3 * num_heads * head_dim, hidden_size], qkv_bias)?;
+        let rows = weights.into_plain();
+        let heads = (0..3).flat_map(|part| (0..num_heads).map(move |head| (head * 3 + part) * head_dim));
+        let parts: Vec<_> = heads
+            .map(|start| Matrix {
+                weights: Rows::Plain(&rows[start * hidden_size..(start + head_dim) * hidden_size]),
+                bias: bias.as_ref().map(|bias| &bias[start..start + head_dim]),
+            })
+            .collect();
+        Ok(Linear::new(&parts, hidden_size))
     }
 }
 

@@ -37,6 +37,17 @@ pub(super) struct Buffers<E> {
     parallel: Vec<E>,
     /// Rows that the head sees, `[reads, hidden]`.
     last: Vec<f32>,
+    /// `[reads, vocab_size]`.
+    logits: Vec<f32>,
+}
+
+impl<E> Buffers<E> {
+    pub(super) fn bytes(&self) -> usize {
+        let Self { x, normed, qkv, branch, inner, q, attended, parallel, last, logits } = self;
+        let elements = [normed, inner, q, attended, parallel].map(Vec::capacity).iter().sum::<usize>();
+        let floats = [x, qkv, branch, last, logits].map(Vec::capacity).iter().sum::<usize>();
+        elements * size_of::<E>() + floats * size_of::<f32>()
+    }
 }
 
 impl<E: Load> Stack<E> {
@@ -127,7 +138,7 @@ impl<E: Load> Stack<E> {
     ) {
         let config = &self.config;
         let (hidden, heads, dim) = (config.hidden_size, config.num_heads, config.head_dim);
-        let rows = buffers.x.len() / hidden;
+        let rows = work.rows();
         let how = Prepare {
             heads,
             head_dim: dim,
@@ -151,7 +162,7 @@ impl<E: Load> Stack<E> {
             prepare(qkv, chunk.start, &runs[first_run..next_run], how, q, kv, index);
         }
         if config.block == Block::Parallel {
-            layer.mlp_norm.forward(&buffers.x, resize(&mut buffers.parallel, rows * hidden));
+            layer.mlp_norm.forward(&buffers.x[..rows * hidden], resize(&mut buffers.parallel, rows * hidden));
         }
         let rule = Rule {
             heads,
@@ -233,10 +244,10 @@ impl<E: Load> Stack<E> {
                     }
                 }
                 let mut log_probs = token_log_probs(logits, *softcap, &scored.0, &scored.1).into_iter();
-                let mut all_logits = vec![0.0; sampled.len() / hidden * self.config.vocab_size];
-                logits.forward_f32(&sampled, &mut all_logits, Store::Set);
+                let all_logits = resize(&mut buffers.logits, sampled.len() / hidden * self.config.vocab_size);
+                logits.forward_f32(&sampled, all_logits, Store::Set);
                 if let Some(cap) = softcap {
-                    soft_cap(&mut all_logits, *cap);
+                    soft_cap(all_logits, *cap);
                 }
                 let mut rows = all_logits.chunks_exact(self.config.vocab_size);
                 for sequence in &step.sequences {
@@ -270,13 +281,12 @@ fn add_branch<E: Element>(
     }
 }
 
-/// The buffer with exactly `len` elements, whose values are whatever they were.
+/// The first `len` elements of the buffer, whose values are whatever they were.
 fn resize<T: Default + Clone>(buffer: &mut Vec<T>, len: usize) -> &mut [T] {
     if buffer.len() < len {
         buffer.resize(len, T::default());
     }
-    buffer.truncate(len);
-    buffer
+    &mut buffer[..len]
 }
 
 fn chunks(rows: usize) -> impl Iterator<Item = Range<usize>> {

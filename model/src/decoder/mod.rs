@@ -16,6 +16,7 @@ use plumb_kernels::norm::Norm;
 use plumb_kernels::parallel::with_team;
 use plumb_kernels::rotary::Rotary;
 
+pub use plumb_kernels::head::log_sum_exp;
 pub use step::{Read, Step, StepSequence};
 
 use crate::checkpoint::Weights;
@@ -37,6 +38,16 @@ impl DType {
         match self {
             DType::F32 => f32::NAME,
             DType::Bf16 => bf16::NAME,
+        }
+    }
+}
+
+impl Workspace {
+    /// Bytes that the buffers take, which grow with the largest step so far.
+    pub fn bytes(&self) -> usize {
+        match &self.0 {
+            Typed::F32(buffers) => buffers.bytes(),
+            Typed::Bf16(buffers) => buffers.bytes(),
         }
     }
 }
@@ -66,6 +77,14 @@ impl Decoder {
             DType::F32 => Typed::F32(Stack::build(config, weights, positions)?),
             DType::Bf16 => Typed::Bf16(Stack::build(config, weights, positions)?),
         }))
+    }
+
+    /// What it is.
+    pub fn config(&self) -> &Config {
+        match &self.0 {
+            Typed::F32(stack) => &stack.config,
+            Typed::Bf16(stack) => &stack.config,
+        }
     }
 
     /// Bytes of one page of keys and values.

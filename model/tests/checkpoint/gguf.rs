@@ -1,7 +1,7 @@
 //! GGUF files: the committed ones, and others written here.
 
 use std::collections::HashMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use candle_core::quantized::gguf_file::{self, Value};
 use candle_core::quantized::{GgmlDType, QTensor};
@@ -66,15 +66,18 @@ fn damaged_gguf_files_are_refused() {
 }
 
 /// The metadata and tensors of a file to be written.
-struct Draft {
+pub(crate) struct Draft {
     metadata: HashMap<String, Value>,
-    tensors: HashMap<String, Tensor>,
+    pub(crate) tensors: HashMap<String, Tensor>,
 }
 
 impl Draft {
-    /// What llama.cpp's converter makes of a fixture of Qwen3 or Gemma2; they need no permutation.
     fn of(fixture_name: &str, architecture: &str) -> Self {
-        let folder = fixture(fixture_name);
+        Self::of_folder(&fixture(fixture_name), architecture)
+    }
+
+    /// What llama.cpp's converter makes of a folder with one file of weights.
+    pub(crate) fn of_folder(folder: &Path, architecture: &str) -> Self {
         let read = |file: &str| std::fs::read(folder.join(file)).unwrap();
         let config: serde_json::Value = serde_json::from_slice(&read("config.json")).unwrap();
         let tokenizer: serde_json::Value = serde_json::from_slice(&read("tokenizer.json")).unwrap();
@@ -106,8 +109,16 @@ impl Draft {
         let stored = candle_core::safetensors::load(folder.join("model.safetensors"), &Device::Cpu).unwrap();
         let tensors = stored.into_iter().map(|(name, tensor)| {
             let tensor = tensor.to_dtype(DType::F32).unwrap();
-            let plus_one = architecture == "gemma2" && name.contains("norm");
-            (gguf_name(&name, architecture), if plus_one { (tensor + 1.0).unwrap() } else { tensor })
+            let heads = match name.rsplit('.').nth(1) {
+                Some("q_proj") => &config["num_attention_heads"],
+                _ => &config["num_key_value_heads"],
+            };
+            let tensor = match architecture {
+                "gemma2" if name.contains("norm") => (tensor + 1.0).unwrap(),
+                "llama" if name.contains("q_proj") || name.contains("k_proj") => interleaved(&tensor, heads),
+                _ => tensor,
+            };
+            (gguf_name(&name, architecture), tensor)
         });
         Self { metadata, tensors: tensors.collect() }
     }
@@ -117,13 +128,22 @@ impl Draft {
         self
     }
 
-    /// Writes the file; the folder goes with the value.
+    /// Writes the file with all numbers as they are; the folder goes with the value.
     fn write(&self) -> (TempDir, PathBuf) {
+        self.write_as(&|_| GgmlDType::F32)
+    }
+
+    /// As `write`, with the matrices in types by their name.
+    pub(crate) fn write_as(&self, type_of: &dyn Fn(&str) -> GgmlDType) -> (TempDir, PathBuf) {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("model.gguf");
         let metadata: Vec<_> = self.metadata.iter().map(|(key, value)| (key.as_str(), value)).collect();
-        let quantize = |tensor: &Tensor| QTensor::quantize(tensor, GgmlDType::F32).unwrap();
-        let tensors: Vec<_> = self.tensors.iter().map(|(name, tensor)| (name.as_str(), quantize(tensor))).collect();
+        let quantize = |name: &str, tensor: &Tensor| {
+            let dtype = if tensor.rank() == 2 { type_of(name) } else { GgmlDType::F32 };
+            QTensor::quantize(tensor, dtype).unwrap()
+        };
+        let tensors: Vec<_> =
+            self.tensors.iter().map(|(name, tensor)| (name.as_str(), quantize(name, tensor))).collect();
         let borrowed: Vec<_> = tensors.iter().map(|(name, tensor)| (*name, tensor)).collect();
         gguf_file::write(&mut std::fs::File::create(&path).unwrap(), &metadata, &borrowed).unwrap();
         (folder, path)
@@ -143,9 +163,18 @@ fn texts(list: &[String]) -> Value {
     Value::Array(list.iter().map(|entry| text(entry)).collect())
 }
 
-fn gguf_name(name: &str, architecture: &str) -> String {
+/// Rows of heads, `[2, half]`, in llama.cpp's order, `[half, 2]`.
+fn interleaved(tensor: &Tensor, heads: &serde_json::Value) -> Tensor {
+    let (rows, inputs) = tensor.dims2().unwrap();
+    let heads = heads.as_u64().unwrap() as usize;
+    let split = tensor.reshape((heads, 2, rows / heads / 2, inputs)).unwrap();
+    split.transpose(1, 2).unwrap().contiguous().unwrap().reshape((rows, inputs)).unwrap()
+}
+
+pub(crate) fn gguf_name(name: &str, architecture: &str) -> String {
     let name = name.replace("model.embed_tokens", "token_embd").replace("model.layers", "blk");
-    let name = name.replace("model.norm", "output_norm").replace("input_layernorm", "attn_norm");
+    let name = name.replace("model.norm", "output_norm").replace("lm_head", "output");
+    let name = name.replace("input_layernorm", "attn_norm");
     let name = match architecture {
         "gemma2" => name
             .replace("post_attention_layernorm", "post_attention_norm")

@@ -6,5 +6,6 @@ mod adapters;
 mod folders;
 mod gguf;
 mod manifests;
+mod quantised;
 mod refusals;
 mod support;

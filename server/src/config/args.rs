@@ -99,12 +99,25 @@ pub enum DType {
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Engine")]
 pub(crate) struct EngineFlags {
-    /// Most tokens in a batch. More of them keep a large device busy; fewer let a short call pass a long one sooner.
+    /// Most tokens in a batch; those far into a long text count for more, as their attention costs more. A large batch
+    /// keeps a large device busy; a small one lets a short call pass a long one sooner.
     #[arg(long, env = "PLUMB_MAX_BATCH_TOKENS", default_value_t = 4096, value_parser = count())]
     pub(crate) max_batch_tokens: usize,
     /// Most sequences in a batch.
     #[arg(long, env = "PLUMB_MAX_BATCH_SEQUENCES", default_value_t = 256, value_parser = count())]
     pub(crate) max_batch_sequences: usize,
+    /// Most prompt tokens in a batch while streams are being generated: what their readers may have to wait for.
+    #[arg(long, env = "PLUMB_MAX_PREFILL_BESIDE_DECODE", default_value_t = 512, value_parser = count())]
+    pub(crate) max_prefill_beside_decode: usize,
+    /// Share of the engine's time that streams get while prompts and scores wait for it, 0 to 0.9; scores get the rest.
+    #[arg(long, env = "PLUMB_DECODE_SHARE", default_value_t = 0.5, value_parser = share, value_name = "SHARE")]
+    pub(crate) decode_share: f64,
+    /// Compute every input from its first token on instead of using what earlier ones with the same beginning have left.
+    #[arg(
+        long, env = "PLUMB_NO_PREFIX_CACHE", value_parser = BoolishValueParser::new(),
+        default_value_t = false, default_missing_value = "true", num_args = 0..=1, require_equals = true
+    )]
+    pub(crate) no_prefix_cache: bool,
     /// Memory for the key-value cache of each model, in MiB.
     #[arg(long, env = "PLUMB_KV_CACHE_MIB", default_value_t = 1024, value_parser = count(), value_name = "MIB")]
     pub(crate) kv_cache_mib: usize,
@@ -229,6 +242,14 @@ pub(crate) struct TelemetryFlags {
 /// A number of things, at least one.
 fn count() -> impl TypedValueParser<Value = usize> {
     RangedU64ValueParser::<u64>::new().range(1..=u64::from(u32::MAX)).map(|value| value as usize)
+}
+
+/// Less than all: what is left is somebody's too.
+fn share(text: &str) -> Result<f64, String> {
+    match text.parse() {
+        Ok(share) if (0.0..=0.9).contains(&share) => Ok(share),
+        _ => Err("not a share from 0 to 0.9".to_owned()),
+    }
 }
 
 fn port(text: &str) -> Result<u16, String> {

@@ -68,6 +68,12 @@ pub struct EngineSizes {
     pub max_batch_tokens: usize,
     /// Most sequences in a batch.
     pub max_batch_sequences: usize,
+    /// Cost of prompts in a batch that also decodes.
+    pub max_prefill_beside_decode: usize,
+    /// Part of the engine's time for streams while others wait.
+    pub decode_share: f64,
+    /// Sequences may use what others have computed.
+    pub prefix_cache: bool,
     /// Key-value cache of each model.
     pub kv_cache_bytes: usize,
     /// Threads that compute.
@@ -233,6 +239,9 @@ impl Config {
             engine: EngineSizes {
                 max_batch_tokens: engine.max_batch_tokens,
                 max_batch_sequences: engine.max_batch_sequences,
+                max_prefill_beside_decode: engine.max_prefill_beside_decode,
+                decode_share: engine.decode_share,
+                prefix_cache: !engine.no_prefix_cache,
                 kv_cache_bytes: engine.kv_cache_mib << 20,
                 // The physical count is of the machine, the logical one of what a container may use.
                 threads: engine.threads.unwrap_or_else(|| num_cpus::get_physical().min(logical_cores).max(1)),

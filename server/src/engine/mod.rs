@@ -31,6 +31,10 @@ pub struct EngineOptions {
     pub max_batch_sequences: usize,
     /// Prompt tokens in a step that also decodes: what a decoding stream may have to wait for.
     pub max_prefill_beside_decode: usize,
+    /// Part of the engine's time for sequences that are being generated while others wait, 0 to below 1.
+    pub decode_share: f64,
+    /// Sequences may use what others have computed.
+    pub prefix_cache: bool,
     /// Threads that compute.
     pub threads: usize,
 }
@@ -41,6 +45,8 @@ impl EngineOptions {
             max_batch_tokens: self.max_batch_tokens.max(1),
             max_batch_sequences: self.max_batch_sequences.max(1),
             max_prefill_beside_decode: self.max_prefill_beside_decode.max(1),
+            decode_share: self.decode_share,
+            prefix_cache: self.prefix_cache,
         }
     }
 }

@@ -65,7 +65,8 @@ impl SamplingParams {
 /// Draws the tokens of one sequence.
 pub struct Sampler {
     params: SamplingParams,
-    processor: LogitsProcessor,
+    /// Without one the likeliest token is taken.
+    processor: Option<LogitsProcessor>,
     /// Prompt and drawn tokens.
     ids: Vec<u32>,
     prompt: usize,
@@ -82,39 +83,55 @@ impl Sampler {
     /// A sampler for a sequence that begins with `prompt`.
     pub fn new(params: SamplingParams, prompt: &[u32], model: ModelHandle) -> Result<Self> {
         params.check()?;
-        let sampling = if params.temperature == 0.0 {
-            Sampling::ArgMax
-        } else {
-            Sampling::All { temperature: f64::from(params.temperature) }
-        };
-        let processor = LogitsProcessor::from_sampling(params.seed, sampling);
+        let temperature = f64::from(params.temperature);
+        let processor =
+            (temperature != 0.0).then(|| LogitsProcessor::from_sampling(params.seed, Sampling::All { temperature }));
         Ok(Self { params, processor, ids: prompt.to_vec(), prompt: prompt.len(), model })
     }
 
     /// The next token and its log-probability, in nats, under the model's own distribution. Uses `logits` up.
+    ///
+    /// # Errors
+    /// `NonFinite` if the logits are no distribution, `FailedPrecondition` if every token is banned.
     pub fn draw(&mut self, logits: &mut [f32]) -> Result<(u32, f32)> {
-        let fault = |error: candle_core::Error| Error::internal(format!("sampling: {error}"));
-        let normalizer = log_sum_exp(logits);
-        let original: Vec<f32> = logits.to_vec();
-        if self.params.repetition_penalty != 1.0 {
-            let tensor = Tensor::from_slice(logits, logits.len(), &Device::Cpu).map_err(fault)?;
-            let penalised = apply_repeat_penalty(&tensor, self.params.repetition_penalty, &self.ids).map_err(fault)?;
-            logits.copy_from_slice(&penalised.to_vec1::<f32>().map_err(fault)?);
+        let normalizer = plumb_model::decoder::log_sum_exp(logits);
+        if !normalizer.is_finite() {
+            return Err(Error::NonFinite { what: "the logits that the model computed".into() });
         }
+        let penalised = self.penalise(logits)?;
         loop {
             if logits.iter().all(|l| *l == f32::NEG_INFINITY) {
                 return Err(Error::failed_precondition("every token would complete a banned string"));
             }
-            let tensor = Tensor::from_slice(logits, logits.len(), &Device::Cpu).map_err(fault)?;
-            let params = &self.params;
-            let token = self.processor.sample_f(&tensor, |p| filter(p, params)).map_err(fault)?;
+            let token = match &mut self.processor {
+                Some(processor) => {
+                    let tensor = Tensor::from_slice(logits, logits.len(), &Device::Cpu).map_err(fault)?;
+                    let params = &self.params;
+                    processor.sample_f(&tensor, |p| filter(p, params)).map_err(fault)?
+                }
+                None => likeliest(logits),
+            };
+            let logit = logits[token as usize];
             if self.completes_ban(token)? {
                 logits[token as usize] = f32::NEG_INFINITY;
                 continue;
             }
             self.ids.push(token);
-            return Ok((token, original[token as usize] - normalizer));
+            let own = penalised.iter().find(|(id, _)| *id == token).map_or(logit, |(_, logit)| *logit);
+            return Ok((token, own - normalizer));
         }
+    }
+
+    /// Applies the repetition penalty; answers what the logits of the tokens concerned were.
+    fn penalise(&self, logits: &mut [f32]) -> Result<Vec<(u32, f32)>> {
+        if self.params.repetition_penalty == 1.0 {
+            return Ok(Vec::new());
+        }
+        let concerned = self.ids.iter().filter_map(|id| logits.get(*id as usize).map(|logit| (*id, *logit))).collect();
+        let tensor = Tensor::from_slice(logits, logits.len(), &Device::Cpu).map_err(fault)?;
+        let penalised = apply_repeat_penalty(&tensor, self.params.repetition_penalty, &self.ids).map_err(fault)?;
+        logits.copy_from_slice(&penalised.to_vec1::<f32>().map_err(fault)?);
+        Ok(concerned)
     }
 
     /// True if the token would complete a banned string.
@@ -158,9 +175,14 @@ fn filter(p: &mut [f32], params: &SamplingParams) {
     }
 }
 
-fn log_sum_exp(logits: &[f32]) -> f32 {
-    let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    max + logits.iter().map(|l| (l - max).exp()).sum::<f32>().ln()
+/// The first of the largest logits.
+fn likeliest(logits: &[f32]) -> u32 {
+    let largest = logits.iter().copied().fold(f32::NEG_INFINITY, |a, b| if b > a { b } else { a });
+    logits.iter().position(|logit| *logit == largest).unwrap_or(0) as u32
+}
+
+fn fault(error: candle_core::Error) -> Error {
+    Error::internal(format!("sampling: {error}"))
 }
 
 #[cfg(test)]

@@ -1,6 +1,7 @@
 //! The thread that owns the device: takes commands, runs steps, hands back a few floats.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
+use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, TryRecvError};
@@ -8,12 +9,16 @@ use std::time::Instant;
 
 use plumb_model::decoder::{KvStore, Read, Step, StepSequence, Workspace};
 use plumb_model::loaded::LoadedModel;
+use rayon::prelude::*;
 use tokio::sync::{mpsc, oneshot};
 
-use super::scheduler::{ModelKey, NewSequence, Plan, Scheduler, SequenceId, Slice, Want as Wanted, log_prob_rows};
+use super::scheduler::cost::Cost;
+use super::scheduler::{
+    Entry, ModelKey, NewSequence, Plan, Scheduler, SequenceId, Slice, Want as Wanted, log_prob_rows,
+};
 use super::{EngineOptions, Finish, GenerateEvent, GenerateJob, Sequence, SequenceOutput, Speed, Want};
 use crate::error::{Error, Result};
-use crate::telemetry::events::{BatchRun, PrefixEvictions, QueueChanged};
+use crate::telemetry::events::{BatchRun, ModelMemory, PrefixEvictions, QueueChanged};
 
 /// What can be asked of the thread.
 pub(super) enum Command {
@@ -33,6 +38,8 @@ struct Device {
     kv: KvStore,
     workspace: Workspace,
     name: (String, u64),
+    /// Bytes in use when they were last told.
+    memory: (usize, usize),
 }
 
 /// Who waits for a sequence.
@@ -61,10 +68,14 @@ impl Caller {
 pub(super) struct Worker {
     commands: Receiver<Command>,
     speed: Arc<Speed>,
-    pool: rayon::ThreadPool,
+    pool: Arc<rayon::ThreadPool>,
     scheduler: Scheduler,
     devices: HashMap<ModelKey, Device>,
     callers: HashMap<SequenceId, Caller>,
+    /// The step that was planned while the last one ran.
+    prepared: Option<Plan>,
+    /// What came meanwhile and has to wait for the device.
+    postponed: VecDeque<Command>,
     evictions: u64,
 }
 
@@ -79,9 +90,11 @@ impl Worker {
             scheduler: Scheduler::new(options.limits()),
             commands,
             speed,
-            pool,
+            pool: Arc::new(pool),
             devices: HashMap::new(),
             callers: HashMap::new(),
+            prepared: None,
+            postponed: VecDeque::new(),
             evictions: 0,
         }
     }
@@ -90,7 +103,7 @@ impl Worker {
     pub(super) fn run(mut self) {
         while self.take_commands() {
             self.drop_unwanted();
-            if let Some(plan) = self.scheduler.plan(Instant::now()) {
+            if let Some(plan) = self.prepared.take().or_else(|| self.scheduler.plan(Instant::now())) {
                 self.run_plan(&plan);
             }
             self.report_queue();
@@ -99,6 +112,9 @@ impl Worker {
 
     /// Takes what has come, and waits for something if there is nothing to do. False once nobody can ask any more.
     fn take_commands(&mut self) -> bool {
+        while let Some(command) = self.postponed.pop_front() {
+            self.take(command);
+        }
         loop {
             let command = if self.scheduler.is_empty() {
                 match self.commands.recv() {
@@ -114,6 +130,17 @@ impl Worker {
             };
             self.take(command);
         }
+    }
+
+    /// Plans the next step while one runs. Sequences are taken in; everything else waits, in its order.
+    fn prepare(&mut self) {
+        while let Ok(command) = self.commands.try_recv() {
+            match command {
+                Command::Run { .. } | Command::Generate { .. } if self.postponed.is_empty() => self.take(command),
+                command => self.postponed.push_back(command),
+            }
+        }
+        self.prepared = self.scheduler.plan_ahead(Instant::now());
     }
 
     fn take(&mut self, command: Command) {
@@ -133,24 +160,26 @@ impl Worker {
     /// Makes room and runs a few tokens, so that a model that cannot compute is never offered.
     fn attach(&mut self, key: ModelKey, model: Arc<LoadedModel>, name: (String, u64)) -> Result<()> {
         let pages = model.kv_pages;
-        let mut device =
-            Device { kv: model.decoder.kv_store(pages), workspace: model.decoder.workspace(), model, name };
+        let cost = Cost::of(model.decoder.config());
+        let (kv, workspace) = (model.decoder.kv_store(pages), model.decoder.workspace());
+        let mut device = Device { model, kv, workspace, name, memory: (0, 0) };
         let tokens = [0u32];
         let read = match device.model.info.reward_head {
             Some(_) => Read::LastReward,
             None => Read::LogProbs { rows: 0..1, targets: &tokens },
         };
         let trial = Step { sequences: vec![StepSequence { tokens: &tokens, position: 0, pages: &[0], read }] };
-        let values = run_guarded(&self.pool, &mut device, &trial)?;
+        let values = self.pool.install(|| run_guarded(&mut device, &trial))?;
         if values.iter().flatten().any(|v| !v.is_finite()) {
             return Err(Error::NonFinite { what: format!("the trial score of {}", device.name.0) });
         }
-        self.scheduler.add_model(key, pages);
+        self.scheduler.add_model(key, pages, cost);
         self.devices.insert(key, device);
         Ok(())
     }
 
     fn detach(&mut self, key: ModelKey) {
+        self.prepared.take_if(|plan| plan.model == key);
         for id in self.scheduler.remove_model(key) {
             if let Some(caller) = self.callers.remove(&id) {
                 caller.fail(Error::Cancelled);
@@ -200,8 +229,8 @@ impl Worker {
     fn drop_unwanted(&mut self) {
         let gone: Vec<_> = self.callers.iter().filter(|(_, caller)| caller.gone()).map(|(id, _)| *id).collect();
         for id in gone {
-            self.scheduler.remove(id);
             self.callers.remove(&id);
+            self.forget(id);
         }
         for id in self.scheduler.expired(Instant::now()) {
             self.fail(id, Error::DeadlineExceeded);
@@ -209,84 +238,109 @@ impl Worker {
     }
 
     fn fail(&mut self, id: SequenceId, error: Error) {
-        self.scheduler.remove(id);
         if let Some(caller) = self.callers.remove(&id) {
             caller.fail(error);
+        }
+        self.forget(id);
+    }
+
+    /// Takes out a sequence that nobody waits for. One that is in the prepared step stays until that has run: others may
+    /// count on what it will leave in the cache.
+    fn forget(&mut self, id: SequenceId) {
+        if self.prepared.iter().flat_map(|plan| &plan.slices).all(|slice| slice.id != id) {
+            self.scheduler.remove(id);
         }
     }
 
     fn run_plan(&mut self, plan: &Plan) {
+        let Some(mut device) = self.devices.remove(&plan.model) else { return };
+        let input = |slice: &Slice| self.scheduler.entry(slice.id).map(|entry| Input::new(entry, slice));
+        // A sequence in a plan stays until the plan has run.
+        let inputs: Vec<Input> = plan.slices.iter().filter_map(input).collect();
+        let step = Step { sequences: inputs.iter().map(Input::sequence).collect() };
+        let pool = Arc::clone(&self.pool);
         let started = Instant::now();
-        let Some(device) = self.devices.get_mut(&plan.model) else { return };
-        let mut step = Step::default();
-        for slice in &plan.slices {
-            let Some(entry) = self.scheduler.entry(slice.id) else { continue };
-            let last = slice.positions.end == entry.tokens().len();
-            step.sequences.push(StepSequence {
-                tokens: &entry.tokens()[slice.positions.clone()],
-                position: slice.positions.start,
-                pages: entry.pages(),
-                read: match entry.want() {
-                    Wanted::Reward if last => Read::LastReward,
-                    Wanted::Generate { .. } if last => Read::LastLogits,
-                    Wanted::TokenRewards => Read::Rewards,
-                    Wanted::LogProbs(range) => {
-                        let rows = log_prob_rows(range, &slice.positions);
-                        // The token after each row.
-                        let first = slice.positions.start + 1;
-                        Read::LogProbs { targets: &entry.tokens()[first + rows.start..first + rows.end], rows }
-                    }
-                    _ => Read::Nothing,
-                },
-            });
-        }
-        let values = run_guarded(&self.pool, device, &step);
-        let duration = started.elapsed();
-        let cached: usize = plan
-            .slices
-            .iter()
-            .filter_map(|s| self.scheduler.entry(s.id).filter(|e| e.cached() == s.positions.start))
-            .map(|e| e.cached())
-            .sum();
+        let mut result = None;
+        pool.in_place_scope(|scope| {
+            scope.spawn(|_| result = Some((run_guarded(&mut device, &step), started.elapsed())));
+            self.prepare();
+        });
+        let (values, duration) = result.unwrap_or_else(|| (Err(Error::DeviceLost), started.elapsed()));
         BatchRun {
             model: &device.name.0,
             version: device.name.1,
             sequences: plan.slices.len(),
             tokens: plan.tokens(),
-            cached_tokens: cached,
+            prefixes: plan.prefixes,
             duration,
         }
         .emit();
         self.speed.record(plan.tokens(), duration);
+        self.report_memory(plan.model, &mut device);
+        self.devices.insert(plan.model, device);
         match values {
-            Ok(values) => {
-                for (slice, values) in plan.slices.iter().zip(values) {
-                    self.deliver(slice, values);
-                }
-            }
+            Ok(values) => self.deliver_all(plan, values),
             Err(error) => {
-                // What the step has left in the cache cannot be trusted.
-                for id in self.scheduler.reset(plan.model) {
+                // What the step has left in the cache cannot be trusted, nor what builds on it.
+                self.prepared.take_if(|prepared| prepared.model == plan.model);
+                for id in self.scheduler.reset(plan) {
                     if let Some(caller) = self.callers.remove(&id) {
                         caller.fail(error.clone());
                     }
                 }
             }
         }
+        self.scheduler.ran(plan, duration);
+    }
+
+    fn report_memory(&self, key: ModelKey, device: &mut Device) {
+        let cache = self.scheduler.touched_pages(key) * device.model.page_bytes;
+        let memory = (cache, device.workspace.bytes());
+        if memory != device.memory {
+            let (name, version) = (&device.name.0, device.name.1);
+            let weights = device.model.info.weight_bytes as usize;
+            ModelMemory { model: name, version, cache, resident: weights + memory.0 + memory.1 }.emit();
+            device.memory = memory;
+        }
+    }
+
+    /// Hands out what a step has computed. Tokens are drawn on all threads: each takes a pass over a vocabulary.
+    fn deliver_all(&mut self, plan: &Plan, values: Vec<Vec<f32>>) {
+        let mut drawing = Vec::new();
+        for (slice, values) in plan.slices.iter().zip(values) {
+            match self.callers.get_mut(&slice.id) {
+                Some(Caller::Generate { .. }) if values.is_empty() => {}
+                Some(Caller::Generate { .. }) => {
+                    self.scheduler.complete(slice, Vec::new());
+                    if let Some(caller) = self.callers.remove(&slice.id) {
+                        drawing.push((slice.id, caller, values));
+                    }
+                }
+                Some(Caller::Score { .. }) => self.deliver(slice, values),
+                None => self.forget(slice.id),
+            }
+        }
+        let draw = |(id, mut caller, mut logits): (SequenceId, Caller, Vec<f32>)| {
+            let drawn = match &mut caller {
+                Caller::Generate { job, .. } => job.sampler.draw(&mut logits),
+                Caller::Score { .. } => Err(Error::internal("logits that nobody asked for")),
+            };
+            (id, caller, drawn)
+        };
+        let drawn: Vec<_> = match drawing.len() {
+            0 | 1 => drawing.into_iter().map(draw).collect(),
+            _ => self.pool.install(|| drawing.into_par_iter().map(draw).collect()),
+        };
+        for (id, caller, drawn) in drawn {
+            self.callers.insert(id, caller);
+            match drawn {
+                Ok((token, log_prob)) => self.send_token(id, token, log_prob),
+                Err(error) => self.fail(id, error),
+            }
+        }
     }
 
     fn deliver(&mut self, slice: &Slice, values: Vec<f32>) {
-        if values.iter().any(|v| v.is_nan()) {
-            return self.fail(slice.id, Error::NonFinite { what: "a value that the model computed".into() });
-        }
-        let logits = matches!(self.scheduler.entry(slice.id).map(|e| e.want()), Some(Wanted::Generate { .. }));
-        if logits {
-            if !values.is_empty() {
-                self.scheduler.complete(slice, Vec::new());
-                self.draw(slice.id, values);
-            }
-            return;
-        }
         if values.iter().any(|v| !v.is_finite()) {
             return self.fail(slice.id, Error::NonFinite { what: "a value that the model computed".into() });
         }
@@ -310,23 +364,17 @@ impl Worker {
         drop(reply.send(Ok(output)));
     }
 
-    /// Draws a token from a sequence's logits and sends it.
-    fn draw(&mut self, id: SequenceId, mut logits: Vec<f32>) {
+    /// Sends a sequence's next token, and ends it if that was the last one.
+    fn send_token(&mut self, id: SequenceId, token: u32, log_prob: f32) {
         let Some(Caller::Generate { job, events, drawn }) = self.callers.get_mut(&id) else { return };
-        let token = match job.sampler.draw(&mut logits) {
-            Ok((token, log_prob)) => {
-                if *drawn == 0 {
-                    let (cached_tokens, queued) = self.scheduler.entry(id).map_or((0, Default::default()), |e| {
-                        (e.cached(), e.started().unwrap_or(e.arrived()).duration_since(e.arrived()))
-                    });
-                    drop(events.try_send(Ok(GenerateEvent::Started { cached_tokens, queued })));
-                }
-                *drawn += 1;
-                drop(events.try_send(Ok(GenerateEvent::Token { id: token, log_prob })));
-                token
-            }
-            Err(error) => return self.fail(id, error),
-        };
+        if *drawn == 0 {
+            let (cached_tokens, queued) = self.scheduler.entry(id).map_or((0, Default::default()), |e| {
+                (e.cached(), e.started().unwrap_or(e.arrived()).duration_since(e.arrived()))
+            });
+            drop(events.try_send(Ok(GenerateEvent::Started { cached_tokens, queued })));
+        }
+        *drawn += 1;
+        drop(events.try_send(Ok(GenerateEvent::Token { id: token, log_prob })));
         let finish = if job.stop_at_eos && job.model.text.eos_ids().contains(&token) {
             Some(Finish::Eos)
         } else if *drawn >= job.max_new_tokens {
@@ -355,11 +403,59 @@ impl Worker {
     }
 }
 
-/// Runs a step; a panic in it is an error, not the end of the thread.
-fn run_guarded(pool: &rayon::ThreadPool, device: &mut Device, step: &Step<'_>) -> Result<Vec<Vec<f32>>> {
+/// A slice of a sequence, independent of the scheduler, which plans on while the slice runs.
+struct Input {
+    /// From the slice's first token on; one more where its probability is wanted.
+    tokens: Vec<u32>,
+    len: usize,
+    position: usize,
+    pages: Vec<u32>,
+    read: InputRead,
+}
+
+/// As [`Read`].
+enum InputRead {
+    Nothing,
+    LastReward,
+    Rewards,
+    LastLogits,
+    LogProbs(Range<usize>),
+}
+
+impl Input {
+    fn new(entry: &Entry, slice: &Slice) -> Self {
+        let Range { start, end } = slice.positions;
+        let last = end == entry.tokens().len();
+        let read = match entry.want() {
+            Wanted::Reward if last => InputRead::LastReward,
+            Wanted::Generate { .. } if last => InputRead::LastLogits,
+            Wanted::TokenRewards => InputRead::Rewards,
+            Wanted::LogProbs(range) => InputRead::LogProbs(log_prob_rows(range, &slice.positions)),
+            _ => InputRead::Nothing,
+        };
+        let tokens = entry.tokens()[start..(end + 1).min(entry.tokens().len())].to_vec();
+        Self { tokens, len: end - start, position: start, pages: entry.pages().to_vec(), read }
+    }
+
+    fn sequence(&self) -> StepSequence<'_> {
+        let read = match &self.read {
+            InputRead::Nothing => Read::Nothing,
+            InputRead::LastReward => Read::LastReward,
+            InputRead::Rewards => Read::Rewards,
+            InputRead::LastLogits => Read::LastLogits,
+            // The token after each row.
+            InputRead::LogProbs(rows) => {
+                Read::LogProbs { rows: rows.clone(), targets: &self.tokens[rows.start + 1..rows.end + 1] }
+            }
+        };
+        StepSequence { tokens: &self.tokens[..self.len], position: self.position, pages: &self.pages, read }
+    }
+}
+
+/// Runs a step on the current pool; a panic in it is an error, not the end of the thread.
+fn run_guarded(device: &mut Device, step: &Step<'_>) -> Result<Vec<Vec<f32>>> {
     let Device { model, kv, workspace, .. } = device;
-    let result = catch_unwind(AssertUnwindSafe(|| pool.install(|| model.decoder.step(step, kv, workspace))));
-    match result {
+    match catch_unwind(AssertUnwindSafe(|| model.decoder.step(step, kv, workspace))) {
         Ok(result) => result.map_err(|error| Error::internal(error.to_string())),
         Err(_) => Err(Error::internal("a kernel panicked; the log has the details")),
     }

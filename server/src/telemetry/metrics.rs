@@ -77,6 +77,8 @@ metrics! {
     BATCH_TOKENS = "plumb_batch_tokens", Kind::Histogram(TOKENS), Count, "Tokens that a batch computed.";
     BATCH_DURATION = "plumb_batch_duration_seconds", Kind::Histogram(SECONDS), Seconds, "Time that a batch took.";
     INPUT_TOKENS = "plumb_input_tokens", Kind::Histogram(TOKENS), Count, "Tokens of an item or a prompt; the sum counts all input tokens.";
+    PREFIX_LOOKUPS = "plumb_prefix_lookups_total", Kind::Counter, Count, "Sequences that looked for their beginning in the cache.";
+    PREFIX_HITS = "plumb_prefix_hits_total", Kind::Counter, Count, "Sequences that found a part of their beginning in the cache.";
     PREFIX_CACHED_TOKENS = "plumb_prefix_cached_tokens_total", Kind::Counter, Count, "Input tokens whose state was already computed.";
     PREFIX_EVICTIONS = "plumb_prefix_evictions_total", Kind::Counter, Count, "Pages of cached keys and values that were given up for others.";
     TRUNCATED = "plumb_truncated_total", Kind::Counter, Count, "Inputs that were cut because truncation was asked for.";
@@ -87,6 +89,8 @@ metrics! {
     MODEL_STATE = "plumb_model_state", Kind::Gauge, Count, "State of a version, as numbered in plumb.v1.ModelState: 4 is available, 7 failed.";
     MODEL_INFO = "plumb_model_info", Kind::Gauge, Count, "1 for every version in memory, with its digest, dtype and kind.";
     MODEL_WEIGHT_BYTES = "plumb_model_weight_bytes", Kind::Gauge, Bytes, "Memory of a version's weights.";
+    MODEL_CACHE_BYTES = "plumb_model_cache_bytes", Kind::Gauge, Bytes, "Memory of a version's keys and values that has been in use; --kv-cache-mib is the limit.";
+    MODEL_RESIDENT_BYTES = "plumb_model_resident_bytes", Kind::Gauge, Bytes, "Memory of a version: weights, keys and values that have been in use, buffers of a batch.";
     MODEL_ACTIVE_VERSION = "plumb_model_active_version", Kind::Gauge, Count, "The version that a call gets which names none.";
     MODEL_SWAPS = "plumb_model_swaps_total", Kind::Counter, Count, "Times that a call which names no version began to get another one.";
     MODEL_LOADS = "plumb_model_loads_total", Kind::Counter, Count, "Loads that ended, by status code.";

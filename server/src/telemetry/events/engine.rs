@@ -5,6 +5,7 @@ use std::time::Duration;
 use metrics::{counter, gauge, histogram};
 use tracing::{debug, error};
 
+use crate::engine::scheduler::Prefixes;
 use crate::telemetry::metrics as names;
 
 /// A batch ran to its end.
@@ -17,8 +18,8 @@ pub struct BatchRun<'a> {
     pub sequences: usize,
     /// Tokens that were computed.
     pub tokens: usize,
-    /// Tokens whose state was already there.
-    pub cached_tokens: usize,
+    /// What the sequences that began found in the cache.
+    pub prefixes: Prefixes,
     /// How long it took.
     pub duration: Duration,
 }
@@ -26,15 +27,41 @@ pub struct BatchRun<'a> {
 impl BatchRun<'_> {
     /// Counts it.
     pub fn emit(self) {
-        let Self { sequences, tokens, cached_tokens, duration, .. } = self;
+        let Self { sequences, tokens, prefixes: Prefixes { lookups, hits, tokens: cached_tokens }, duration, .. } =
+            self;
         let (model, version) = (self.model.to_owned(), self.version.to_string());
         debug!(target: "plumb::engine", model, version, sequences, tokens, cached_tokens, seconds = duration.as_secs_f64(), "batch");
-        counter!(names::PREFIX_CACHED_TOKENS.name, "model" => model.clone(), "version" => version.clone())
-            .increment(cached_tokens as u64);
+        for (counter, n) in
+            [(names::PREFIX_LOOKUPS, lookups), (names::PREFIX_HITS, hits), (names::PREFIX_CACHED_TOKENS, cached_tokens)]
+        {
+            counter!(counter.name, "model" => model.clone(), "version" => version.clone()).increment(n as u64);
+        }
         histogram!(names::BATCH_SEQUENCES.name, "model" => model.clone()).record(sequences as f64);
         histogram!(names::BATCH_TOKENS.name, "model" => model.clone()).record(tokens as f64);
         histogram!(names::BATCH_DURATION.name, "model" => model.clone()).record(duration);
         counter!(names::BATCHES.name, "model" => model, "version" => version).increment(1);
+    }
+}
+
+/// A version takes another amount of memory.
+pub struct ModelMemory<'a> {
+    /// Name of the model.
+    pub model: &'a str,
+    /// Its version.
+    pub version: u64,
+    /// Bytes of its keys and values.
+    pub cache: usize,
+    /// Bytes of everything that it holds: weights, keys and values, buffers of a step.
+    pub resident: usize,
+}
+
+impl ModelMemory<'_> {
+    /// Shows it.
+    pub fn emit(self) {
+        for (gauge, bytes) in [(names::MODEL_CACHE_BYTES, self.cache), (names::MODEL_RESIDENT_BYTES, self.resident)] {
+            gauge!(gauge.name, "model" => self.model.to_owned(), "version" => self.version.to_string())
+                .set(bytes as f64);
+        }
     }
 }
 

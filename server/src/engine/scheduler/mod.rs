@@ -1,0 +1,339 @@
+//! What runs next: pure bookkeeping, no device, no clock of its own, no async.
+//!
+//! The scheduler holds sequences, gives them pages and cuts them into steps. A step belongs to one model and stays under
+//! a budget, in which a token counts for more the more keys it attends to ([`cost`]), and one whose state is cached for
+//! nothing. Waiting sequences come by priority, then by arrival; one that does not fit now does not stop smaller ones
+//! behind it, until it has been passed over sixteen times: then it comes before all others.
+//!
+//! Sequences that are being generated run one token in a step. While others want the engine too, the two share its time
+//! ([`share`]): in some steps streams run alone, in others a limited stretch of prompts runs beside them.
+
+pub mod cost;
+mod entry;
+mod share;
+mod step;
+
+use std::cmp::Reverse;
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::ops::Range;
+use std::time::{Duration, Instant};
+
+use plumb_model::cache::{BlockCache, PAGE, Table};
+
+use cost::Cost;
+pub use entry::{Entry, NewSequence, Priority, Want, log_prob_rows};
+use share::Share;
+use step::Kinds;
+
+/// Names a loaded model inside the engine.
+pub type ModelKey = u64;
+/// Names a sequence inside the engine.
+pub type SequenceId = u64;
+
+/// Bounds of a step, and how the engine is shared.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// Cost of a step, in tokens without context.
+    pub max_batch_tokens: usize,
+    /// Sequences in a step.
+    pub max_batch_sequences: usize,
+    /// Cost of prompts in a step while sequences are being generated: what the reader of a stream may have to wait for.
+    pub max_prefill_beside_decode: usize,
+    /// Part of the engine's time that streams get while others wait, 0 to below 1.
+    pub decode_share: f64,
+    /// Sequences may use what others have computed.
+    pub prefix_cache: bool,
+}
+
+/// Part of a sequence in a step.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Slice {
+    /// The sequence.
+    pub id: SequenceId,
+    /// Positions that run.
+    pub positions: Range<usize>,
+}
+
+/// A step.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Plan {
+    /// The model that runs it.
+    pub model: ModelKey,
+    /// What runs.
+    pub slices: Vec<Slice>,
+    /// What came of looking for cached beginnings.
+    pub prefixes: Prefixes,
+    /// Part of the cost that is sequences being generated.
+    decode_part: f64,
+}
+
+/// What the sequences that begin in a step found in the cache.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Prefixes {
+    /// Sequences that looked.
+    pub lookups: usize,
+    /// Sequences that found something.
+    pub hits: usize,
+    /// Tokens that they need not compute.
+    pub tokens: usize,
+}
+
+impl Plan {
+    /// Tokens in the step.
+    pub fn tokens(&self) -> usize {
+        self.slices.iter().map(|s| s.positions.len()).sum()
+    }
+}
+
+/// Orders waiting sequences.
+type WaitingKey = (Reverse<Priority>, SequenceId);
+
+/// A model's share of the scheduler.
+#[derive(Debug)]
+struct Queue {
+    cost: Cost,
+    cache: BlockCache,
+    /// Sequences with pages, in the order in which they began.
+    running: Vec<SequenceId>,
+    /// Sequences without, by urgency and arrival.
+    waiting: BTreeSet<WaitingKey>,
+    /// Prefixes that are kept, with the tables that keep them.
+    pinned: Vec<(Vec<u32>, Table)>,
+}
+
+/// Sequences, their pages and their order.
+#[derive(Debug)]
+pub struct Scheduler {
+    limits: Limits,
+    share: Share,
+    queues: BTreeMap<ModelKey, Queue>,
+    entries: HashMap<SequenceId, Entry>,
+    next_id: SequenceId,
+    /// The model of the last step: the next one comes first.
+    last_model: ModelKey,
+}
+
+impl Scheduler {
+    /// An empty scheduler.
+    pub fn new(limits: Limits) -> Self {
+        let share = Share::new(limits.decode_share);
+        Self { limits, share, queues: BTreeMap::new(), entries: HashMap::new(), next_id: 0, last_model: 0 }
+    }
+
+    /// Adds a model with `pages` pages of keys and values.
+    pub fn add_model(&mut self, model: ModelKey, pages: usize, cost: Cost) {
+        let queue = Queue {
+            cost,
+            cache: BlockCache::new(pages),
+            running: Vec::new(),
+            waiting: BTreeSet::new(),
+            pinned: Vec::new(),
+        };
+        self.queues.insert(model, queue);
+    }
+
+    /// Removes a model, and answers what was left of its sequences.
+    pub fn remove_model(&mut self, model: ModelKey) -> Vec<SequenceId> {
+        self.queues.remove(&model);
+        let left: Vec<_> = self.entries.iter().filter(|(_, e)| e.sequence.model == model).map(|(id, _)| *id).collect();
+        left.iter().for_each(|id| drop(self.entries.remove(id)));
+        left
+    }
+
+    /// Takes a sequence in, or hands it back if its model is not there or could never hold it.
+    pub fn add(&mut self, sequence: NewSequence) -> Result<SequenceId, NewSequence> {
+        let entry = Entry::new(sequence);
+        match self.queues.get_mut(&entry.sequence.model) {
+            Some(queue) if entry.final_length() <= queue.cache.capacity() && !entry.tokens().is_empty() => {
+                let id = self.next_id;
+                self.next_id += 1;
+                queue.waiting.insert((Reverse(entry.sequence.priority), id));
+                self.entries.insert(id, entry);
+                Ok(id)
+            }
+            _ => Err(entry.sequence),
+        }
+    }
+
+    /// The sequence.
+    pub fn entry(&self, id: SequenceId) -> Option<&Entry> {
+        self.entries.get(&id)
+    }
+
+    /// Sequences and tokens that wait for their first step.
+    pub fn waiting(&self) -> (usize, usize) {
+        let ids = self.queues.values().flat_map(|q| &q.waiting);
+        ids.fold((0, 0), |(n, tokens), (_, id)| (n + 1, tokens + self.entries.get(id).map_or(0, |e| e.tokens().len())))
+    }
+
+    /// True if nothing waits and nothing runs.
+    pub fn is_empty(&self) -> bool {
+        self.entries.is_empty()
+    }
+
+    /// Published pages that were given up so far, over all models.
+    pub fn evictions(&self) -> u64 {
+        self.queues.values().map(|q| q.cache.evictions()).sum()
+    }
+
+    /// Sequences whose deadline has passed.
+    pub fn expired(&self, now: Instant) -> Vec<SequenceId> {
+        let passed = |e: &Entry| e.sequence.deadline.is_some_and(|deadline| deadline <= now);
+        self.entries.iter().filter(|(_, e)| passed(e)).map(|(id, _)| *id).collect()
+    }
+
+    /// Pages of a model that have ever been in use.
+    pub fn touched_pages(&self, model: ModelKey) -> usize {
+        self.queues.get(&model).map_or(0, |queue| queue.cache.touched_pages())
+    }
+
+    /// Takes a sequence out and gives its pages back.
+    pub fn remove(&mut self, id: SequenceId) -> Option<Entry> {
+        let mut entry = self.entries.remove(&id)?;
+        if let Some(queue) = self.queues.get_mut(&entry.sequence.model) {
+            queue.waiting.remove(&(Reverse(entry.sequence.priority), id));
+            queue.running.retain(|running| *running != id);
+            if let Some(table) = entry.table.take() {
+                queue.cache.release(table);
+            }
+        }
+        Some(entry)
+    }
+
+    /// A step has failed half-way: takes its sequences out and answers which, and drops everything in the model's cache.
+    /// Other sequences that had begun begin again.
+    pub fn reset(&mut self, failed: &Plan) -> Vec<SequenceId> {
+        let lost: Vec<_> = failed.slices.iter().map(|slice| slice.id).collect();
+        lost.iter().for_each(|id| drop(self.remove(*id)));
+        if let Some(queue) = self.queues.get_mut(&failed.model) {
+            for id in queue.running.drain(..) {
+                let Some(entry) = self.entries.get_mut(&id) else { continue };
+                if let Some(table) = entry.restart() {
+                    queue.cache.release(table);
+                }
+                queue.waiting.insert((Reverse(entry.sequence.priority), id));
+            }
+            for (_, table) in queue.pinned.drain(..) {
+                queue.cache.release(table);
+            }
+            queue.cache.forget();
+        }
+        lost
+    }
+
+    /// The next step, if there is anything to do. Its slices count as done from now on: it has to run, or be
+    /// [reset](Scheduler::reset).
+    pub fn plan(&mut self, now: Instant) -> Option<Plan> {
+        let (decode, other) = self.wanted();
+        let kinds = match (decode.is_empty(), other.is_empty()) {
+            (false, false) if self.share.decode_alone() => Kinds::Decode,
+            (false, false) => Kinds::Both,
+            _ => {
+                self.share.uncontended();
+                Kinds::All
+            }
+        };
+        let wanted = if kinds == Kinds::Decode { decode } else { &decode | &other };
+        let after = |model: &&ModelKey| **model > self.last_model;
+        let models: Vec<ModelKey> =
+            wanted.iter().filter(after).chain(wanted.iter().filter(|model| !after(model))).copied().collect();
+        let plan = models.into_iter().find_map(|model| self.plan_model(model, kinds, now))?;
+        self.last_model = plan.model;
+        Some(plan)
+    }
+
+    /// The step after one that is still running, if it is known already: as long as nothing is generated, whose next
+    /// token is not drawn yet, and as what waits fills a step, so that whatever comes meanwhile would not have a place in
+    /// it. Something urgent waits for this one step more.
+    pub fn plan_ahead(&mut self, now: Instant) -> Option<Plan> {
+        let generates =
+            |id: &SequenceId| self.entries.get(id).is_some_and(|e| matches!(e.sequence.want, Want::Generate { .. }));
+        if self.queues.values().any(|queue| queue.running.iter().any(generates)) {
+            return None;
+        }
+        let fills = |queue: &Queue| {
+            let ids = queue.running.iter().chain(queue.waiting.iter().map(|(_, id)| id));
+            let costs = ids.filter_map(|id| self.entries.get(id)).map(|e| queue.cost.slice(e.done..e.tokens().len()));
+            let mut left = self.limits.max_batch_tokens;
+            costs.take(self.limits.max_batch_sequences).any(|cost| {
+                left = left.saturating_sub(cost);
+                left == 0
+            })
+        };
+        self.queues.values().any(fills).then(|| self.plan(now)).flatten()
+    }
+
+    /// Takes the time that a step took to account.
+    pub fn ran(&mut self, plan: &Plan, duration: Duration) {
+        let (decode, other) = self.wanted();
+        if !decode.is_empty() && !other.is_empty() {
+            self.share.ran(duration, plan.decode_part);
+        }
+    }
+
+    /// Models with sequences that are being generated, and those with anything else to do.
+    fn wanted(&self) -> (BTreeSet<ModelKey>, BTreeSet<ModelKey>) {
+        let (mut decode, mut other) = (BTreeSet::new(), BTreeSet::new());
+        for (model, queue) in &self.queues {
+            if !queue.waiting.is_empty() {
+                other.insert(*model);
+            }
+            for entry in queue.running.iter().filter_map(|id| self.entries.get(id)) {
+                if entry.decodes() {
+                    decode.insert(*model);
+                } else if entry.remaining() > 0 {
+                    other.insert(*model);
+                }
+            }
+        }
+        (decode, other)
+    }
+
+    /// Takes in what a step answered for a slice: the values that were read. True if the sequence needs no
+    /// further step, false if it goes on or waits for [`Scheduler::push_token`].
+    pub fn complete(&mut self, slice: &Slice, values: Vec<f32>) -> bool {
+        let Some(entry) = self.entries.get_mut(&slice.id) else { return false };
+        if self.limits.prefix_cache
+            && let Some(queue) = self.queues.get_mut(&entry.sequence.model)
+        {
+            queue.pin(entry);
+        }
+        if matches!(entry.sequence.want, Want::Generate { .. }) {
+            return false;
+        }
+        entry.values.extend(values);
+        // A later slice may be planned already.
+        slice.positions.end == entry.tokens().len()
+    }
+
+    /// Appends a generated token, which the next step will run.
+    pub fn push_token(&mut self, id: SequenceId, token: u32) {
+        if let Some(entry) = self.entries.get_mut(&id) {
+            entry.sequence.tokens.push(token);
+        }
+    }
+}
+
+impl Queue {
+    /// Keeps the state of a prefix once the first sequence that begins with it has computed it.
+    fn pin(&mut self, entry: &Entry) {
+        let prefix = &entry.sequence.tokens[..entry.sequence.pinned_prefix.min(entry.done)];
+        if prefix.len() < entry.sequence.pinned_prefix
+            || prefix.is_empty()
+            || self.pinned.iter().any(|(p, _)| p == prefix)
+        {
+            return;
+        }
+        let whole = prefix.len() / PAGE * PAGE;
+        if let Some(table) = self.cache.acquire(&prefix[..whole], whole, whole) {
+            if table.cached() == whole {
+                self.pinned.push((prefix.to_vec(), table));
+            } else {
+                self.cache.release(table);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,157 @@
+//! Builds a step of one model.
+
+use std::time::Instant;
+
+use plumb_model::cache::BlockCache;
+
+use super::{Entry, ModelKey, Plan, Prefixes, Scheduler, SequenceId, Slice, WaitingKey};
+
+/// How often a sequence may be passed over by smaller ones.
+const MAX_PASSED_OVER: usize = 16;
+
+/// How many waiting sequences are looked at for each that a step may hold.
+const MAX_CONSIDERED: usize = 4;
+
+/// What a step may hold.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Kinds {
+    /// Sequences that are being generated, and nothing else.
+    Decode,
+    /// Those and a limited stretch of others.
+    Both,
+    /// Whatever there is, up to the whole budget.
+    All,
+}
+
+impl Scheduler {
+    pub(super) fn plan_model(&mut self, model: ModelKey, kinds: Kinds, now: Instant) -> Option<Plan> {
+        let plan = self.build_step(model, kinds, now);
+        let queue = self.queues.get_mut(&model)?;
+        if plan.is_none() && queue.running.is_empty() && !queue.waiting.is_empty() && !queue.pinned.is_empty() {
+            // Nothing runs and nothing can begin: the kept prefixes take the room.
+            for (_, table) in queue.pinned.drain(..) {
+                queue.cache.release(table);
+            }
+            return self.build_step(model, kinds, now);
+        }
+        plan
+    }
+
+    fn build_step(&mut self, model: ModelKey, kinds: Kinds, now: Instant) -> Option<Plan> {
+        let queue = self.queues.get_mut(&model)?;
+        let (cost, limits) = (queue.cost, self.limits);
+        let mut step = StepBuilder {
+            slices: Vec::new(),
+            budget: limits.max_batch_tokens,
+            publishes: limits.prefix_cache,
+            prefixes: Prefixes::default(),
+        };
+        let full = |step: &StepBuilder| step.slices.len() >= limits.max_batch_sequences || step.budget == 0;
+
+        for id in &queue.running {
+            if let Some(entry) = self.entries.get_mut(id)
+                && entry.decodes()
+                && !full(&step)
+            {
+                let cost = cost.slice(entry.done..entry.done + 1);
+                step.take(*id, entry, 1, cost, &mut queue.cache);
+            }
+        }
+        let decode_cost = limits.max_batch_tokens - step.budget;
+        let plan = |step: StepBuilder| {
+            let total = limits.max_batch_tokens - step.budget;
+            let StepBuilder { slices, prefixes, .. } = step;
+            let decode_part = decode_cost as f64 / total.max(1) as f64;
+            (!slices.is_empty()).then_some(Plan { model, slices, prefixes, decode_part })
+        };
+        if kinds == Kinds::Decode {
+            return plan(step);
+        }
+        let capacity = match kinds {
+            Kinds::Both => limits.max_prefill_beside_decode.min(limits.max_batch_tokens),
+            _ => limits.max_batch_tokens,
+        };
+        let unused = step.budget.saturating_sub(capacity);
+        step.budget -= unused;
+        // Sequences that are longer than a step and have begun go on.
+        for id in &queue.running {
+            if let Some(entry) = self.entries.get_mut(id)
+                && step.slices.iter().all(|s| s.id != *id)
+                && entry.remaining() > 0
+                && !full(&step)
+            {
+                step.take_part(*id, entry, cost, &mut queue.cache);
+            }
+        }
+        let considered = || queue.waiting.iter().take(MAX_CONSIDERED * limits.max_batch_sequences).copied();
+        let waits_too_long =
+            |key: &WaitingKey| self.entries.get(&key.1).is_some_and(|e| e.passed_over >= MAX_PASSED_OVER);
+        let overdue = considered().find(waits_too_long);
+        let order: Vec<_> = overdue.into_iter().chain(considered().filter(|key| Some(*key) != overdue)).collect();
+        for key in order {
+            if full(&step) {
+                break;
+            }
+            let Some(entry) = self.entries.get_mut(&key.1) else { continue };
+            let reusable = if limits.prefix_cache { entry.reusable() } else { 0 };
+            let tokens = &entry.sequence.tokens;
+            let left = cost.slice(queue.cache.cached(tokens, reusable)..tokens.len());
+            // Part of a sequence is worth a place only if the whole would never get one.
+            let fits = (left <= step.budget || left > capacity)
+                .then(|| queue.cache.acquire(tokens, reusable, entry.final_length()))
+                .flatten();
+            let Some(table) = fits else {
+                entry.passed_over += 1;
+                if Some(key) == overdue {
+                    break;
+                }
+                continue;
+            };
+            entry.begin(table, now);
+            step.prefixes.add(entry.cached);
+            step.take_part(key.1, entry, cost, &mut queue.cache);
+            queue.waiting.remove(&key);
+            queue.running.push(key.1);
+        }
+        step.budget += unused;
+        plan(step)
+    }
+}
+
+impl Prefixes {
+    fn add(&mut self, cached: usize) {
+        self.lookups += 1;
+        self.hits += usize::from(cached > 0);
+        self.tokens += cached;
+    }
+}
+
+struct StepBuilder {
+    slices: Vec<Slice>,
+    /// Cost that is left.
+    budget: usize,
+    publishes: bool,
+    prefixes: Prefixes,
+}
+
+impl StepBuilder {
+    /// As much of a sequence as can be afforded, and at least a token, so that the step gets on.
+    fn take_part(&mut self, id: SequenceId, entry: &mut Entry, cost: super::Cost, cache: &mut BlockCache) {
+        let positions = entry.done..entry.tokens().len();
+        let len = cost.affordable(positions.clone(), self.budget).max(1);
+        self.take(id, entry, len, cost.slice(positions.start..positions.start + len), cache);
+    }
+
+    fn take(&mut self, id: SequenceId, entry: &mut Entry, len: usize, cost: usize, cache: &mut BlockCache) {
+        let positions = entry.done..entry.done + len;
+        entry.done = positions.end;
+        self.budget = self.budget.saturating_sub(cost);
+        if self.publishes
+            && let Some(table) = &mut entry.table
+        {
+            // Other sequences of this very step may share these pages: a layer writes all keys before it reads any.
+            cache.publish(table, &entry.sequence.tokens[..entry.done]);
+        }
+        self.slices.push(Slice { id, positions });
+    }
+}

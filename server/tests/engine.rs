@@ -1,0 +1,199 @@
+//! The engine under mixes of requests: a result never depends on what else there is to do, nor on the cache.
+
+#![expect(clippy::unwrap_used, reason = "a test may stop where it stands, in its helpers too")]
+
+use std::path::Path;
+use std::sync::{Arc, LazyLock};
+use std::time::Instant;
+
+use futures::future::join_all;
+use plumb_model::cache::PAGE;
+use plumb_model::checkpoint::Source;
+use plumb_model::loaded::{DTypeChoice, LoadOptions, LoadedModel, ModelKind};
+use plumb_server::engine::sampling::{Sampler, SamplingParams};
+use plumb_server::engine::{
+    Engine, EngineOptions, GenerateEvent, GenerateJob, JobMeta, ModelHandle, Priority, Sequence, Want,
+};
+use proptest::prelude::*;
+use proptest::test_runner::TestRunner;
+
+/// Between them: both kinds of head, windows, soft caps, grouped heads, biases.
+const MODELS: [(&str, DTypeChoice); 4] = [
+    ("gemma2-pm", DTypeChoice::Bf16),
+    ("llama-pm", DTypeChoice::F32),
+    ("llama-lm", DTypeChoice::Bf16),
+    ("qwen2-lm", DTypeChoice::F32),
+];
+/// Longest sequence: a prefix, what follows it, and what is generated.
+const LONGEST: usize = 200 + 60 + 8;
+
+fn load((name, dtype): (&str, DTypeChoice), kv_cache_bytes: usize) -> Arc<LoadedModel> {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures").join(name);
+    let source = Source { model: folder.to_str().unwrap().to_owned(), ..Source::default() };
+    let options = LoadOptions { dtype, hhh: Arc::default(), max_input_tokens: None, kv_cache_bytes };
+    Arc::new(LoadedModel::load(&source, &options).unwrap())
+}
+
+static ROOMY: LazyLock<Vec<Arc<LoadedModel>>> = LazyLock::new(|| MODELS.map(|model| load(model, 8 << 20)).into());
+/// With room for one and a half of the longest sequences: something is evicted all the time.
+static TIGHT: LazyLock<Vec<Arc<LoadedModel>>> = LazyLock::new(|| {
+    let pages = LONGEST.div_ceil(PAGE) * 3 / 2;
+    MODELS.iter().zip(&*ROOMY).map(|(model, roomy)| load(*model, pages * roomy.page_bytes)).collect()
+});
+
+/// What is wanted of a request, whatever the kind of its model.
+#[derive(Clone, Copy, Debug)]
+enum Goal {
+    Last,
+    All,
+    Generate { temperature: f32 },
+}
+
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Cancelled {
+    No,
+    AtOnce,
+    Later,
+}
+
+#[derive(Clone, Debug)]
+struct Request {
+    model: usize,
+    goal: Goal,
+    tokens: Vec<u32>,
+    pinned_prefix: usize,
+    priority: Priority,
+    cancelled: Cancelled,
+}
+
+fn requests() -> impl Strategy<Value = Request> {
+    let goals = vec![
+        Goal::Last,
+        Goal::Last,
+        Goal::All,
+        Goal::Generate { temperature: 0.0 },
+        Goal::Generate { temperature: 1.0 },
+    ];
+    let cancelled = vec![Cancelled::No, Cancelled::No, Cancelled::No, Cancelled::AtOnce, Cancelled::Later];
+    let priorities = vec![Priority::Low, Priority::Normal, Priority::High];
+    (
+        (
+            0..MODELS.len(),
+            prop::sample::select(goals),
+            prop::sample::select(priorities),
+            prop::sample::select(cancelled),
+        ),
+        // One of three texts that many begin with, and what is a request's own.
+        (0u32..3, 0usize..200, prop::collection::vec(0u32..250, 1..60), any::<bool>()),
+    )
+        .prop_map(|((model, goal, priority, cancelled), (text, shared, own, pinned))| {
+            let tokens = (0..shared as u32).map(|i| (i * 7 + text * 31) % 250).chain(own).collect();
+            let pinned_prefix = if pinned && shared > 150 { shared } else { 0 };
+            Request { model, goal, tokens, pinned_prefix, priority, cancelled }
+        })
+}
+
+fn options() -> impl Strategy<Value = (EngineOptions, bool)> {
+    (prop::sample::select(vec![48, 300, 4096]), 1usize..9, 0usize..2, 1usize..3, any::<bool>(), any::<bool>()).prop_map(
+        |(max_batch_tokens, max_batch_sequences, share, threads, prefix_cache, tight)| {
+            let decode_share = share as f64 * 0.5;
+            let options = EngineOptions {
+                max_batch_tokens,
+                max_batch_sequences,
+                max_prefill_beside_decode: 40,
+                decode_share,
+                prefix_cache,
+                threads,
+            };
+            (options, tight)
+        },
+    )
+}
+
+/// The bits of everything that is answered, or `None` for a request that was cancelled.
+async fn answer(engine: &Engine, model: ModelHandle, request: &Request) -> Option<Vec<u32>> {
+    let Request { goal, tokens, priority, pinned_prefix, .. } = request.clone();
+    let meta = JobMeta { priority, deadline: None, arrived: Instant::now(), pinned_prefix, permit: None };
+    let language = model.info.kind == ModelKind::Language;
+    let want = match goal {
+        Goal::Generate { temperature } if language => {
+            let params = SamplingParams { temperature, seed: 3, ..SamplingParams::default() };
+            let sampler = Sampler::new(params, &tokens, model.clone()).unwrap();
+            let job = GenerateJob { model, tokens, sampler, max_new_tokens: 8, stop_at_eos: false, meta };
+            let mut events = engine.generate(job).unwrap();
+            let mut bits = Vec::new();
+            loop {
+                if request.cancelled == Cancelled::AtOnce || (request.cancelled == Cancelled::Later && bits.len() > 4) {
+                    return None;
+                }
+                match events.recv().await.unwrap().unwrap() {
+                    GenerateEvent::Started { .. } => {}
+                    GenerateEvent::Token { id, log_prob } => bits.extend([id, log_prob.to_bits()]),
+                    GenerateEvent::Finished(_) => return Some(bits),
+                }
+            }
+        }
+        Goal::Last | Goal::Generate { .. } if language => Want::LogProbs(tokens.len() - 1..tokens.len()),
+        Goal::Last | Goal::Generate { .. } => Want::Reward,
+        Goal::All if language => Want::LogProbs(1..tokens.len()),
+        Goal::All => Want::TokenRewards,
+    };
+    // A language model says nothing about a first token.
+    if matches!(&want, Want::LogProbs(range) if range.is_empty() || range.start == 0) {
+        return None;
+    }
+    let pending = engine.submit(Sequence { model, tokens, want, meta }).unwrap();
+    match request.cancelled {
+        Cancelled::No => Some(pending.await.unwrap().unwrap().values.iter().map(|value| value.to_bits()).collect()),
+        Cancelled::AtOnce => None,
+        Cancelled::Later => {
+            tokio::task::yield_now().await;
+            drop(pending);
+            None
+        }
+    }
+}
+
+async fn attach(engine: &Engine, models: &[Arc<LoadedModel>]) -> Vec<ModelHandle> {
+    join_all(models.iter().map(async |model| engine.attach(model.clone(), "model", 1).await.unwrap())).await
+}
+
+/// On an engine that has seen nothing and does nothing else.
+async fn alone(request: &Request) -> Option<Vec<u32>> {
+    let options = EngineOptions {
+        max_batch_tokens: 4096,
+        max_batch_sequences: 1,
+        max_prefill_beside_decode: 4096,
+        decode_share: 0.0,
+        prefix_cache: false,
+        threads: 1,
+    };
+    let engine = Engine::start(options).unwrap();
+    let model = attach(&engine, &ROOMY[request.model..=request.model]).await.remove(0);
+    answer(&engine, model, request).await
+}
+
+#[test]
+fn every_result_has_the_bits_of_the_request_alone_on_a_fresh_engine() {
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).build().unwrap();
+    let config =
+        ProptestConfig { cases: 48, failure_persistence: None, max_shrink_iters: 200, ..ProptestConfig::default() };
+    let mixes = (options(), prop::collection::vec(requests(), 1..24));
+    let checked = TestRunner::new(config).run(&mixes, |((options, tight), requests)| {
+        runtime.block_on(async {
+            let engine = Engine::start(options).unwrap();
+            let models = attach(&engine, if tight { &TIGHT } else { &ROOMY }).await;
+            // Twice: at first nothing is cached, then whatever is left.
+            for round in 0..2 {
+                let answers = requests.iter().map(|request| answer(&engine, models[request.model].clone(), request));
+                for (request, found) in requests.iter().zip(join_all(answers).await) {
+                    if found.is_some() {
+                        prop_assert!(found == alone(request).await, "round {}, {:?}", round, request);
+                    }
+                }
+            }
+            Ok(())
+        })
+    });
+    checked.unwrap();
+}
