@@ -220,6 +220,7 @@ impl<E: Element> Linear<E> {
                 k,
                 c: out.reborrow(),
                 accumulate: done > 0 || store == Store::Add,
+                from_memory: rows < FEW_ROWS && matches!(self.weights, Weights::Plain(_)),
             });
         };
         let stretches = |longest: usize| {

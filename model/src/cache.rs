@@ -22,8 +22,6 @@ pub struct BlockCache {
     next_node: NodeId,
     clock: u64,
     evictions: u64,
-    /// Pages that were ever handed out; the lowest go first.
-    touched: usize,
 }
 
 type NodeId = u64;
@@ -76,7 +74,6 @@ impl BlockCache {
             next_node: ROOT + 1,
             clock: 0,
             evictions: 0,
-            touched: 0,
         }
     }
 
@@ -88,11 +85,6 @@ impl BlockCache {
     /// Pages that hold nothing anybody uses or could reuse.
     pub fn free_pages(&self) -> usize {
         self.free.len()
-    }
-
-    /// Pages that were ever in use: their memory has been taken from the system.
-    pub fn touched_pages(&self) -> usize {
-        self.touched
     }
 
     /// Published pages that were given up so far.
@@ -123,7 +115,6 @@ impl BlockCache {
             }
         }
         table.pages.extend(self.free.drain(self.free.len() - missing..));
-        self.touched = table.pages.iter().map(|page| *page as usize + 1).max().unwrap_or(0).max(self.touched);
         Some(table)
     }
 
@@ -174,7 +165,7 @@ impl BlockCache {
     /// Drops everything published: its numbers cannot be trusted. No table may be alive.
     pub fn forget(&mut self) {
         debug_assert!(self.nodes.values().all(|node| node.users == 0), "a table is alive");
-        *self = Self { evictions: self.evictions, touched: self.touched, ..Self::new(self.pages) };
+        *self = Self { evictions: self.evictions, ..Self::new(self.pages) };
     }
 
     /// The published blocks that the tokens begin with.

@@ -12,6 +12,10 @@ use crate::decoder::{DType, Decoder};
 use crate::text::{HhhPrompts, TextConfig, TextPipeline};
 use crate::{Error, Result};
 
+/// Sequences of full length for which there is room in the cache at most: of a tiny model, a usual cache would hold
+/// millions of tokens, and that memory is better left to others.
+const MOST_SEQUENCES: usize = 64;
+
 /// In which type weights are to be held.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum DTypeChoice {
@@ -101,7 +105,8 @@ impl LoadedModel {
             (DTypeChoice::Auto, _) => DType::F32,
         };
         let page_bytes = Decoder::page_bytes(&config, dtype);
-        let kv_pages = options.kv_cache_bytes / page_bytes;
+        let useful = config.max_position_embeddings.saturating_mul(MOST_SEQUENCES).div_ceil(PAGE);
+        let kv_pages = (options.kv_cache_bytes / page_bytes).min(useful);
         let limit = options.max_input_tokens.unwrap_or(usize::MAX);
         let max_input_tokens = config.max_position_embeddings.min(limit).min(kv_pages * PAGE);
         if max_input_tokens == 0 {

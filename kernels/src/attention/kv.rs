@@ -37,11 +37,13 @@ pub fn padded(head_dim: usize) -> usize {
 }
 
 impl<E: Element> KvPages<E> {
-    /// Empty pages. Memory is taken from the system as pages are first written.
+    /// Empty pages, whose memory is taken from the system at once.
     pub fn new(layers: usize, kv_heads: usize, head_dim: usize, pages: usize) -> Self {
         let padded_dim = padded(head_dim);
         let len = pages * kv_heads * padded_dim * PAGE;
-        let layers = (0..layers).map(|_| KvLayer { keys: Buffer::zeros(len), values: Buffer::zeros(len) }).collect();
+        let layers = (0..layers)
+            .map(|_| KvLayer { keys: Buffer::zeros(len).populated(), values: Buffer::zeros(len).populated() })
+            .collect();
         Self { kv_heads, padded_dim, pages, layers }
     }
 

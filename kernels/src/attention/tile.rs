@@ -7,9 +7,12 @@ use super::{BLOCK, BLOCK_PAGES, KvPages, PAGE, Rule, Span};
 use crate::Element;
 use crate::gemm::{self, LANES};
 use crate::math::{exp2, lane_max, lane_sum, tanh};
-use crate::memory::{carve, carved, with_scratch};
+use crate::memory::{carve, carved, prefetch, with_scratch};
 use crate::parallel::{Rows, Shared};
 use crate::simd::{narrow, vectorised};
+
+/// Rows that are so few that a pass over the keys is bound by memory.
+const FEW_ROWS: usize = 12;
 
 /// Queries of all heads that share one key and value head.
 pub(super) struct Tile<'a, E> {
@@ -86,6 +89,9 @@ impl<E: Element> Tile<'_, E> {
                 }
                 let rows = self.members[first..next].iter().map(|m| m.len).sum::<usize>() * self.group();
                 if !pages.is_empty() {
+                    if rows <= FEW_ROWS {
+                        self.pages(first, block + 1).iter().for_each(|page| self.fetch(*page));
+                    }
                     self.score(state, row..row + rows, pages);
                     self.soft_max(state, row, &self.members[first..next], block * BLOCK, pages.len() * PAGE);
                     self.add_values(state, row..row + rows, pages);
@@ -106,6 +112,13 @@ impl<E: Element> Tile<'_, E> {
         }
     }
 
+    /// Brings a page on its way from memory: few rows are done with a block before the next one has come.
+    fn fetch(&self, page: u32) {
+        let range = self.kv.range(page, self.kv_head);
+        prefetch(&self.layer.keys[range.clone()]);
+        prefetch(&self.layer.values[range]);
+    }
+
     /// `scores = q . k` for the pages of a block.
     fn score(&self, state: &mut State<'_, E>, rows: Range<usize>, pages: &[u32]) {
         let dim = self.kv.padded_dim;
@@ -120,6 +133,7 @@ impl<E: Element> Tile<'_, E> {
                 k: dim,
                 c: Rows::new(&mut state.scores[rows.start * BLOCK + i * PAGE..], BLOCK),
                 accumulate: false,
+                from_memory: false,
             });
         }
     }
@@ -157,6 +171,7 @@ impl<E: Element> Tile<'_, E> {
                 k: PAGE,
                 c: Rows::new(&mut state.sums[rows.start * dim..], dim),
                 accumulate: true,
+                from_memory: false,
             });
         }
     }

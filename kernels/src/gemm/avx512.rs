@@ -10,8 +10,9 @@ use crate::gemm::{LANES, Tile};
 /// `$micro::<R, V>` for each.
 macro_rules! blocked {
     ($tile:ident, $pair:expr, $micro:ident) => {{
-        let Tile { a, lda, rows, b, ldb, cols, k, mut c, accumulate } = $tile;
-        let ldc = c.stride();
+        let mut tile = $tile;
+        let Tile { a, lda, rows, b, ldb, cols, k, accumulate, .. } = tile;
+        let ldc = tile.c.stride();
         let steps = k / $pair;
         let mut j = 0;
         while j < cols {
@@ -21,12 +22,19 @@ macro_rules! blocked {
             let mut r = 0;
             while r < rows {
                 // SAFETY: as above.
-                let (a, c) = unsafe { (a.as_ptr().add(r * lda), c.as_mut_ptr().add(r * ldc + j)) };
+                let (a, c) = unsafe { (a.as_ptr().add(r * lda), tile.c.as_mut_ptr().add(r * ldc + j)) };
                 let left = rows - r;
+                let (ahead, lines) = fetch(&tile, b, steps, r);
                 macro_rules! call {
                     ($r:literal, $v:literal) => {{
                         // SAFETY: as above; the caller has detected the features.
-                        unsafe { $micro::<$r, $v>(a, lda, b, ldb, steps, c, ldc, accumulate) };
+                        unsafe {
+                            match lines {
+                                4 => $micro::<$r, $v, 4>(a, lda, b, ldb, steps, c, ldc, accumulate, ahead),
+                                2 => $micro::<$r, $v, 2>(a, lda, b, ldb, steps, c, ldc, accumulate, ahead),
+                                _ => $micro::<$r, $v, 0>(a, lda, b, ldb, steps, c, ldc, accumulate, ahead),
+                            }
+                        };
                         $r
                     }};
                 }
@@ -71,7 +79,33 @@ pub(crate) fn bf16_by_bf16(tile: Tile<'_, bf16, bf16>) {
     blocked!(tile, 2, bf16_bf16_block)
 }
 
-const PF: usize = 8192;
+/// How far ahead of a matrix that comes from memory it is fetched, in bytes.
+const AHEAD: usize = 8192;
+
+/// Where to fetch from while a block of rows passes over a matrix that comes from memory, and how many cache lines at
+/// each step. A single block runs as fast as memory and fetches just ahead of itself; the first of several have time to
+/// fetch the columns that come next, half of them each.
+fn fetch<B>(tile: &Tile<'_, impl Copy, B>, b: *const B, steps: usize, first_row: usize) -> (*const u8, usize) {
+    const LINE: usize = 64;
+    let b = b.cast::<u8>();
+    let next = b.wrapping_add(steps * tile.ldb * size_of::<B>());
+    match (tile.from_memory, tile.rows, first_row) {
+        (false, ..) => (b, 0),
+        (_, ..=6, _) => (b.wrapping_add(AHEAD), 4),
+        (_, _, 0) => (next, 2),
+        (_, _, 6) => (next.wrapping_add(steps * 2 * LINE), 2),
+        _ => (b, 0),
+    }
+}
+
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn prefetch<const LINES: usize>(ahead: *const u8, step: usize) {
+    for line in 0..LINES {
+        // Nothing is read: any address will do.
+        _mm_prefetch::<_MM_HINT_T0>(ahead.wrapping_add((step * LINES + line) * 64).cast());
+    }
+}
 
 /// The sums before the first step.
 ///
@@ -111,7 +145,7 @@ unsafe fn finish<const R: usize, const V: usize>(sums: [[__m512; V]; R], c: *mut
 /// `a` has R rows of `steps` values, `b` `steps` steps of V vectors, `c` R rows of V vectors.
 #[expect(clippy::too_many_arguments, reason = "a kernel's registers")]
 #[target_feature(enable = "avx512f")]
-unsafe fn f32_f32_block<const R: usize, const V: usize>(
+unsafe fn f32_f32_block<const R: usize, const V: usize, const LINES: usize>(
     a: *const f32,
     lda: usize,
     b: *const f32,
@@ -120,11 +154,13 @@ unsafe fn f32_f32_block<const R: usize, const V: usize>(
     c: *mut f32,
     ldc: usize,
     accumulate: bool,
+    ahead: *const u8,
 ) {
     // SAFETY: the caller's promise covers every address below.
     unsafe {
         let mut sums = start::<R, V>(c, ldc, accumulate);
         for step in 0..steps {
+            prefetch::<LINES>(ahead, step);
             let b = b.add(step * ldb);
             let mut columns = [_mm512_setzero_ps(); V];
             for (v, column) in columns.iter_mut().enumerate() {
@@ -145,7 +181,7 @@ unsafe fn f32_f32_block<const R: usize, const V: usize>(
 /// `a` has R rows of `2 * steps` values, `b` `steps` steps of V vectors of pairs, `c` R rows of V vectors.
 #[expect(clippy::too_many_arguments, reason = "a kernel's registers")]
 #[target_feature(enable = "avx512f,avx512bw")]
-unsafe fn f32_bf16_block<const R: usize, const V: usize>(
+unsafe fn f32_bf16_block<const R: usize, const V: usize, const LINES: usize>(
     a: *const f32,
     lda: usize,
     b: *const bf16,
@@ -154,12 +190,14 @@ unsafe fn f32_bf16_block<const R: usize, const V: usize>(
     c: *mut f32,
     ldc: usize,
     accumulate: bool,
+    ahead: *const u8,
 ) {
     // SAFETY: the caller's promise covers every address below.
     unsafe {
         let high = _mm512_set1_epi32(0xffff_0000u32 as i32);
         let mut sums = start::<R, V>(c, ldc, accumulate);
         for step in 0..steps {
+            prefetch::<LINES>(ahead, step);
             let b = b.add(step * ldb);
             for v in 0..V {
                 // A bf16 is the upper half of an f32.
@@ -181,7 +219,7 @@ unsafe fn f32_bf16_block<const R: usize, const V: usize>(
 /// `a` has R rows of `2 * steps` values, `b` `steps` steps of V vectors of pairs, `c` R rows of V vectors.
 #[expect(clippy::too_many_arguments, reason = "a kernel's registers")]
 #[target_feature(enable = "avx512f,avx512bf16")]
-unsafe fn bf16_bf16_block<const R: usize, const V: usize>(
+unsafe fn bf16_bf16_block<const R: usize, const V: usize, const LINES: usize>(
     a: *const bf16,
     lda: usize,
     b: *const bf16,
@@ -190,17 +228,16 @@ unsafe fn bf16_bf16_block<const R: usize, const V: usize>(
     c: *mut f32,
     ldc: usize,
     accumulate: bool,
+    ahead: *const u8,
 ) {
     // SAFETY: the caller's promise covers every address below; __m512bh and __m512i are the same 64 bytes.
     unsafe {
         let mut sums = start::<R, V>(c, ldc, accumulate);
         for step in 0..steps {
+            prefetch::<LINES>(ahead, step);
             let b = b.add(step * ldb);
             let mut columns = [std::mem::transmute::<__m512i, __m512bh>(_mm512_setzero_si512()); V];
             for (v, column) in columns.iter_mut().enumerate() {
-                if R == 1 {
-                    _mm_prefetch::<_MM_HINT_T0>(b.wrapping_byte_add(v * 64 + PF).cast());
-                }
                 *column = std::mem::transmute::<__m512i, __m512bh>(_mm512_loadu_si512(b.add(v * LANES * 2).cast()));
             }
             for (r, row) in sums.iter_mut().enumerate() {

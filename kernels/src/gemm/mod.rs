@@ -40,6 +40,8 @@ pub struct Tile<'a, A, B> {
     pub c: Rows<'a, f32>,
     /// Adds to `c` instead of overwriting it.
     pub accumulate: bool,
+    /// The matrix and what follows it in memory are read once and lie in no cache: fetch them ahead.
+    pub from_memory: bool,
 }
 
 impl<A, B: Element> Tile<'_, A, B> {
@@ -164,7 +166,18 @@ mod tests {
         let start = numbers(rows * cols, 3);
         let mut whole = start.clone();
         let call = |a: &[A], rows, b: &[B], cols, k, ldc, c: &mut [f32], accumulate, lda, ldb| {
-            kernel(Tile { a, lda, rows, b, ldb, cols, k, c: Rows::new(c, ldc), accumulate });
+            kernel(Tile {
+                a,
+                lda,
+                rows,
+                b,
+                ldb,
+                cols,
+                k,
+                c: Rows::new(c, ldc),
+                accumulate,
+                from_memory: rows % 2 == 1,
+            });
         };
         let ldb = cols * B::PAIR;
         call(&a, rows, &b, cols, k, cols, &mut whole, true, k, ldb);

@@ -21,7 +21,7 @@ fn with_avx2<A: Element, B: Element>(tile: Tile<'_, A, B>) {
 
 #[inline(always)]
 fn body<A: Element, B: Element, const FUSED: bool>(tile: Tile<'_, A, B>) {
-    let Tile { a, lda, rows, b, ldb, cols, k, mut c, accumulate } = tile;
+    let Tile { a, lda, rows, b, ldb, cols, k, mut c, accumulate, .. } = tile;
     for r in 0..rows {
         let row = &a[r * lda..r * lda + k];
         for j in (0..cols).step_by(LANES) {

@@ -96,7 +96,7 @@ impl Decoder {
         bytes(config.num_layers, config.num_kv_heads, config.head_dim)
     }
 
-    /// Room for `pages` pages; memory is taken as they are first used.
+    /// Room for `pages` pages, whose memory is taken from the system: that takes up to a second for a GiB.
     pub fn kv_store(&self, pages: usize) -> KvStore {
         fn pages_of<E: Element>(stack: &Stack<E>, pages: usize) -> KvPages<E> {
             let config = &stack.config;

@@ -118,7 +118,7 @@ pub(crate) struct EngineFlags {
         default_value_t = false, default_missing_value = "true", num_args = 0..=1, require_equals = true
     )]
     pub(crate) no_prefix_cache: bool,
-    /// Memory for the key-value cache of each model, in MiB.
+    /// Most memory for the key-value cache of each model, in MiB; taken when the model is loaded. Small models take less.
     #[arg(long, env = "PLUMB_KV_CACHE_MIB", default_value_t = 1024, value_parser = count(), value_name = "MIB")]
     pub(crate) kv_cache_mib: usize,
     /// Threads that compute [default: physical cores].

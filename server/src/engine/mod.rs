@@ -237,8 +237,13 @@ impl Engine {
     /// Makes room for a model and tries it out. `name` and `version` are for logs and metrics.
     pub async fn attach(&self, model: Arc<LoadedModel>, name: &str, version: u64) -> Result<ModelHandle> {
         let key = self.next_key.fetch_add(1, Ordering::Relaxed);
+        // Taking gigabytes from the system would hold up the thread, and whoever it computes for.
+        let owner = model.clone();
+        let kv = tokio::task::spawn_blocking(move || owner.decoder.kv_store(owner.kv_pages));
+        let kv = kv.await.map_err(|error| Error::internal(format!("cannot make room for keys and values: {error}")))?;
         let (reply, answer) = oneshot::channel();
-        self.send(Command::Attach { key, model: model.clone(), name: (name.into(), version), reply })?;
+        let model_and_cache = Box::new((model.clone(), kv));
+        self.send(Command::Attach { key, model_and_cache, name: (name.into(), version), reply })?;
         answer.await.map_err(|_| Error::DeviceLost)??;
         Ok(ModelHandle(Arc::new(Attached { key, model, commands: self.commands.clone() })))
     }

@@ -23,7 +23,12 @@ use crate::telemetry::events::{BatchRun, ModelMemory, PrefixEvictions, QueueChan
 /// What can be asked of the thread.
 pub(super) enum Command {
     /// Make room for a model and try it out.
-    Attach { key: ModelKey, model: Arc<LoadedModel>, name: (String, u64), reply: oneshot::Sender<Result<()>> },
+    Attach {
+        key: ModelKey,
+        model_and_cache: Box<(Arc<LoadedModel>, KvStore)>,
+        name: (String, u64),
+        reply: oneshot::Sender<Result<()>>,
+    },
     /// Nobody holds the model any more.
     Detach(ModelKey),
     /// Run a sequence.
@@ -38,8 +43,21 @@ struct Device {
     kv: KvStore,
     workspace: Workspace,
     name: (String, u64),
-    /// Bytes in use when they were last told.
-    memory: (usize, usize),
+    /// Bytes of the workspace when they were last told.
+    workspace_bytes: usize,
+}
+
+impl Device {
+    /// Tells what the model takes, if that has changed.
+    fn report_memory(&mut self) {
+        let workspace = self.workspace.bytes();
+        if workspace != self.workspace_bytes {
+            self.workspace_bytes = workspace;
+            let cache = self.model.kv_pages * self.model.page_bytes;
+            let resident = self.model.info.weight_bytes as usize + cache + workspace;
+            ModelMemory { model: &self.name.0, version: self.name.1, cache, resident }.emit();
+        }
+    }
 }
 
 /// Who waits for a sequence.
@@ -145,8 +163,9 @@ impl Worker {
 
     fn take(&mut self, command: Command) {
         match command {
-            Command::Attach { key, model, name, reply } => {
-                let result = self.attach(key, model, name);
+            Command::Attach { key, model_and_cache, name, reply } => {
+                let (model, kv) = *model_and_cache;
+                let result = self.attach(key, model, kv, name);
                 if reply.send(result).is_err() {
                     self.detach(key);
                 }
@@ -157,12 +176,11 @@ impl Worker {
         }
     }
 
-    /// Makes room and runs a few tokens, so that a model that cannot compute is never offered.
-    fn attach(&mut self, key: ModelKey, model: Arc<LoadedModel>, name: (String, u64)) -> Result<()> {
-        let pages = model.kv_pages;
-        let cost = Cost::of(model.decoder.config());
-        let (kv, workspace) = (model.decoder.kv_store(pages), model.decoder.workspace());
-        let mut device = Device { model, kv, workspace, name, memory: (0, 0) };
+    /// Runs a few tokens, so that a model that cannot compute is never offered.
+    fn attach(&mut self, key: ModelKey, model: Arc<LoadedModel>, kv: KvStore, name: (String, u64)) -> Result<()> {
+        let (pages, cost) = (model.kv_pages, Cost::of(model.decoder.config()));
+        let workspace = model.decoder.workspace();
+        let mut device = Device { model, kv, workspace, name, workspace_bytes: 0 };
         let tokens = [0u32];
         let read = match device.model.info.reward_head {
             Some(_) => Read::LastReward,
@@ -173,6 +191,7 @@ impl Worker {
         if values.iter().flatten().any(|v| !v.is_finite()) {
             return Err(Error::NonFinite { what: format!("the trial score of {}", device.name.0) });
         }
+        device.report_memory();
         self.scheduler.add_model(key, pages, cost);
         self.devices.insert(key, device);
         Ok(())
@@ -276,7 +295,7 @@ impl Worker {
         }
         .emit();
         self.speed.record(plan.tokens(), duration);
-        self.report_memory(plan.model, &mut device);
+        device.report_memory();
         self.devices.insert(plan.model, device);
         match values {
             Ok(values) => self.deliver_all(plan, values),
@@ -291,17 +310,6 @@ impl Worker {
             }
         }
         self.scheduler.ran(plan, duration);
-    }
-
-    fn report_memory(&self, key: ModelKey, device: &mut Device) {
-        let cache = self.scheduler.touched_pages(key) * device.model.page_bytes;
-        let memory = (cache, device.workspace.bytes());
-        if memory != device.memory {
-            let (name, version) = (&device.name.0, device.name.1);
-            let weights = device.model.info.weight_bytes as usize;
-            ModelMemory { model: name, version, cache, resident: weights + memory.0 + memory.1 }.emit();
-            device.memory = memory;
-        }
     }
 
     /// Hands out what a step has computed. Tokens are drawn on all threads: each takes a pass over a vocabulary.

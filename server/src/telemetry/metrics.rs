@@ -89,8 +89,8 @@ metrics! {
     MODEL_STATE = "plumb_model_state", Kind::Gauge, Count, "State of a version, as numbered in plumb.v1.ModelState: 4 is available, 7 failed.";
     MODEL_INFO = "plumb_model_info", Kind::Gauge, Count, "1 for every version in memory, with its digest, dtype and kind.";
     MODEL_WEIGHT_BYTES = "plumb_model_weight_bytes", Kind::Gauge, Bytes, "Memory of a version's weights.";
-    MODEL_CACHE_BYTES = "plumb_model_cache_bytes", Kind::Gauge, Bytes, "Memory of a version's keys and values that has been in use; --kv-cache-mib is the limit.";
-    MODEL_RESIDENT_BYTES = "plumb_model_resident_bytes", Kind::Gauge, Bytes, "Memory of a version: weights, keys and values that have been in use, buffers of a batch.";
+    MODEL_CACHE_BYTES = "plumb_model_cache_bytes", Kind::Gauge, Bytes, "Memory of a version's keys and values, taken when it is loaded.";
+    MODEL_RESIDENT_BYTES = "plumb_model_resident_bytes", Kind::Gauge, Bytes, "Memory of a version: weights, keys and values, buffers of a batch.";
     MODEL_ACTIVE_VERSION = "plumb_model_active_version", Kind::Gauge, Count, "The version that a call gets which names none.";
     MODEL_SWAPS = "plumb_model_swaps_total", Kind::Counter, Count, "Times that a call which names no version began to get another one.";
     MODEL_LOADS = "plumb_model_loads_total", Kind::Counter, Count, "Loads that ended, by status code.";

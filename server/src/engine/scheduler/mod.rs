@@ -182,11 +182,6 @@ impl Scheduler {
         self.entries.iter().filter(|(_, e)| passed(e)).map(|(id, _)| *id).collect()
     }
 
-    /// Pages of a model that have ever been in use.
-    pub fn touched_pages(&self, model: ModelKey) -> usize {
-        self.queues.get(&model).map_or(0, |queue| queue.cache.touched_pages())
-    }
-
     /// Takes a sequence out and gives its pages back.
     pub fn remove(&mut self, id: SequenceId) -> Option<Entry> {
         let mut entry = self.entries.remove(&id)?;
