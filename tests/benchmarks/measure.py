@@ -86,8 +86,8 @@ class Job:
                     self.recorder.add(work, who + variant, max(values), unit, command, raw=lines)
 
     def variants(self, name):
-        """Ways to run a peer. vLLM leaves a core to its scheduler, which is much where there are two: try all, too."""
-        if name != "vllm":
+        """Ways to run a peer. vLLM leaves a core to its scheduler, which is much where there are two: once, try all."""
+        if name != "vllm" or self.recorder.round > 1:
             return [("", {})]
         cores = ",".join(map(str, sorted(os.sched_getaffinity(0))))
         return [("", {}), (", all cores", {"VLLM_CPU_OMP_THREADS_BIND": cores})]
@@ -210,7 +210,7 @@ def llama(job, prompt, new):
 
 def memory(job):
     """Resident memory of a server whose cache is full"""
-    # Twice 8,192 tokens, at 22.5 KiB each, are more than the cache holds: all of its pages are touched.
+    # Twice 8,192 tokens, at 22.5 KiB each, are more than the cache holds.
     words = ["unique", "--model", "pm", "--items", 32, "--concurrency", 1, "--requests", 2, "--warmup-secs", 0]
     with job.server("pm", flags=["--kv-cache-mib", CACHE_MIB]) as server:
         server.bench(*words)
@@ -282,4 +282,6 @@ def latency(report):
     return report["latency_ms"]["p50"]
 
 
+# Curves show a shape, not a ratio: the first round's do.
+ONCE = ("items", "length", "load")
 ALL = {f.__name__: f for f in (limits, score, text, single, decode, gguf, memory, items, length, load)}

@@ -14,7 +14,7 @@ use crate::config::Block;
 use crate::{Error, Result};
 
 /// Rows that go through a linear layer together: what lies between two of them stays small and in the cache.
-const CHUNK: usize = 768;
+const CHUNK: usize = 384;
 
 /// Buffers of a step, kept from one to the next.
 #[derive(Debug, Default)]
