@@ -214,7 +214,7 @@ impl<E: Element> Linear<E> {
                 a: &x[done..],
                 lda: self.inputs,
                 rows,
-                b,
+                b: &[b],
                 ldb,
                 cols: columns.len(),
                 k,
@@ -289,7 +289,8 @@ fn for_each_block(rows: usize, columns: usize, f: impl Fn(Range<usize>, Range<us
         let block = rows.div_ceil(blocks).next_multiple_of(KERNEL_ROWS);
         for_each_piece(rows, block, |rows| f(rows, 0..columns));
     } else {
-        let stretch = columns.div_ceil(threads).next_multiple_of(STRIP);
+        // Two stretches a thread: one that somebody else's work holds up leaves its second to the others.
+        let stretch = columns.div_ceil(2 * threads).next_multiple_of(STRIP);
         for_each_piece(columns, stretch, |columns| {
             (0..rows).step_by(BLOCK_ROWS).for_each(|start| {
                 f(start..(start + BLOCK_ROWS).min(rows), columns.clone());

@@ -15,3 +15,4 @@ pub mod loaded;
 pub mod text;
 
 pub use error::{Error, Result};
+pub use plumb_kernels::parallel;

@@ -127,7 +127,7 @@ impl<E: Element> Tile<'_, E> {
                 a: &state.q[rows.start * dim..],
                 lda: dim,
                 rows: rows.len(),
-                b: &self.layer.keys[self.kv.range(*page, self.kv_head)],
+                b: &[&self.layer.keys[self.kv.range(*page, self.kv_head)]],
                 ldb: PAGE * E::PAIR,
                 cols: PAGE,
                 k: dim,
@@ -160,20 +160,22 @@ impl<E: Element> Tile<'_, E> {
     /// `sums += weights . v` for the pages of a block.
     fn add_values(&self, state: &mut State<'_, E>, rows: Range<usize>, pages: &[u32]) {
         let dim = self.kv.padded_dim;
-        for (i, page) in pages.iter().enumerate() {
-            E::gemm_tile(gemm::Tile {
-                a: &state.weights[rows.start * BLOCK + i * PAGE..],
-                lda: BLOCK,
-                rows: rows.len(),
-                b: &self.layer.values[self.kv.range(*page, self.kv_head)],
-                ldb: dim * E::PAIR,
-                cols: dim,
-                k: PAGE,
-                c: Rows::new(&mut state.sums[rows.start * dim..], dim),
-                accumulate: true,
-                from_memory: false,
-            });
+        let mut values = [&[][..]; BLOCK_PAGES];
+        for (values, page) in values.iter_mut().zip(pages) {
+            *values = &self.layer.values[self.kv.range(*page, self.kv_head)];
         }
+        E::gemm_tile(gemm::Tile {
+            a: &state.weights[rows.start * BLOCK..],
+            lda: BLOCK,
+            rows: rows.len(),
+            b: &values[..pages.len()],
+            ldb: dim * E::PAIR,
+            cols: dim,
+            k: pages.len() * PAGE,
+            c: Rows::new(&mut state.sums[rows.start * dim..], dim),
+            accumulate: true,
+            from_memory: false,
+        });
     }
 
     fn store(&self, state: &State<'_, E>, out: &Shared<'_, E>) {

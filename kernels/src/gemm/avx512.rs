@@ -11,28 +11,25 @@ use crate::gemm::{LANES, Tile};
 macro_rules! blocked {
     ($tile:ident, $pair:expr, $micro:ident) => {{
         let mut tile = $tile;
-        let Tile { a, lda, rows, b, ldb, cols, k, accumulate, .. } = tile;
-        let ldc = tile.c.stride();
-        let steps = k / $pair;
+        let Tile { a, lda, rows, b, ldb, cols, accumulate, .. } = tile;
+        let (ldc, steps) = (tile.c.stride(), tile.steps());
         let mut j = 0;
         while j < cols {
             let vectors = ((cols - j) / LANES).min(4);
-            // SAFETY: Tile::check has made sure that rows, columns and steps lie in the slices.
-            let b = unsafe { b.as_ptr().add(j * $pair) };
             let mut r = 0;
             while r < rows {
-                // SAFETY: as above.
+                // SAFETY: Tile::check has made sure that rows, columns and steps lie in the slices.
                 let (a, c) = unsafe { (a.as_ptr().add(r * lda), tile.c.as_mut_ptr().add(r * ldc + j)) };
                 let left = rows - r;
-                let (ahead, lines) = fetch(&tile, b, steps, r);
+                let (ahead, lines) = fetch(&tile, b[0][j * $pair..].as_ptr(), steps, r);
                 macro_rules! call {
                     ($r:literal, $v:literal) => {{
                         // SAFETY: as above; the caller has detected the features.
                         unsafe {
                             match lines {
-                                4 => $micro::<$r, $v, 4>(a, lda, b, ldb, steps, c, ldc, accumulate, ahead),
-                                2 => $micro::<$r, $v, 2>(a, lda, b, ldb, steps, c, ldc, accumulate, ahead),
-                                _ => $micro::<$r, $v, 0>(a, lda, b, ldb, steps, c, ldc, accumulate, ahead),
+                                4 => $micro::<$r, $v, 4>(a, lda, b, j * $pair, ldb, steps, c, ldc, accumulate, ahead),
+                                2 => $micro::<$r, $v, 2>(a, lda, b, j * $pair, ldb, steps, c, ldc, accumulate, ahead),
+                                _ => $micro::<$r, $v, 0>(a, lda, b, j * $pair, ldb, steps, c, ldc, accumulate, ahead),
                             }
                         };
                         $r
@@ -142,13 +139,15 @@ unsafe fn finish<const R: usize, const V: usize>(sums: [[__m512; V]; R], c: *mut
 }
 
 /// # Safety
-/// `a` has R rows of `steps` values, `b` `steps` steps of V vectors, `c` R rows of V vectors.
+/// `a` has R rows of `steps` values for each stretch of `b`, `b` `steps` steps of V vectors from `first` on, `c` R rows of
+/// V vectors.
 #[expect(clippy::too_many_arguments, reason = "a kernel's registers")]
 #[target_feature(enable = "avx512f")]
 unsafe fn f32_f32_block<const R: usize, const V: usize, const LINES: usize>(
     a: *const f32,
     lda: usize,
-    b: *const f32,
+    b: &[&[f32]],
+    first: usize,
     ldb: usize,
     steps: usize,
     c: *mut f32,
@@ -159,17 +158,20 @@ unsafe fn f32_f32_block<const R: usize, const V: usize, const LINES: usize>(
     // SAFETY: the caller's promise covers every address below.
     unsafe {
         let mut sums = start::<R, V>(c, ldc, accumulate);
-        for step in 0..steps {
-            prefetch::<LINES>(ahead, step);
-            let b = b.add(step * ldb);
-            let mut columns = [_mm512_setzero_ps(); V];
-            for (v, column) in columns.iter_mut().enumerate() {
-                *column = _mm512_loadu_ps(b.add(v * LANES));
-            }
-            for (r, row) in sums.iter_mut().enumerate() {
-                let value = _mm512_set1_ps(*a.add(r * lda + step));
-                for (sum, column) in row.iter_mut().zip(columns) {
-                    *sum = _mm512_fmadd_ps(value, column, *sum);
+        for (i, b) in b.iter().enumerate() {
+            let (a, b) = (a.add(i * steps), b.as_ptr().add(first));
+            for step in 0..steps {
+                prefetch::<LINES>(ahead, step);
+                let b = b.add(step * ldb);
+                let mut columns = [_mm512_setzero_ps(); V];
+                for (v, column) in columns.iter_mut().enumerate() {
+                    *column = _mm512_loadu_ps(b.add(v * LANES));
+                }
+                for (r, row) in sums.iter_mut().enumerate() {
+                    let value = _mm512_set1_ps(*a.add(r * lda + step));
+                    for (sum, column) in row.iter_mut().zip(columns) {
+                        *sum = _mm512_fmadd_ps(value, column, *sum);
+                    }
                 }
             }
         }
@@ -178,13 +180,15 @@ unsafe fn f32_f32_block<const R: usize, const V: usize, const LINES: usize>(
 }
 
 /// # Safety
-/// `a` has R rows of `2 * steps` values, `b` `steps` steps of V vectors of pairs, `c` R rows of V vectors.
+/// `a` has R rows of `2 * steps` values for each stretch of `b`, `b` `steps` steps of V vectors of pairs from `first` on,
+/// `c` R rows of V vectors.
 #[expect(clippy::too_many_arguments, reason = "a kernel's registers")]
 #[target_feature(enable = "avx512f,avx512bw")]
 unsafe fn f32_bf16_block<const R: usize, const V: usize, const LINES: usize>(
     a: *const f32,
     lda: usize,
-    b: *const bf16,
+    b: &[&[bf16]],
+    first: usize,
     ldb: usize,
     steps: usize,
     c: *mut f32,
@@ -196,18 +200,21 @@ unsafe fn f32_bf16_block<const R: usize, const V: usize, const LINES: usize>(
     unsafe {
         let high = _mm512_set1_epi32(0xffff_0000u32 as i32);
         let mut sums = start::<R, V>(c, ldc, accumulate);
-        for step in 0..steps {
-            prefetch::<LINES>(ahead, step);
-            let b = b.add(step * ldb);
-            for v in 0..V {
-                // A bf16 is the upper half of an f32.
-                let pair = _mm512_loadu_si512(b.add(v * LANES * 2).cast());
-                let first = _mm512_castsi512_ps(_mm512_slli_epi32::<16>(pair));
-                let second = _mm512_castsi512_ps(_mm512_and_si512(pair, high));
-                for (r, row) in sums.iter_mut().enumerate() {
-                    let a = a.add(r * lda + 2 * step);
-                    row[v] = _mm512_fmadd_ps(_mm512_set1_ps(*a), first, row[v]);
-                    row[v] = _mm512_fmadd_ps(_mm512_set1_ps(*a.add(1)), second, row[v]);
+        for (i, b) in b.iter().enumerate() {
+            let (a, b) = (a.add(2 * i * steps), b.as_ptr().add(first));
+            for step in 0..steps {
+                prefetch::<LINES>(ahead, step);
+                let b = b.add(step * ldb);
+                for v in 0..V {
+                    // A bf16 is the upper half of an f32.
+                    let pair = _mm512_loadu_si512(b.add(v * LANES * 2).cast());
+                    let first = _mm512_castsi512_ps(_mm512_slli_epi32::<16>(pair));
+                    let second = _mm512_castsi512_ps(_mm512_and_si512(pair, high));
+                    for (r, row) in sums.iter_mut().enumerate() {
+                        let a = a.add(r * lda + 2 * step);
+                        row[v] = _mm512_fmadd_ps(_mm512_set1_ps(*a), first, row[v]);
+                        row[v] = _mm512_fmadd_ps(_mm512_set1_ps(*a.add(1)), second, row[v]);
+                    }
                 }
             }
         }
@@ -216,13 +223,15 @@ unsafe fn f32_bf16_block<const R: usize, const V: usize, const LINES: usize>(
 }
 
 /// # Safety
-/// `a` has R rows of `2 * steps` values, `b` `steps` steps of V vectors of pairs, `c` R rows of V vectors.
+/// `a` has R rows of `2 * steps` values for each stretch of `b`, `b` `steps` steps of V vectors of pairs from `first` on,
+/// `c` R rows of V vectors.
 #[expect(clippy::too_many_arguments, reason = "a kernel's registers")]
 #[target_feature(enable = "avx512f,avx512bf16")]
 unsafe fn bf16_bf16_block<const R: usize, const V: usize, const LINES: usize>(
     a: *const bf16,
     lda: usize,
-    b: *const bf16,
+    b: &[&[bf16]],
+    first: usize,
     ldb: usize,
     steps: usize,
     c: *mut f32,
@@ -233,18 +242,21 @@ unsafe fn bf16_bf16_block<const R: usize, const V: usize, const LINES: usize>(
     // SAFETY: the caller's promise covers every address below; __m512bh and __m512i are the same 64 bytes.
     unsafe {
         let mut sums = start::<R, V>(c, ldc, accumulate);
-        for step in 0..steps {
-            prefetch::<LINES>(ahead, step);
-            let b = b.add(step * ldb);
-            let mut columns = [std::mem::transmute::<__m512i, __m512bh>(_mm512_setzero_si512()); V];
-            for (v, column) in columns.iter_mut().enumerate() {
-                *column = std::mem::transmute::<__m512i, __m512bh>(_mm512_loadu_si512(b.add(v * LANES * 2).cast()));
-            }
-            for (r, row) in sums.iter_mut().enumerate() {
-                let pair = _mm512_set1_epi32(a.add(r * lda + 2 * step).cast::<i32>().read_unaligned());
-                let pair = std::mem::transmute::<__m512i, __m512bh>(pair);
-                for (sum, column) in row.iter_mut().zip(columns) {
-                    *sum = _mm512_dpbf16_ps(*sum, pair, column);
+        for (i, b) in b.iter().enumerate() {
+            let (a, b) = (a.add(2 * i * steps), b.as_ptr().add(first));
+            for step in 0..steps {
+                prefetch::<LINES>(ahead, step);
+                let b = b.add(step * ldb);
+                let mut columns = [std::mem::transmute::<__m512i, __m512bh>(_mm512_setzero_si512()); V];
+                for (v, column) in columns.iter_mut().enumerate() {
+                    *column = std::mem::transmute::<__m512i, __m512bh>(_mm512_loadu_si512(b.add(v * LANES * 2).cast()));
+                }
+                for (r, row) in sums.iter_mut().enumerate() {
+                    let pair = _mm512_set1_epi32(a.add(r * lda + 2 * step).cast::<i32>().read_unaligned());
+                    let pair = std::mem::transmute::<__m512i, __m512bh>(pair);
+                    for (sum, column) in row.iter_mut().zip(columns) {
+                        *sum = _mm512_dpbf16_ps(*sum, pair, column);
+                    }
                 }
             }
         }

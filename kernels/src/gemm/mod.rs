@@ -28,8 +28,8 @@ pub struct Tile<'a, A, B> {
     pub lda: usize,
     /// Number of rows.
     pub rows: usize,
-    /// Packed matrix, from its first column on.
-    pub b: &'a [B],
+    /// Packed matrix, from its first column on: stretches of equally many steps, one below the other.
+    pub b: &'a [&'a [B]],
     /// Distance between steps of `b`, in elements.
     pub ldb: usize,
     /// Columns to compute; a multiple of [`LANES`].
@@ -45,17 +45,23 @@ pub struct Tile<'a, A, B> {
 }
 
 impl<A, B: Element> Tile<'_, A, B> {
+    /// Steps of the sum in a stretch of `b`.
+    fn steps(&self) -> usize {
+        self.k / B::PAIR / self.b.len().max(1)
+    }
+
     /// The bounds that the unsafe kernels rely on.
     fn check(&self) {
-        assert!(self.cols.is_multiple_of(LANES) && self.k.is_multiple_of(B::PAIR), "{} {}", self.cols, self.k);
+        assert!(!self.b.is_empty() && self.cols.is_multiple_of(LANES) && self.k.is_multiple_of(B::PAIR), "{} {}", self.cols, self.k);
         if self.rows == 0 || self.cols == 0 {
             return;
         }
         assert!(self.lda >= self.k || self.rows == 1, "rows of a overlap");
         assert!((self.rows - 1) * self.lda + self.k <= self.a.len(), "a is too short");
         assert!(self.c.holds(self.rows, self.cols), "c is too short");
-        if let Some(last) = (self.k / B::PAIR).checked_sub(1) {
-            assert!(last * self.ldb + self.cols * B::PAIR <= self.b.len(), "b is too short");
+        assert!(self.k.is_multiple_of(B::PAIR * self.b.len()), "uneven stretches of b");
+        if let Some(last) = self.steps().checked_sub(1) {
+            assert!(self.b.iter().all(|b| last * self.ldb + self.cols * B::PAIR <= b.len()), "b is too short");
         }
     }
 }
@@ -170,7 +176,7 @@ mod tests {
                 a,
                 lda,
                 rows,
-                b,
+                b: &[b],
                 ldb,
                 cols,
                 k,
@@ -187,6 +193,14 @@ mod tests {
                 let expected = sum + f64::from(start[r * cols + j]);
                 assert!((f64::from(whole[r * cols + j]) - expected).abs() < tolerance, "{rows}x{cols}x{k} at {r},{j}");
             }
+        }
+        // The matrix in two stretches: the same bits.
+        if k.is_multiple_of(2 * B::PAIR) {
+            let (upper, lower) = b.split_at(k / 2 * cols);
+            let (mut c, from_memory) = (start.clone(), false);
+            let (b, c_rows) = (&[upper, lower][..], Rows::new(&mut c, cols));
+            kernel(Tile { a: &a, lda: k, rows, b, ldb, cols, k, c: c_rows, accumulate: true, from_memory });
+            assert!(c == whole, "{rows}x{cols}x{k} in two stretches");
         }
         // One row, one vector of columns, and the sum taken in two goes: the same bits.
         let middle = k / 2 / B::PAIR * B::PAIR;

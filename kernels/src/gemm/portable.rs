@@ -20,29 +20,48 @@ fn with_avx2<A: Element, B: Element>(tile: Tile<'_, A, B>) {
 }
 
 #[inline(always)]
-fn body<A: Element, B: Element, const FUSED: bool>(tile: Tile<'_, A, B>) {
-    let Tile { a, lda, rows, b, ldb, cols, k, mut c, accumulate, .. } = tile;
-    for r in 0..rows {
-        let row = &a[r * lda..r * lda + k];
-        for j in (0..cols).step_by(LANES) {
-            let out = c.row(r, j..j + LANES);
-            let mut sums = [0.0f32; LANES];
-            if accumulate {
-                sums.copy_from_slice(out);
+fn body<A: Element, B: Element, const FUSED: bool>(mut tile: Tile<'_, A, B>) {
+    let mut row = 0;
+    while row < tile.rows {
+        // Four rows share the work of loading and widening a step of the matrix.
+        row += match tile.rows - row {
+            4.. => rows::<A, B, FUSED, 4>(&mut tile, row),
+            _ => rows::<A, B, FUSED, 1>(&mut tile, row),
+        };
+    }
+}
+
+/// R rows from `first` on; answers R.
+#[inline(always)]
+fn rows<A: Element, B: Element, const FUSED: bool, const R: usize>(tile: &mut Tile<'_, A, B>, first: usize) -> usize {
+    let (lda, ldb, k) = (tile.lda, tile.ldb, tile.k);
+    let stretch = k / tile.b.len();
+    let a: [&[A]; R] = std::array::from_fn(|r| &tile.a[(first + r) * lda..(first + r) * lda + k]);
+    for j in (0..tile.cols).step_by(LANES) {
+        let mut sums = [[0.0f32; LANES]; R];
+        if tile.accumulate {
+            for (r, sums) in sums.iter_mut().enumerate() {
+                sums.copy_from_slice(tile.c.row(first + r, j..j + LANES));
             }
-            for (step, values) in row.chunks_exact(B::PAIR).enumerate() {
-                let start = step * ldb + j * B::PAIR;
-                let weights = &b[start..start + LANES * B::PAIR];
-                for (p, value) in values.iter().enumerate() {
-                    let value = value.to_f32();
-                    for (lane, sum) in sums.iter_mut().enumerate() {
-                        let weight = weights[lane * B::PAIR + p].to_f32();
-                        // Without the instruction, mul_add is a slow call.
-                        *sum = if FUSED { value.mul_add(weight, *sum) } else { value * weight + *sum };
+        }
+        for (i, b) in tile.b.iter().enumerate() {
+            for step in 0..stretch / B::PAIR {
+                let weights = &b[step * ldb + j * B::PAIR..][..LANES * B::PAIR];
+                for p in 0..B::PAIR {
+                    let weights: [f32; LANES] = std::array::from_fn(|lane| weights[lane * B::PAIR + p].to_f32());
+                    for (a, sums) in a.iter().zip(&mut sums) {
+                        let value = a[i * stretch + step * B::PAIR + p].to_f32();
+                        for (sum, weight) in sums.iter_mut().zip(weights) {
+                            // Without the instruction, mul_add is a slow call.
+                            *sum = if FUSED { value.mul_add(weight, *sum) } else { value * weight + *sum };
+                        }
                     }
                 }
             }
-            out.copy_from_slice(&sums);
+        }
+        for (r, sums) in sums.iter().enumerate() {
+            tile.c.row(first + r, j..j + LANES).copy_from_slice(sums);
         }
     }
+    R
 }

@@ -1,9 +1,12 @@
 //! One thread owns the device; everything else talks to it through [`Engine`].
 //!
-//! Read [`scheduler`] first: it decides what runs. `worker` is the thread, [`sampling`] draws tokens.
+//! Read [`scheduler`] first: it decides what runs. `worker` is the thread, `step` what it hands to the threads of
+//! `compute`, [`sampling`] draws tokens.
 
+mod compute;
 pub mod sampling;
 pub mod scheduler;
+mod step;
 mod worker;
 
 use std::ops::{Deref, Range};
@@ -18,6 +21,7 @@ pub use scheduler::Priority;
 
 use crate::admission::TokenPermit;
 use crate::error::{Error, Result};
+use compute::Compute;
 use sampling::Sampler;
 use scheduler::{Limits, ModelKey};
 use worker::{Command, Worker};
@@ -214,15 +218,11 @@ impl ModelHandle {
 impl Engine {
     /// Starts the thread and its pool.
     pub fn start(options: EngineOptions) -> Result<Engine> {
-        let pool = rayon::ThreadPoolBuilder::new()
-            .num_threads(options.threads)
-            .thread_name(|i| format!("plumb-compute-{i}"))
-            .build()
-            .map_err(|error| Error::internal(format!("cannot start the compute threads: {error}")))?;
+        let compute = Compute::start(options.threads)?;
         let (commands, receiver) = std::sync::mpsc::channel();
         let speed = Arc::new(Speed::default());
         let (alive_sender, alive) = watch::channel(true);
-        let worker = Worker::new(options, receiver, speed.clone(), pool);
+        let worker = Worker::new(options, receiver, speed.clone(), compute);
         std::thread::Builder::new()
             .name("plumb-engine".into())
             .spawn(move || {

@@ -1,24 +1,21 @@
 //! The thread that owns the device: takes commands, runs steps, hands back a few floats.
 
 use std::collections::{HashMap, VecDeque};
-use std::ops::Range;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, TryRecvError};
 use std::time::Instant;
 
-use plumb_model::decoder::{KvStore, Read, Step, StepSequence, Workspace};
+use plumb_model::decoder::KvStore;
 use plumb_model::loaded::LoadedModel;
-use rayon::prelude::*;
 use tokio::sync::{mpsc, oneshot};
 
+use super::compute::Compute;
 use super::scheduler::cost::Cost;
-use super::scheduler::{
-    Entry, ModelKey, NewSequence, Plan, Scheduler, SequenceId, Slice, Want as Wanted, log_prob_rows,
-};
+use super::scheduler::{ModelKey, NewSequence, Plan, Scheduler, SequenceId, Slice, Want as Wanted};
+use super::step::{self, Device, Input, Outcome, Values};
 use super::{EngineOptions, Finish, GenerateEvent, GenerateJob, Sequence, SequenceOutput, Speed, Want};
 use crate::error::{Error, Result};
-use crate::telemetry::events::{BatchRun, ModelMemory, PrefixEvictions, QueueChanged};
+use crate::telemetry::events::{BatchRun, PrefixEvictions, QueueChanged};
 
 /// What can be asked of the thread.
 pub(super) enum Command {
@@ -37,33 +34,11 @@ pub(super) enum Command {
     Generate { job: Box<GenerateJob>, events: mpsc::Sender<Result<GenerateEvent>> },
 }
 
-/// A model and its state on the device.
-struct Device {
-    model: Arc<LoadedModel>,
-    kv: KvStore,
-    workspace: Workspace,
-    name: (String, u64),
-    /// Bytes of the workspace when they were last told.
-    workspace_bytes: usize,
-}
-
-impl Device {
-    /// Tells what the model takes, if that has changed.
-    fn report_memory(&mut self) {
-        let workspace = self.workspace.bytes();
-        if workspace != self.workspace_bytes {
-            self.workspace_bytes = workspace;
-            let cache = self.model.kv_pages * self.model.page_bytes;
-            let resident = self.model.info.weight_bytes as usize + cache + workspace;
-            ModelMemory { model: &self.name.0, version: self.name.1, cache, resident }.emit();
-        }
-    }
-}
-
 /// Who waits for a sequence.
 enum Caller {
     Score { sequence: Sequence, reply: oneshot::Sender<Result<SequenceOutput>> },
-    Generate { job: Box<GenerateJob>, events: mpsc::Sender<Result<GenerateEvent>>, drawn: usize },
+    /// The job is away while its next token is computed.
+    Generate { job: Option<Box<GenerateJob>>, events: mpsc::Sender<Result<GenerateEvent>>, drawn: usize },
 }
 
 impl Caller {
@@ -86,7 +61,7 @@ impl Caller {
 pub(super) struct Worker {
     commands: Receiver<Command>,
     speed: Arc<Speed>,
-    pool: Arc<rayon::ThreadPool>,
+    compute: Arc<Compute>,
     scheduler: Scheduler,
     devices: HashMap<ModelKey, Device>,
     callers: HashMap<SequenceId, Caller>,
@@ -102,13 +77,13 @@ impl Worker {
         options: EngineOptions,
         commands: Receiver<Command>,
         speed: Arc<Speed>,
-        pool: rayon::ThreadPool,
+        compute: Compute,
     ) -> Self {
         Self {
             scheduler: Scheduler::new(options.limits()),
             commands,
             speed,
-            pool: Arc::new(pool),
+            compute: Arc::new(compute),
             devices: HashMap::new(),
             callers: HashMap::new(),
             prepared: None,
@@ -117,12 +92,13 @@ impl Worker {
         }
     }
 
-    /// Runs until every handle of the engine is gone.
+    /// Runs until every handle of the engine is gone, or the device is.
     pub(super) fn run(mut self) {
         while self.take_commands() {
             self.drop_unwanted();
-            if let Some(plan) = self.prepared.take().or_else(|| self.scheduler.plan(Instant::now())) {
-                self.run_plan(&plan);
+            let plan = self.prepared.take().or_else(|| self.scheduler.plan(Instant::now()));
+            if !plan.is_none_or(|plan| self.run_plan(&plan)) {
+                return;
             }
             self.report_queue();
         }
@@ -172,25 +148,17 @@ impl Worker {
             }
             Command::Detach(key) => self.detach(key),
             Command::Run { sequence, reply } => self.add(Caller::Score { sequence, reply }),
-            Command::Generate { job, events } => self.add(Caller::Generate { job, events, drawn: 0 }),
+            Command::Generate { job, events } => self.add(Caller::Generate { job: Some(job), events, drawn: 0 }),
         }
     }
 
-    /// Runs a few tokens, so that a model that cannot compute is never offered.
+    /// Takes a model in, once it has been tried out.
     fn attach(&mut self, key: ModelKey, model: Arc<LoadedModel>, kv: KvStore, name: (String, u64)) -> Result<()> {
         let (pages, cost) = (model.kv_pages, Cost::of(model.decoder.config()));
-        let workspace = model.decoder.workspace();
-        let mut device = Device { model, kv, workspace, name, workspace_bytes: 0 };
-        let tokens = [0u32];
-        let read = match device.model.info.reward_head {
-            Some(_) => Read::LastReward,
-            None => Read::LogProbs { rows: 0..1, targets: &tokens },
-        };
-        let trial = Step { sequences: vec![StepSequence { tokens: &tokens, position: 0, pages: &[0], read }] };
-        let values = self.pool.install(|| run_guarded(&mut device, &trial))?;
-        if values.iter().flatten().any(|v| !v.is_finite()) {
-            return Err(Error::NonFinite { what: format!("the trial score of {}", device.name.0) });
-        }
+        let mut device = Device::new(model, kv, name);
+        let tried = move || (device.try_out(), device);
+        let (result, mut device) = self.compute.run(tried, || {})?;
+        result?;
         device.report_memory();
         self.scheduler.add_model(key, pages, cost);
         self.devices.insert(key, device);
@@ -225,7 +193,8 @@ impl Worker {
                 arrived: sequence.meta.arrived,
                 pinned_prefix: sequence.meta.pinned_prefix,
             },
-            Caller::Generate { job, .. } => NewSequence {
+            Caller::Generate { job: None, .. } => return,
+            Caller::Generate { job: Some(job), .. } => NewSequence {
                 model: job.model.key(),
                 want: Wanted::Generate { max_new_tokens: job.max_new_tokens },
                 tokens: std::mem::take(&mut job.tokens),
@@ -271,20 +240,22 @@ impl Worker {
         }
     }
 
-    fn run_plan(&mut self, plan: &Plan) {
-        let Some(mut device) = self.devices.remove(&plan.model) else { return };
-        let input = |slice: &Slice| self.scheduler.entry(slice.id).map(|entry| Input::new(entry, slice));
-        // A sequence in a plan stays until the plan has run.
-        let inputs: Vec<Input> = plan.slices.iter().filter_map(input).collect();
-        let step = Step { sequences: inputs.iter().map(Input::sequence).collect() };
-        let pool = Arc::clone(&self.pool);
-        let started = Instant::now();
-        let mut result = None;
-        pool.in_place_scope(|scope| {
-            scope.spawn(|_| result = Some((run_guarded(&mut device, &step), started.elapsed())));
-            self.prepare();
-        });
-        let (values, duration) = result.unwrap_or_else(|| (Err(Error::DeviceLost), started.elapsed()));
+    /// Runs a step. False if there is nothing left to run it on.
+    fn run_plan(&mut self, plan: &Plan) -> bool {
+        let Some(device) = self.devices.remove(&plan.model) else { return true };
+        let mut inputs = Vec::with_capacity(plan.slices.len());
+        for slice in &plan.slices {
+            // A sequence in a plan stays until the plan has run.
+            let Some(entry) = self.scheduler.entry(slice.id) else { continue };
+            let mut input = Input::new(entry, slice);
+            if let (true, Some(Caller::Generate { job, .. })) = (input.draws(), self.callers.get_mut(&slice.id)) {
+                input.job = job.take();
+            }
+            inputs.push(input);
+        }
+        let compute = Arc::clone(&self.compute);
+        let outcome = compute.run(move || step::run(device, inputs), || self.prepare());
+        let Ok(Outcome { mut device, inputs, values, duration }) = outcome else { return false };
         BatchRun {
             model: &device.name.0,
             version: device.name.1,
@@ -297,8 +268,15 @@ impl Worker {
         self.speed.record(plan.tokens(), duration);
         device.report_memory();
         self.devices.insert(plan.model, device);
+        for (slice, input) in plan.slices.iter().zip(inputs) {
+            if let Some(Caller::Generate { job, .. }) = self.callers.get_mut(&slice.id)
+                && input.job.is_some()
+            {
+                *job = input.job;
+            }
+        }
         match values {
-            Ok(values) => self.deliver_all(plan, values),
+            Ok(values) => plan.slices.iter().zip(values).for_each(|(slice, values)| self.deliver(slice, values)),
             Err(error) => {
                 // What the step has left in the cache cannot be trusted, nor what builds on it.
                 self.prepared.take_if(|prepared| prepared.model == plan.model);
@@ -310,45 +288,27 @@ impl Worker {
             }
         }
         self.scheduler.ran(plan, duration);
+        true
     }
 
-    /// Hands out what a step has computed. Tokens are drawn on all threads: each takes a pass over a vocabulary.
-    fn deliver_all(&mut self, plan: &Plan, values: Vec<Vec<f32>>) {
-        let mut drawing = Vec::new();
-        for (slice, values) in plan.slices.iter().zip(values) {
-            match self.callers.get_mut(&slice.id) {
-                Some(Caller::Generate { .. }) if values.is_empty() => {}
-                Some(Caller::Generate { .. }) => {
-                    self.scheduler.complete(slice, Vec::new());
-                    if let Some(caller) = self.callers.remove(&slice.id) {
-                        drawing.push((slice.id, caller, values));
-                    }
+    /// Hands out what a step has computed for a slice.
+    fn deliver(&mut self, slice: &Slice, values: Values) {
+        match (values, self.callers.get(&slice.id)) {
+            (_, None) => self.forget(slice.id),
+            (Values::Read(values), Some(Caller::Score { .. })) => self.deliver_values(slice, values),
+            (Values::Drawn(drawn), Some(_)) => {
+                self.scheduler.complete(slice, Vec::new());
+                match drawn {
+                    Ok((token, log_prob)) => self.send_token(slice.id, token, log_prob),
+                    Err(error) => self.fail(slice.id, error),
                 }
-                Some(Caller::Score { .. }) => self.deliver(slice, values),
-                None => self.forget(slice.id),
             }
-        }
-        let draw = |(id, mut caller, mut logits): (SequenceId, Caller, Vec<f32>)| {
-            let drawn = match &mut caller {
-                Caller::Generate { job, .. } => job.sampler.draw(&mut logits),
-                Caller::Score { .. } => Err(Error::internal("logits that nobody asked for")),
-            };
-            (id, caller, drawn)
-        };
-        let drawn: Vec<_> = match drawing.len() {
-            0 | 1 => drawing.into_iter().map(draw).collect(),
-            _ => self.pool.install(|| drawing.into_par_iter().map(draw).collect()),
-        };
-        for (id, caller, drawn) in drawn {
-            self.callers.insert(id, caller);
-            match drawn {
-                Ok((token, log_prob)) => self.send_token(id, token, log_prob),
-                Err(error) => self.fail(id, error),
-            }
+            // A part of a prompt.
+            (Values::Read(_), Some(Caller::Generate { .. })) => {}
         }
     }
 
-    fn deliver(&mut self, slice: &Slice, values: Vec<f32>) {
+    fn deliver_values(&mut self, slice: &Slice, values: Vec<f32>) {
         if values.iter().any(|v| !v.is_finite()) {
             return self.fail(slice.id, Error::NonFinite { what: "a value that the model computed".into() });
         }
@@ -374,7 +334,7 @@ impl Worker {
 
     /// Sends a sequence's next token, and ends it if that was the last one.
     fn send_token(&mut self, id: SequenceId, token: u32, log_prob: f32) {
-        let Some(Caller::Generate { job, events, drawn }) = self.callers.get_mut(&id) else { return };
+        let Some(Caller::Generate { job: Some(job), events, drawn }) = self.callers.get_mut(&id) else { return };
         if *drawn == 0 {
             let (cached_tokens, queued) = self.scheduler.entry(id).map_or((0, Default::default()), |e| {
                 (e.cached(), e.started().unwrap_or(e.arrived()).duration_since(e.arrived()))
@@ -408,63 +368,5 @@ impl Worker {
             PrefixEvictions { pages: evictions - self.evictions }.emit();
         }
         self.evictions = evictions;
-    }
-}
-
-/// A slice of a sequence, independent of the scheduler, which plans on while the slice runs.
-struct Input {
-    /// From the slice's first token on; one more where its probability is wanted.
-    tokens: Vec<u32>,
-    len: usize,
-    position: usize,
-    pages: Vec<u32>,
-    read: InputRead,
-}
-
-/// As [`Read`].
-enum InputRead {
-    Nothing,
-    LastReward,
-    Rewards,
-    LastLogits,
-    LogProbs(Range<usize>),
-}
-
-impl Input {
-    fn new(entry: &Entry, slice: &Slice) -> Self {
-        let Range { start, end } = slice.positions;
-        let last = end == entry.tokens().len();
-        let read = match entry.want() {
-            Wanted::Reward if last => InputRead::LastReward,
-            Wanted::Generate { .. } if last => InputRead::LastLogits,
-            Wanted::TokenRewards => InputRead::Rewards,
-            Wanted::LogProbs(range) => InputRead::LogProbs(log_prob_rows(range, &slice.positions)),
-            _ => InputRead::Nothing,
-        };
-        let tokens = entry.tokens()[start..(end + 1).min(entry.tokens().len())].to_vec();
-        Self { tokens, len: end - start, position: start, pages: entry.pages().to_vec(), read }
-    }
-
-    fn sequence(&self) -> StepSequence<'_> {
-        let read = match &self.read {
-            InputRead::Nothing => Read::Nothing,
-            InputRead::LastReward => Read::LastReward,
-            InputRead::Rewards => Read::Rewards,
-            InputRead::LastLogits => Read::LastLogits,
-            // The token after each row.
-            InputRead::LogProbs(rows) => {
-                Read::LogProbs { rows: rows.clone(), targets: &self.tokens[rows.start + 1..rows.end + 1] }
-            }
-        };
-        StepSequence { tokens: &self.tokens[..self.len], position: self.position, pages: &self.pages, read }
-    }
-}
-
-/// Runs a step on the current pool; a panic in it is an error, not the end of the thread.
-fn run_guarded(device: &mut Device, step: &Step<'_>) -> Result<Vec<Vec<f32>>> {
-    let Device { model, kv, workspace, .. } = device;
-    match catch_unwind(AssertUnwindSafe(|| model.decoder.step(step, kv, workspace))) {
-        Ok(result) => result.map_err(|error| Error::internal(error.to_string())),
-        Err(_) => Err(Error::internal("a kernel panicked; the log has the details")),
     }
 }

@@ -1,0 +1,163 @@
+//! A step as it is handed to the threads that compute: everything that it needs goes along, so that the engine's thread
+//! can plan on meanwhile.
+
+use std::ops::Range;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use plumb_model::decoder::{KvStore, Read, Step, StepSequence, Workspace};
+use plumb_model::loaded::LoadedModel;
+use plumb_model::parallel::for_each_piece;
+
+use super::GenerateJob;
+use super::scheduler::{Entry, Slice, Want as Wanted, log_prob_rows};
+use crate::error::{Error, Result};
+use crate::telemetry::events::ModelMemory;
+
+/// A model and its state on the device.
+pub(super) struct Device {
+    pub(super) model: Arc<LoadedModel>,
+    kv: KvStore,
+    workspace: Workspace,
+    /// Name and version.
+    pub(super) name: (String, u64),
+    /// Bytes of the workspace when they were last told.
+    workspace_bytes: usize,
+}
+
+impl Device {
+    pub(super) fn new(model: Arc<LoadedModel>, kv: KvStore, name: (String, u64)) -> Self {
+        Self { workspace: model.decoder.workspace(), model, kv, name, workspace_bytes: 0 }
+    }
+
+    /// Runs a few tokens: a model that cannot compute must not be offered.
+    pub(super) fn try_out(&mut self) -> Result<()> {
+        let tokens = [0u32];
+        let read = match self.model.info.reward_head {
+            Some(_) => Read::LastReward,
+            None => Read::LogProbs { rows: 0..1, targets: &tokens },
+        };
+        let trial = Step { sequences: vec![StepSequence { tokens: &tokens, position: 0, pages: &[0], read }] };
+        let values = run_guarded(self, &trial)?;
+        match values.iter().flatten().all(|v| v.is_finite()) {
+            true => Ok(()),
+            false => Err(Error::NonFinite { what: format!("the trial score of {}", self.name.0) }),
+        }
+    }
+
+    /// Tells what the model takes, if that has changed.
+    pub(super) fn report_memory(&mut self) {
+        let workspace = self.workspace.bytes();
+        if workspace != self.workspace_bytes {
+            self.workspace_bytes = workspace;
+            let cache = self.model.kv_pages * self.model.page_bytes;
+            let resident = self.model.info.weight_bytes as usize + cache + workspace;
+            ModelMemory { model: &self.name.0, version: self.name.1, cache, resident }.emit();
+        }
+    }
+}
+
+/// What became of a step.
+pub(super) struct Outcome {
+    pub(super) device: Device,
+    pub(super) inputs: Vec<Input>,
+    pub(super) values: Result<Vec<Values>>,
+    pub(super) duration: Duration,
+}
+
+/// What a slice has brought.
+pub(super) enum Values {
+    /// The values that were wanted of its tokens.
+    Read(Vec<f32>),
+    /// A token and its log-probability.
+    Drawn(Result<(u32, f32)>),
+}
+
+/// Runs a step and draws the tokens that follow from it, on the current pool.
+pub(super) fn run(mut device: Device, mut inputs: Vec<Input>) -> Outcome {
+    let started = Instant::now();
+    let step = Step { sequences: inputs.iter().map(Input::sequence).collect() };
+    let values = run_guarded(&mut device, &step);
+    let duration = started.elapsed();
+    let values = values.map(|values| draw(&mut inputs, values));
+    Outcome { device, inputs, values, duration }
+}
+
+/// Draws tokens on all threads: each takes a pass over a vocabulary.
+fn draw(inputs: &mut [Input], values: Vec<Vec<f32>>) -> Vec<Values> {
+    let slots: Vec<_> = inputs.iter_mut().zip(values).map(|(i, v)| Mutex::new((&mut i.job, Values::Read(v)))).collect();
+    for_each_piece(slots.len(), 1, |slot| {
+        let mut slot = slots[slot.start].lock().unwrap_or_else(PoisonError::into_inner);
+        if let (Some(job), Values::Read(logits)) = &mut *slot {
+            let drawn = catch_unwind(AssertUnwindSafe(|| job.sampler.draw(logits)));
+            slot.1 = Values::Drawn(drawn.unwrap_or_else(|_| Err(Error::internal("the sampler panicked"))));
+        }
+    });
+    slots.into_iter().map(|slot| slot.into_inner().unwrap_or_else(PoisonError::into_inner).1).collect()
+}
+
+/// A slice of a sequence, independent of the scheduler, which plans on while the slice runs.
+pub(super) struct Input {
+    /// From the slice's first token on; one more where its probability is wanted.
+    tokens: Vec<u32>,
+    len: usize,
+    position: usize,
+    pages: Vec<u32>,
+    read: InputRead,
+    /// Draws the next token, if one follows.
+    pub(super) job: Option<Box<GenerateJob>>,
+}
+
+/// As [`Read`].
+enum InputRead {
+    Nothing,
+    LastReward,
+    Rewards,
+    LastLogits,
+    LogProbs(Range<usize>),
+}
+
+impl Input {
+    pub(super) fn new(entry: &Entry, slice: &Slice) -> Self {
+        let Range { start, end } = slice.positions;
+        let last = end == entry.tokens().len();
+        let read = match entry.want() {
+            Wanted::Reward if last => InputRead::LastReward,
+            Wanted::Generate { .. } if last => InputRead::LastLogits,
+            Wanted::TokenRewards => InputRead::Rewards,
+            Wanted::LogProbs(range) => InputRead::LogProbs(log_prob_rows(range, &slice.positions)),
+            _ => InputRead::Nothing,
+        };
+        let tokens = entry.tokens()[start..(end + 1).min(entry.tokens().len())].to_vec();
+        Self { tokens, len: end - start, position: start, pages: entry.pages().to_vec(), read, job: None }
+    }
+
+    /// Whether a token is to be drawn after the slice.
+    pub(super) fn draws(&self) -> bool {
+        matches!(self.read, InputRead::LastLogits)
+    }
+
+    fn sequence(&self) -> StepSequence<'_> {
+        let read = match &self.read {
+            InputRead::Nothing => Read::Nothing,
+            InputRead::LastReward => Read::LastReward,
+            InputRead::Rewards => Read::Rewards,
+            InputRead::LastLogits => Read::LastLogits,
+            // The token after each row.
+            InputRead::LogProbs(rows) => {
+                Read::LogProbs { rows: rows.clone(), targets: &self.tokens[rows.start + 1..rows.end + 1] }
+            }
+        };
+        StepSequence { tokens: &self.tokens[..self.len], position: self.position, pages: &self.pages, read }
+    }
+}
+
+/// Runs a step on the current pool; a panic in it is an error, not the end of the thread.
+fn run_guarded(device: &mut Device, step: &Step<'_>) -> Result<Vec<Vec<f32>>> {
+    let Device { model, kv, workspace, .. } = device;
+    match catch_unwind(AssertUnwindSafe(|| model.decoder.step(step, kv, workspace))) {
+        Ok(result) => result.map_err(|error| Error::internal(error.to_string())),
+        Err(_) => Err(Error::internal("a kernel panicked; the log has the details")),
+    }
+}
