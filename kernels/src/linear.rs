@@ -289,8 +289,7 @@ fn for_each_block(rows: usize, columns: usize, f: impl Fn(Range<usize>, Range<us
         let block = rows.div_ceil(blocks).next_multiple_of(KERNEL_ROWS);
         for_each_piece(rows, block, |rows| f(rows, 0..columns));
     } else {
-        // Two stretches a thread: one that somebody else's work holds up leaves its second to the others.
-        let stretch = columns.div_ceil(2 * threads).next_multiple_of(STRIP);
+        let stretch = columns.div_ceil(threads).next_multiple_of(STRIP);
         for_each_piece(columns, stretch, |columns| {
             (0..rows).step_by(BLOCK_ROWS).for_each(|start| {
                 f(start..(start + BLOCK_ROWS).min(rows), columns.clone());

@@ -5,16 +5,22 @@ use std::cell::RefCell;
 use std::fmt;
 use std::marker::PhantomData;
 use std::ops::{Deref, DerefMut};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use bytemuck::Pod;
-use memmap2::MmapMut;
+use memmap2::{MmapMut, MmapRaw};
 
-/// Zeros that the system provides as they are first touched and takes back as soon as they are dropped.
+/// Bytes that are mapped at a time. Many huge pages, of which an array that is smaller than one would get none.
+const MAPPING: usize = 32 << 20;
+
+/// Zeros that the system provides as they are first touched, and takes back when all that was mapped together is gone.
 ///
-/// Starts at a page, so that no vector straddles two cache lines, and lies in huge pages where the system has them: a
+/// Starts at a cache line, so that no vector straddles two of them, and lies in huge pages where the system has them: a
 /// decoding step reads every weight once, and would miss the address cache at every small page.
 pub struct Buffer<T> {
-    map: Option<MmapMut>,
+    map: Arc<MmapRaw>,
+    /// In bytes, from the beginning of the mapping.
+    offset: usize,
     len: usize,
     numbers: PhantomData<T>,
 }
@@ -22,23 +28,29 @@ pub struct Buffer<T> {
 impl<T: Pod> Buffer<T> {
     /// `len` zeros.
     pub fn zeros(len: usize) -> Self {
-        let bytes = len * size_of::<T>();
-        Self { map: (bytes > 0).then(|| map(bytes)), len, numbers: PhantomData }
+        // The last mapping, and how much of it is given out.
+        static LAST: Mutex<Option<(Arc<MmapRaw>, usize)>> = Mutex::new(None);
+        let bytes = carved::<T>(len);
+        let mut last = LAST.lock().unwrap_or_else(PoisonError::into_inner);
+        let (map, offset) = match last.take() {
+            Some((map, used)) if bytes <= map.len() - used => (map, used),
+            _ => (Arc::new(map(bytes.max(MAPPING))), 0),
+        };
+        *last = Some((Arc::clone(&map), offset + bytes));
+        Self { map, offset, len, numbers: PhantomData }
     }
 
     /// Takes all the memory from the system now, where it can be told to: nobody has to wait for a page later.
     #[must_use]
     pub fn populated(self) -> Self {
         #[cfg(target_os = "linux")]
-        if let Some(map) = &self.map {
-            // Linux before 5.14 refuses, and provides pages as they are touched.
-            drop(map.advise(memmap2::Advice::PopulateWrite));
-        }
+        // Linux before 5.14 refuses, and provides pages as they are touched.
+        drop(self.map.advise_range(memmap2::Advice::PopulateWrite, self.offset, self.len * size_of::<T>()));
         self
     }
 }
 
-fn map(bytes: usize) -> MmapMut {
+fn map(bytes: usize) -> MmapRaw {
     let Ok(map) = MmapMut::map_anon(bytes) else {
         // As every other allocation that fails.
         handle_alloc_error(Layout::from_size_align(bytes, 1).unwrap_or_else(|_| Layout::new::<u8>()));
@@ -46,7 +58,7 @@ fn map(bytes: usize) -> MmapMut {
     #[cfg(target_os = "linux")]
     // A kernel without huge pages refuses; small ones do as well, only slower.
     drop(map.advise(memmap2::Advice::HugePage));
-    map
+    map.into()
 }
 
 impl<T: Pod> Deref for Buffer<T> {
@@ -54,15 +66,18 @@ impl<T: Pod> Deref for Buffer<T> {
 
     #[inline]
     fn deref(&self) -> &[T] {
-        self.map.as_ref().map_or(&[], |map| &bytemuck::cast_slice(map)[..self.len])
+        // SAFETY: the mapping lives as long as the buffer and is longer; no two buffers overlap, so that only a mutable
+        // borrow of this one can write; zeros and whatever was written are values of T, and cache lines are aligned
+        // for it.
+        unsafe { std::slice::from_raw_parts(self.map.as_ptr().add(self.offset).cast(), self.len) }
     }
 }
 
 impl<T: Pod> DerefMut for Buffer<T> {
     #[inline]
     fn deref_mut(&mut self) -> &mut [T] {
-        let len = self.len;
-        self.map.as_mut().map_or(&mut [], |map| &mut bytemuck::cast_slice_mut(map)[..len])
+        // SAFETY: as above.
+        unsafe { std::slice::from_raw_parts_mut(self.map.as_mut_ptr().add(self.offset).cast(), self.len) }
     }
 }
 
@@ -131,6 +146,18 @@ mod tests {
         buffer.fill(one);
         assert!(buffer.iter().all(|x| *x == one));
         assert!(len == 0 || buffer.as_ptr().addr().is_multiple_of(64));
+    }
+
+    #[test]
+    fn buffers_do_not_overlap() {
+        let mut buffers: Vec<_> = (0..50).map(|i| Buffer::<u32>::zeros(i * 40_000).populated()).collect();
+        for (i, buffer) in buffers.iter_mut().enumerate() {
+            assert!(buffer.iter().all(|x| *x == 0));
+            buffer.fill(i as u32 + 1);
+        }
+        for (i, buffer) in buffers.iter().enumerate() {
+            assert!(buffer.iter().all(|x| *x == i as u32 + 1), "{i}");
+        }
     }
 
     #[test]

@@ -52,7 +52,12 @@ impl<A, B: Element> Tile<'_, A, B> {
 
     /// The bounds that the unsafe kernels rely on.
     fn check(&self) {
-        assert!(!self.b.is_empty() && self.cols.is_multiple_of(LANES) && self.k.is_multiple_of(B::PAIR), "{} {}", self.cols, self.k);
+        assert!(
+            !self.b.is_empty() && self.cols.is_multiple_of(LANES) && self.k.is_multiple_of(B::PAIR),
+            "{} {}",
+            self.cols,
+            self.k
+        );
         if self.rows == 0 || self.cols == 0 {
             return;
         }

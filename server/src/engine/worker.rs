@@ -36,9 +36,16 @@ pub(super) enum Command {
 
 /// Who waits for a sequence.
 enum Caller {
-    Score { sequence: Sequence, reply: oneshot::Sender<Result<SequenceOutput>> },
+    Score {
+        sequence: Sequence,
+        reply: oneshot::Sender<Result<SequenceOutput>>,
+    },
     /// The job is away while its next token is computed.
-    Generate { job: Option<Box<GenerateJob>>, events: mpsc::Sender<Result<GenerateEvent>>, drawn: usize },
+    Generate {
+        job: Option<Box<GenerateJob>>,
+        events: mpsc::Sender<Result<GenerateEvent>>,
+        drawn: usize,
+    },
 }
 
 impl Caller {
