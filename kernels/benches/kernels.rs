@@ -9,10 +9,11 @@ use half::bf16;
 use plumb_kernels::Element;
 use plumb_kernels::activation::Activation;
 use plumb_kernels::attention::{KvPages, PAGE, Prepare, Rule, Run, Span, Work, attention, padded, prepare};
-use plumb_kernels::head::token_log_probs;
+use plumb_kernels::head::{dot, token_log_probs};
 use plumb_kernels::linear::{Activated, Linear, Matrix, Rows, Store};
 use plumb_kernels::memory::Buffer;
 use plumb_kernels::norm::Norm;
+use plumb_kernels::quantised::QuantRows;
 use plumb_kernels::rotary::Rotary;
 use rayon::prelude::*;
 
@@ -95,6 +96,30 @@ fn linear<E: Element>(c: &mut Criterion) {
     }
 }
 
+/// As Q4_1 and Q8_0: codes of four bits with an offset, of eight without.
+fn quantised(c: &mut Criterion) {
+    let mut group = c.benchmark_group("quantised/bf16");
+    let (outputs, inputs) = (INNER, HIDDEN);
+    for (name, span, offsets) in [("4 bits", 16, outputs * inputs / 32), ("8 bits", 100, 0)] {
+        let rows = QuantRows {
+            inputs,
+            group: 32,
+            codes: (0..outputs * inputs).map(|i| (i * 31 % span) as i8).collect(),
+            scales: vec![1.0 / 512.0; outputs * inputs / 32],
+            offsets: vec![-1.0 / 64.0; offsets],
+        };
+        let layer = Linear::<bf16>::new(&[Matrix { weights: Rows::Quantised(&rows), bias: None }], inputs);
+        for rows in [1, 16, 512] {
+            let x = values::<bf16>(rows * inputs);
+            let mut out = vec![0.0; rows * outputs];
+            group.throughput(Throughput::Elements((rows * outputs * inputs) as u64));
+            group.bench_function(BenchmarkId::new(name, rows), |b| {
+                b.iter(|| layer.forward(black_box(&x), &mut out, Store::Set));
+            });
+        }
+    }
+}
+
 fn gated(c: &mut Criterion) {
     let weights = values::<bf16>(INNER * HIDDEN);
     let part = Matrix { weights: Rows::Plain(&weights), bias: None };
@@ -133,7 +158,14 @@ fn attend<E: Element>(c: &mut Criterion) {
             .map(|row| Run { row, len: PAGE.min(total - row), position: row, page: (row / PAGE) as u32 })
             .collect();
         let mut q = vec![E::default(); total * HEADS * padded(HEAD_DIM)];
-        prepare(&values(total * width), 0, &runs, how, &mut q, &mut kv, 0);
+        let qkv = values(total * width);
+        prepare(&qkv, 0, &runs, how, &mut q, &mut kv, 0);
+        if before == 0 {
+            group.throughput(Throughput::Elements(tokens as u64));
+            group.bench_function(format!("rotary and cache write of {tokens}"), |b| {
+                b.iter(|| prepare(black_box(&qkv), 0, &runs, how, &mut q, &mut kv, 0));
+            });
+        }
         let rule = Rule { heads: HEADS, head_dim: HEAD_DIM, scale: 0.125, softcap: None, window: None };
         let q = &q[before * HEADS * padded(HEAD_DIM)..];
         let mut out = vec![E::default(); tokens * HEADS * HEAD_DIM];
@@ -153,7 +185,11 @@ fn rows(c: &mut Criterion) {
     let mut group = c.benchmark_group("rows/bf16");
     group.throughput(Throughput::Elements(512));
     group.bench_function("rms_norm", |b| b.iter(|| norm.forward(black_box(&x), &mut normed)));
+    let head = values::<f32>(HIDDEN);
+    group.bench_function("reward head", |b| {
+        b.iter(|| x.chunks_exact(HIDDEN).map(|x| dot(&head, black_box(x))).sum::<f32>());
+    });
 }
 
-criterion_group!(benches, limits, linear::<bf16>, linear::<f32>, gated, heads, attend::<bf16>, rows);
+criterion_group!(benches, limits, linear::<bf16>, linear::<f32>, quantised, gated, heads, attend::<bf16>, rows);
 criterion_main!(benches);

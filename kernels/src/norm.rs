@@ -3,6 +3,7 @@
 use crate::Element;
 use crate::gemm::LANES;
 use crate::math::lane_sum;
+use crate::memory::{carve, carved, with_scratch};
 use crate::parallel::{Shared, for_each_piece};
 use crate::simd::{narrow, vectorised};
 
@@ -66,11 +67,13 @@ impl Norm {
         for_each_piece(x.len() / width, ROWS, |rows| {
             // SAFETY: pieces are disjoint.
             let sum = unsafe { shared.range(rows.start * width..rows.end * width) };
-            let mut normed = vec![0.0f32; width];
-            for (x, sum) in x[rows.start * width..].chunks_exact(width).zip(sum.chunks_exact_mut(width)) {
-                self.row(x, &mut normed);
-                sum.iter_mut().zip(&normed).for_each(|(sum, y)| *sum += y);
-            }
+            with_scratch(carved::<f32>(width), |scratch| {
+                let (normed, _) = carve::<f32>(scratch, width);
+                for (x, sum) in x[rows.start * width..].chunks_exact(width).zip(sum.chunks_exact_mut(width)) {
+                    self.row(x, normed);
+                    sum.iter_mut().zip(&*normed).for_each(|(sum, y)| *sum += y);
+                }
+            });
         });
     }
 

@@ -183,6 +183,13 @@ async fn the_hhh_prompt_is_computed_once_and_changes_no_bit() {
     let fresh = fresh_server.client().await;
     let found = call::scores(&fresh, request("Five.", v1::HhhPrompt::Short)).await.remove(0);
     assert_eq!(found.reward.to_bits(), other.reward.to_bits());
+    // In one that never looks into a cache.
+    let plain_server = Launch::new().model("lm", lm.path()).flags("--no-prefix-cache").start().await;
+    let plain = plain_server.client().await;
+    for _ in 0..2 {
+        let found = call::scores(&plain, request("Five.", v1::HhhPrompt::Short)).await.remove(0);
+        assert_eq!((found.cached_tokens, found.reward.to_bits()), (0, other.reward.to_bits()));
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -57,6 +57,8 @@ async fn metrics_have_help_and_type_and_follow_the_calls() {
     // The second ranking finds all whole pages of the first, the first one's second candidate those of the prompt.
     let cached = after.value("plumb_prefix_cached_tokens_total", &[pm]);
     assert!(cached >= 2.0 * 64.0, "{cached} tokens were cached");
+    grew("plumb_prefix_lookups_total", &[pm], 6.0);
+    grew("plumb_prefix_hits_total", &[pm], 3.0);
     assert!(after.value("plumb_batches_total", &[]) >= 13.0);
     assert_eq!(after.value("plumb_batch_sequences_count", &[]), after.value("plumb_batches_total", &[]));
     for (name, labels, value) in [
@@ -74,7 +76,9 @@ async fn metrics_have_help_and_type_and_follow_the_calls() {
         assert_eq!(after.value(name, labels), value, "{name} {labels:?}");
     }
     assert!(after.value("plumb_resident_memory_bytes", &[]) > 1e6);
-    assert!(after.value("plumb_model_weight_bytes", &[pm]) > 1e4);
+    let [weights, cache, resident] =
+        ["weight", "cache", "resident"].map(|part| after.value(&format!("plumb_model_{part}_bytes"), &[pm]));
+    assert!(weights > 1e4 && cache > 1e5 && resident > weights + cache, "{weights} {cache} {resident}");
     for family in &after.families {
         assert!(family.name.starts_with("plumb_"), "{}", family.name);
         assert!(family.help.ends_with('.'), "the help of {} is a sentence", family.name);
