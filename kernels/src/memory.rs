@@ -10,8 +10,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 use bytemuck::Pod;
 use memmap2::{MmapMut, MmapRaw};
 
-/// Bytes that are mapped at a time. Many huge pages, of which an array that is smaller than one would get none.
-const MAPPING: usize = 32 << 20;
+/// Bytes that are mapped at a time. Many huge pages, of which an array that is smaller than one would get none; what is
+/// left at the end of a mapping, because the next array does not fit, is little of it.
+const MAPPING: usize = 256 << 20;
 
 /// Zeros that the system provides as they are first touched, and takes back when all that was mapped together is gone.
 ///

@@ -6,7 +6,7 @@
 //! behind it, until it has been passed over sixteen times: then it comes before all others.
 //!
 //! Sequences that are being generated run one token in a step. While others want the engine too, the two share its time
-//! ([`share`]): in some steps streams run alone, in others a limited stretch of prompts runs beside them.
+//! (`share`): in some steps streams run alone, in others a limited stretch of prompts runs beside them.
 
 pub mod cost;
 mod entry;
