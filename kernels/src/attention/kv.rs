@@ -109,7 +109,7 @@ impl Prepare<'_> {
 /// two of a step name the same page.
 ///
 /// # Panics
-/// If shapes do not fit.
+/// If shapes do not fit or two runs name the same page.
 pub fn prepare<E: Element>(
     qkv: &[f32],
     first_row: usize,
@@ -125,7 +125,7 @@ pub fn prepare<E: Element>(
     assert!(padded_dim == padded(dim) && qkv.len() == rows * width, "shapes of q, k and v");
     assert_eq!(q.len(), rows * how.heads * padded_dim, "shape of q");
     assert!(runs.iter().all(|r| r.position % PAGE + r.len <= PAGE), "a run leaves its page");
-    debug_assert!(runs.iter().enumerate().all(|(i, a)| runs[..i].iter().all(|b| a.page != b.page)), "a page twice");
+    assert!(pages_differ(runs), "two runs write the same page");
 
     let head_len = padded_dim * PAGE;
     let KvLayer { keys, values } = &mut kv.layers[layer];
@@ -173,6 +173,16 @@ pub fn prepare<E: Element>(
             }
         });
     });
+}
+
+/// Whether no two runs name the same page: what the threads that write them rely on.
+fn pages_differ(runs: &[Run]) -> bool {
+    with_scratch(carved::<u32>(runs.len()), |scratch| {
+        let (pages, _) = carve::<u32>(scratch, runs.len());
+        pages.iter_mut().zip(runs).for_each(|(page, run)| *page = run.page);
+        pages.sort_unstable();
+        pages.windows(2).all(|pair| pair[0] != pair[1])
+    })
 }
 
 vectorised! {

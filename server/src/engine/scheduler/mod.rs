@@ -208,9 +208,7 @@ impl Scheduler {
                 }
                 queue.waiting.insert((Reverse(entry.sequence.priority), id));
             }
-            for (_, table) in queue.pinned.drain(..) {
-                queue.cache.release(table);
-            }
+            queue.unpin_all();
             queue.cache.forget();
         }
         lost
@@ -310,6 +308,13 @@ impl Scheduler {
 }
 
 impl Queue {
+    /// Keeps no prefix any longer.
+    fn unpin_all(&mut self) {
+        for (_, table) in self.pinned.drain(..) {
+            self.cache.release(table);
+        }
+    }
+
     /// Keeps the state of a prefix once the first sequence that begins with it has computed it.
     fn pin(&mut self, entry: &Entry) {
         let prefix = &entry.sequence.tokens[..entry.sequence.pinned_prefix.min(entry.done)];

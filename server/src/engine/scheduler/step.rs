@@ -4,7 +4,7 @@ use std::time::Instant;
 
 use plumb_model::cache::BlockCache;
 
-use super::{Entry, ModelKey, Plan, Prefixes, Scheduler, SequenceId, Slice, WaitingKey};
+use super::{Cost, Entry, ModelKey, Plan, Prefixes, Scheduler, SequenceId, Slice, WaitingKey};
 
 /// How often a sequence may be passed over by smaller ones.
 const MAX_PASSED_OVER: usize = 16;
@@ -29,9 +29,7 @@ impl Scheduler {
         let queue = self.queues.get_mut(&model)?;
         if plan.is_none() && queue.running.is_empty() && !queue.waiting.is_empty() && !queue.pinned.is_empty() {
             // Nothing runs and nothing can begin: the kept prefixes take the room.
-            for (_, table) in queue.pinned.drain(..) {
-                queue.cache.release(table);
-            }
+            queue.unpin_all();
             return self.build_step(model, kinds, now);
         }
         plan
@@ -53,7 +51,6 @@ impl Scheduler {
                 && entry.decodes()
                 && !full(&step)
             {
-                let cost = cost.slice(entry.done..entry.done + 1);
                 step.take(*id, entry, 1, cost, &mut queue.cache);
             }
         }
@@ -136,16 +133,15 @@ struct StepBuilder {
 
 impl StepBuilder {
     /// As much of a sequence as can be afforded, and at least a token, so that the step gets on.
-    fn take_part(&mut self, id: SequenceId, entry: &mut Entry, cost: super::Cost, cache: &mut BlockCache) {
-        let positions = entry.done..entry.tokens().len();
-        let len = cost.affordable(positions.clone(), self.budget).max(1);
-        self.take(id, entry, len, cost.slice(positions.start..positions.start + len), cache);
+    fn take_part(&mut self, id: SequenceId, entry: &mut Entry, cost: Cost, cache: &mut BlockCache) {
+        let len = cost.affordable(entry.done..entry.tokens().len(), self.budget).max(1);
+        self.take(id, entry, len, cost, cache);
     }
 
-    fn take(&mut self, id: SequenceId, entry: &mut Entry, len: usize, cost: usize, cache: &mut BlockCache) {
+    fn take(&mut self, id: SequenceId, entry: &mut Entry, len: usize, cost: Cost, cache: &mut BlockCache) {
         let positions = entry.done..entry.done + len;
         entry.done = positions.end;
-        self.budget = self.budget.saturating_sub(cost);
+        self.budget = self.budget.saturating_sub(cost.slice(positions.clone()));
         if self.publishes
             && let Some(table) = &mut entry.table
         {
