@@ -14,7 +14,8 @@ use memmap2::{MmapMut, MmapRaw};
 /// left at the end of a mapping, because the next array does not fit, is little of it.
 const MAPPING: usize = 256 << 20;
 
-/// Zeros that the system provides as they are first touched, and takes back when all that was mapped together is gone.
+/// Zeros that the system provides as they are first touched, and takes back when the buffer is dropped, up to a page at
+/// either end that it may share with another one.
 ///
 /// Starts at a cache line, so that no vector straddles two of them, and lies in huge pages where the system has them: a
 /// decoding step reads every weight once, and would miss the address cache at every small page.
@@ -79,6 +80,21 @@ impl<T: Pod> DerefMut for Buffer<T> {
     fn deref_mut(&mut self) -> &mut [T] {
         // SAFETY: as above.
         unsafe { std::slice::from_raw_parts_mut(self.map.as_mut_ptr().add(self.offset).cast(), self.len) }
+    }
+}
+
+#[cfg(target_os = "linux")]
+impl<T> Drop for Buffer<T> {
+    fn drop(&mut self) {
+        // Of the smallest page that any system has; a system with larger ones refuses what does not begin at one, and
+        // has the memory back with the rest of the mapping.
+        const PAGE: usize = 4096;
+        let first = self.offset.next_multiple_of(PAGE);
+        let last = (self.offset + self.len * size_of::<T>()) / PAGE * PAGE;
+        if first < last {
+            // SAFETY: nobody else has these bytes, and this buffer is not read any more. They are not given out again.
+            drop(unsafe { self.map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, first, last - first) });
+        }
     }
 }
 
@@ -159,6 +175,32 @@ mod tests {
         for (i, buffer) in buffers.iter().enumerate() {
             assert!(buffer.iter().all(|x| *x == i as u32 + 1), "{i}");
         }
+    }
+
+    /// How many of the pages are in memory.
+    #[cfg(target_os = "linux")]
+    fn present(pages: std::ops::Range<usize>) -> usize {
+        use std::os::unix::fs::FileExt;
+        let mut entries = vec![0; pages.len() * 8];
+        let map = std::fs::File::open("/proc/self/pagemap").unwrap();
+        map.read_exact_at(&mut entries, pages.start as u64 * 8).unwrap();
+        entries.chunks(8).filter(|entry| entry[7] >= 0x80).count()
+    }
+
+    #[test]
+    #[cfg(target_os = "linux")]
+    fn memory_goes_back_although_a_neighbour_stays() {
+        const PAGES: usize = 1000;
+        let [mut first, mut large, mut last] = [1000, PAGES * 4096, 1000].map(Buffer::<u8>::zeros);
+        large.fill(1);
+        let start = large.as_ptr().addr().div_ceil(4096);
+        let pages = start..start + PAGES - 1;
+        assert_eq!(present(pages.clone()), PAGES - 1);
+        drop(large);
+        assert_eq!(present(pages), 0);
+        first.fill(1);
+        last.fill(2);
+        assert!(first.iter().all(|x| *x == 1) && last.iter().all(|x| *x == 2));
     }
 
     #[test]
