@@ -14,7 +14,16 @@ class Recorder:
     def __init__(self, path, options, about, peers, root):
         self.path = path
         self.names = [(str(peers.folder), "PEERS"), (str(peers.scripts), "SCRIPTS"), (f"{root}/", "")]
-        self.rounds = options.rounds
+        if options.add:
+            self.results = json.loads(path.read_text())
+            if self.results["cpu"] != about["cpu"]:
+                raise SystemExit(f"{path.name} is from {self.results['cpu']}, this is {about['cpu']}")
+            self.first = self.results["rounds"] + 1
+            self.rounds = self.results["rounds"] = self.results["rounds"] + options.rounds
+            added = {"rounds": options.rounds, "only": options.only, "date": about["date"], "revision": about["revision"]}
+            self.results.setdefault("added", []).append(added)
+            return
+        self.first, self.rounds = 1, options.rounds
         self.results = {
             **about,
             "rounds": options.rounds,

@@ -25,6 +25,9 @@ examples:
   # Everything, about ten minutes a round on two cores
   python tests/benchmarks/run.py --peers ~/peers --scripts ~/scripts --texts helpful.jsonl.gz --texts harmless.jsonl.gz
 
+  # More rounds of what scatters
+  python tests/benchmarks/run.py --peers ~/peers --scripts ~/scripts --only score --add tests/benchmarks/results/X.json
+
   # Some of it: prints the tables, and leaves BENCHMARKS.md alone
   python tests/benchmarks/run.py --peers ~/peers --scripts ~/scripts --only score decode --rounds 1
 
@@ -46,12 +49,12 @@ def main():
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     if options.results:
         return render(options.results)
-    path = options.out or default_path(options)
+    path = options.add or options.out or default_path(options)
     recorder = take(options, path)
     print(f"\n{tables.text(recorder.results)}\nresults are in {path}")
     if recorder.results["failures"]:
         sys.exit(f"{len(recorder.results['failures'])} measurements failed; nothing was rendered")
-    if not options.quick and not options.only:
+    if options.add or not options.quick and not options.only:
         render(path)
 
 
@@ -67,6 +70,7 @@ def parse():
         help="JSONL, plain or gzipped, with chosen and rejected texts; repeat for several")  # fmt: skip
     add("--rounds", type=int, default=3, metavar="N", help="rounds (default: %(default)s)")
     add("--only", nargs="+", choices=measure.ALL, metavar="NAME", help="only these measurements; renders nothing")
+    add("--add", type=pathlib.Path, metavar="FILE", help="add the rounds to these results, then render")
     add("--out", type=pathlib.Path, metavar="FILE", help="results (default: DATE-REVISION.json in results/)")
     add("--no-build", action="store_true", help="take the server and client in target/release as they are")
     add("--quick", action="store_true", help="tiny sizes, to try the script; renders nothing")
@@ -94,10 +98,10 @@ def take(options, path):
     with tempfile.TemporaryDirectory(prefix="plumb-benchmarks-") as folder:
         recorder.names.append((folder, "TEMP"))
         job = measure.Job(ROOT, found, recorder, options, pathlib.Path(folder))
-        for number in range(1, options.rounds + 1):
+        for number in range(recorder.first, recorder.rounds + 1):
             recorder.begin(number, machine.busy_share(seconds=2))
             for name in names:
-                if number > 1 and name in measure.ONCE:
+                if number > 1 and name in measure.ONCE and not options.only:
                     continue
                 with recorder.guard(name):
                     measure.ALL[name](job)

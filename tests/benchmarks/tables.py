@@ -117,7 +117,12 @@ def about(results, source):
         f"{results['date'][:10]}, revision {results['revision'][:12]}{changed} built by {results['compiler']},"
         f" on {results['cpu']}, {results['cores']} cores, {results['memory_gib']:.0f} GiB."
     ]
-    lines.append(f"Rounds: {rounds}, each of which took all figures one after the other.")
+    added = results.get("added", [])
+    whole = rounds - sum(more["rounds"] for more in added)
+    lines.append(f"Rounds: {whole}, each of which took all figures one after the other.")
+    for more in added:
+        what = f"of {', '.join(more['only'])}" if more["only"] else "of everything"
+        lines.append(f"Then {more['rounds']} more {what}, to see how far the figures scatter.")
     lines.append("Figures are medians over rounds; ratios are those of the same round: median (smallest to largest).")
     lines.append(f"Beside Plumb: {'; '.join(peers) or 'nothing'}.")
     if results["left_out"]:
@@ -168,6 +173,7 @@ Plumb and vLLM score 32 sequences in a call, Transformers 8 in a batch.
 vLLM as it comes leaves one core to its scheduler; on all cores it was timed in the first round only.
 Real dialogues reach Plumb as text, other software as tokens: the same ones, each text once.
 What the two sides of a pair share may be reused, by vLLM as by Plumb.
+How fast a process reads its memory depends on where the system puts it: reads and the stream beside them are medians of five processes each.
 One GGUF stream is timed after its first token, at the median.
 """
 
