@@ -129,7 +129,7 @@ fn gated(c: &mut Criterion) {
         let x = values::<bf16>(rows * HIDDEN);
         let mut out = vec![bf16::default(); rows * INNER];
         group.throughput(Throughput::Elements((rows * 2 * INNER * HIDDEN) as u64));
-        group.bench_function(rows.to_string(), |b| b.iter(|| layer.forward(black_box(&x), &mut out)));
+        group.bench_function(rows.to_string(), |b| b.iter(|| layer.forward(black_box(&x), &mut out, None)));
     }
 }
 

@@ -53,7 +53,7 @@ macro_rules! activation {
 }
 
 /// sqrt(2 / pi)
-const TANH_SCALE: f32 = 0.797_884_6;
+pub(crate) const TANH_SCALE: f32 = 0.797_884_6;
 
 activation!(silu, gated_silu, x => math::silu(x));
 activation!(gelu, gated_gelu, x => 0.5 * x * (1.0 + erf(x * std::f32::consts::FRAC_1_SQRT_2)));

@@ -4,7 +4,8 @@ use bytemuck::Pod;
 use half::bf16;
 
 use crate::gemm::{self, LANES, Tile};
-use crate::simd::Simd;
+use crate::parallel::{Shared, for_each_piece};
+use crate::simd::{Simd, narrow, vectorised};
 
 mod sealed {
     pub trait Sealed {}
@@ -108,6 +109,28 @@ impl Element for bf16 {
     fn gemm_tile_f32(tile: Tile<'_, f32, bf16>) {
         gemm::f32_by_bf16(tile);
     }
+}
+
+vectorised! {
+    /// Nearest values, ties to even.
+    pub(crate) fn round<E: Element>(x: &[f32], out: &mut [E]) {
+        narrow::<S, E, 1>(out, [x], |[x]| x);
+    }
+}
+
+/// Nearest values, ties to even, on all threads.
+///
+/// # Panics
+/// If the lengths differ.
+pub fn round_all<E: Element>(x: &[f32], out: &mut [E]) {
+    /// Values that a thread takes at a time.
+    const PIECE: usize = 1 << 14;
+    assert_eq!(x.len(), out.len(), "as many rounded values as values");
+    let out = Shared::new(out);
+    for_each_piece(x.len(), PIECE, |piece| {
+        // SAFETY: pieces are disjoint.
+        round(&x[piece.clone()], unsafe { out.range(piece) });
+    });
 }
 
 #[cfg(test)]

@@ -18,6 +18,7 @@ pub mod memory;
 
 pub mod activation;
 pub mod attention;
+pub mod gradient;
 pub mod head;
 pub mod linear;
 pub mod norm;

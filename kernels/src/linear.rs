@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use crate::activation::Activation;
-use crate::element::Element;
+use crate::element::{Element, round};
 use crate::gemm::{LANES, Tile};
 use crate::memory::{Buffer, carve, carved, with_scratch};
 use crate::parallel::{self, Shared, for_each_piece};
@@ -115,6 +115,98 @@ impl<E: Element> Linear<E> {
             }
         }
         Self { outputs, inputs, weights, bias: (!bias.is_empty()).then_some(bias) }
+    }
+
+    /// A layer without inputs and outputs, to be filled.
+    pub fn empty() -> Self {
+        Self { outputs: 0, inputs: 0, weights: Weights::Plain(Buffer::zeros(0)), bias: None }
+    }
+
+    /// Takes new weights `rows[_, inputs]` for the outputs from `first` on.
+    ///
+    /// # Panics
+    /// If the rows are not whole, `first` is not the beginning of a panel, or the weights are quantised.
+    pub fn refill(&mut self, first: usize, rows: &[f32]) {
+        let inputs = self.inputs;
+        let count = rows.len() / inputs;
+        assert!(rows.len() == count * inputs && first.is_multiple_of(PANEL) && first + count <= self.outputs, "rows");
+        assert!(matches!(self.weights, Weights::Plain(_)), "quantised weights do not change");
+        let Weights::Plain(packed) = &mut self.weights else { return };
+        let shared = Shared::new(packed);
+        for_each_piece(count, PANEL, |piece| {
+            let start = (first + piece.start) * inputs;
+            // SAFETY: every piece is a panel.
+            let panel = unsafe { shared.range(start..start + PANEL * inputs) };
+            for (output, row) in rows[piece.start * inputs..piece.end * inputs].chunks_exact(inputs).enumerate() {
+                for (step, values) in row.chunks_exact(E::PAIR).enumerate() {
+                    let at = (step * PANEL + output) * E::PAIR;
+                    for (weight, value) in panel[at..at + E::PAIR].iter_mut().zip(values) {
+                        *weight = E::from_f32(*value);
+                    }
+                }
+            }
+        });
+    }
+
+    /// Takes a new bias.
+    ///
+    /// # Panics
+    /// If it had none or one of another length.
+    pub fn refill_bias(&mut self, bias: &[f32]) {
+        assert!(self.bias.is_some(), "there was no bias");
+        self.bias.iter_mut().for_each(|old| old.copy_from_slice(bias));
+    }
+
+    /// Becomes the layer without bias whose weights are `rows[inputs, outputs]` transposed. An odd number of inputs
+    /// becomes even, by one that counts nothing.
+    ///
+    /// # Panics
+    /// If the rows are not whole.
+    pub fn fill_transposed(&mut self, rows: &[E], outputs: usize) {
+        assert!(rows.len().is_multiple_of(outputs), "rows that are not whole");
+        self.fill_columns(rows.len() / outputs, outputs, |row, columns, out| {
+            out.copy_from_slice(&rows[row * outputs..][columns]);
+        });
+    }
+
+    /// As [`Linear::fill_transposed`], rounding to the weights' type.
+    ///
+    /// # Panics
+    /// If the rows are not whole.
+    pub fn fill_transposed_f32(&mut self, rows: &[f32], outputs: usize) {
+        assert!(rows.len().is_multiple_of(outputs), "rows that are not whole");
+        self.fill_columns(rows.len() / outputs, outputs, |row, columns, out| {
+            round(&rows[row * outputs..][columns], out);
+        });
+    }
+
+    /// `get` writes columns of a row.
+    fn fill_columns(&mut self, rows: usize, outputs: usize, get: impl Fn(usize, Range<usize>, &mut [E]) + Sync + Send) {
+        let inputs = rows.next_multiple_of(E::PAIR);
+        (self.inputs, self.outputs, self.bias) = (inputs, outputs, None);
+        let needed = outputs.next_multiple_of(PANEL) * inputs;
+        if !matches!(&self.weights, Weights::Plain(packed) if packed.len() >= needed) {
+            self.weights = Weights::Plain(Buffer::zeros(needed));
+        }
+        let Weights::Plain(packed) = &mut self.weights else { return };
+        let shared = Shared::new(packed);
+        for_each_piece(outputs, PANEL, |columns| {
+            let start = columns.start * inputs;
+            // SAFETY: every piece is a panel.
+            let panel = unsafe { shared.range(start..start + PANEL * inputs) };
+            let mut values = [E::default(); PANEL];
+            for (step, packed) in panel.chunks_exact_mut(PANEL * E::PAIR).enumerate() {
+                for i in 0..E::PAIR {
+                    match step * E::PAIR + i {
+                        row if row < rows => get(row, columns.clone(), &mut values[..columns.len()]),
+                        _ => values.fill(E::default()),
+                    }
+                    for (packed, value) in packed.chunks_exact_mut(E::PAIR).zip(&values) {
+                        packed[i] = *value;
+                    }
+                }
+            }
+        });
     }
 
     /// Number of outputs.
@@ -320,6 +412,15 @@ pub struct Activated<E> {
     gated: bool,
 }
 
+/// What went into a non-linearity, `[rows, outputs]` each.
+#[derive(Debug)]
+pub struct Kept<'a, E> {
+    /// Empty where there is no gate.
+    pub gate: &'a mut [E],
+    /// The other half.
+    pub up: &'a mut [E],
+}
+
 impl<E: Element> Activated<E> {
     /// A layer of the rows `[outputs, inputs]`, with their biases.
     ///
@@ -336,20 +437,62 @@ impl<E: Element> Activated<E> {
         self.outputs
     }
 
+    /// The non-linearity.
+    pub fn activation(&self) -> Activation {
+        self.activation
+    }
+
     /// Bytes that the layer takes.
     pub fn bytes(&self) -> usize {
         self.linear.bytes()
     }
 
-    /// `out[rows, outputs]` from `x[rows, inputs]`.
+    /// Takes new weights `[outputs, inputs]`.
+    ///
+    /// # Panics
+    /// If the lengths do not fit or the weights are quantised.
+    pub fn refill(&mut self, rows: &[f32], gate: Option<&[f32]>) {
+        assert!(gate.is_some() == self.gated && gate.is_none_or(|gate| gate.len() == rows.len()), "a gate");
+        if let Some(gate) = gate {
+            self.linear.refill(0, gate);
+        }
+        self.linear.refill(self.first_up(), rows);
+    }
+
+    /// Takes new biases `[outputs]`.
+    ///
+    /// # Panics
+    /// If the lengths do not fit or there was no bias.
+    pub fn refill_bias(&mut self, bias: &[f32], gate: Option<&[f32]>) {
+        assert!(gate.is_some() == self.gated, "a gate");
+        let first = self.first_up();
+        assert!(self.linear.bias.is_some(), "there was no bias");
+        if let Some(all) = &mut self.linear.bias {
+            if let Some(gate) = gate {
+                all[..gate.len()].copy_from_slice(gate);
+            }
+            all[first..first + bias.len()].copy_from_slice(bias);
+        }
+    }
+
+    /// The output of the linear layer where those begin that are not the gate's.
+    fn first_up(&self) -> usize {
+        if self.gated { self.outputs.next_multiple_of(PANEL) } else { 0 }
+    }
+
+    /// `out[rows, outputs]` from `x[rows, inputs]`; what the non-linearity was given is kept where that is asked for.
     ///
     /// # Panics
     /// If the lengths do not fit.
-    pub fn forward(&self, x: &[E], out: &mut [E]) {
+    pub fn forward(&self, x: &[E], out: &mut [E], keep: Option<Kept<'_, E>>) {
         let inputs = self.linear.inputs;
         let rows = x.len() / inputs;
         assert_eq!((x.len(), out.len()), (rows * inputs, rows * self.outputs), "shapes of a linear layer");
+        if let Some(Kept { gate, up }) = &keep {
+            assert!(up.len() == out.len() && gate.len() == if self.gated { out.len() } else { 0 }, "what is kept");
+        }
         let shared = Shared::new(out);
+        let keep = keep.map(|kept| (Shared::new(kept.gate), Shared::new(kept.up)));
         for_each_block(rows, self.outputs, |rows, columns| {
             with_scratch(2 * carved::<f32>(BLOCK_ROWS * PANEL), |scratch| {
                 for columns in panels(columns) {
@@ -357,7 +500,17 @@ impl<E: Element> Activated<E> {
                         let x = &x[first * inputs..rows.end.min(first + self.rows_at_a_time()) * inputs];
                         // SAFETY: blocks differ in their rows or their columns.
                         let mut out = unsafe { shared.rows(first * self.outputs + columns.start, self.outputs) };
-                        self.strip(columns.clone(), x, scratch, &mut out);
+                        let (gate, up) = self.strip(columns.clone(), x, scratch, &mut out);
+                        let Some((kept_gate, kept_up)) = &keep else { continue };
+                        let kept = [(kept_gate, gate), (kept_up, if self.gated { up } else { gate })];
+                        for (kept, sums) in &kept[usize::from(!self.gated)..] {
+                            for (row, sums) in sums.chunks_exact(PANEL).enumerate() {
+                                let start = (first + row) * self.outputs;
+                                // SAFETY: as above.
+                                let kept = unsafe { kept.range(start + columns.start..start + columns.end) };
+                                round(&sums[..columns.len()], kept);
+                            }
+                        }
                     }
                 }
             });
@@ -372,8 +525,15 @@ impl<E: Element> Activated<E> {
         }
     }
 
-    /// Columns of the result that lie in one panel.
-    fn strip(&self, columns: Range<usize>, x: &[E], scratch: &mut [u8], out: &mut parallel::Rows<'_, E>) {
+    /// Columns of the result that lie in one panel. Answers what the non-linearity was given, `[rows, PANEL]` of the gate
+    /// and of the rest; without a gate the first of them.
+    fn strip<'a>(
+        &self,
+        columns: Range<usize>,
+        x: &[E],
+        scratch: &'a mut [u8],
+        out: &mut parallel::Rows<'_, E>,
+    ) -> (&'a [f32], &'a [f32]) {
         let rows = x.len() / self.linear.inputs;
         let (gate, scratch) = carve::<f32>(scratch, rows * PANEL);
         let (up, _) = carve::<f32>(scratch, rows * PANEL);
@@ -383,7 +543,7 @@ impl<E: Element> Activated<E> {
         };
         compute(0, gate);
         if self.gated {
-            compute(self.outputs.next_multiple_of(PANEL), up);
+            compute(self.first_up(), up);
         }
         for (row, (gate, up)) in gate.chunks_exact(PANEL).zip(up.chunks_exact(PANEL)).enumerate() {
             let out = out.row(row, 0..columns.len());
@@ -392,6 +552,7 @@ impl<E: Element> Activated<E> {
                 false => self.activation.plain(gate, out),
             }
         }
+        (gate, up)
     }
 }
 
@@ -471,7 +632,7 @@ mod tests {
             layer.forward_f32(&values::<f32>(rows * inputs, 3), &mut exact, Store::Add);
             let activated = Activated::new(Activation::Silu, parts[0], inputs, Some(parts[0]));
             let mut gated = vec![E::default(); rows * activated.outputs()];
-            activated.forward(&x, &mut gated);
+            activated.forward(&x, &mut gated, None);
             (out, exact, gated)
         });
         assert!(

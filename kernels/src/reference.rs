@@ -14,28 +14,36 @@ pub fn linear(x: &[f32], w: &[f32], bias: Option<&[f32]>, inputs: usize) -> Vec<
 
 /// `x / rms(x) * weight` for every row.
 pub fn rms_norm(x: &[f32], weight: &[f32], eps: f32) -> Vec<f32> {
+    rms_norm_f64(x, weight, eps).into_iter().map(|y| y as f32).collect()
+}
+
+/// [`rms_norm`] without the last rounding.
+pub fn rms_norm_f64(x: &[f32], weight: &[f32], eps: f32) -> Vec<f64> {
     let mut y = Vec::new();
     for x in x.chunks_exact(weight.len()) {
         let mean = x.iter().map(|x| f64::from(*x).powi(2)).sum::<f64>() / x.len() as f64;
         let scale = 1.0 / (mean + f64::from(eps)).sqrt();
-        y.extend(x.iter().zip(weight).map(|(x, w)| (f64::from(*x) * scale * f64::from(*w)) as f32));
+        y.extend(x.iter().zip(weight).map(|(x, w)| f64::from(*x) * scale * f64::from(*w)));
     }
     y
 }
 
 /// `(x - mean(x)) / std(x) * weight + bias` for every row.
 pub fn layer_norm(x: &[f32], weight: &[f32], bias: &[f32], eps: f32) -> Vec<f32> {
+    layer_norm_f64(x, weight, bias, eps).into_iter().map(|y| y as f32).collect()
+}
+
+/// [`layer_norm`] without the last rounding.
+pub fn layer_norm_f64(x: &[f32], weight: &[f32], bias: &[f32], eps: f32) -> Vec<f64> {
     let mut y = Vec::new();
     for x in x.chunks_exact(weight.len()) {
         let n = x.len() as f64;
         let mean = x.iter().map(|x| f64::from(*x)).sum::<f64>() / n;
         let variance = x.iter().map(|x| (f64::from(*x) - mean).powi(2)).sum::<f64>() / n;
         let scale = 1.0 / (variance + f64::from(eps)).sqrt();
+        let weights = weight.iter().zip(bias);
         y.extend(
-            x.iter()
-                .zip(weight)
-                .zip(bias)
-                .map(|((x, w), b)| ((f64::from(*x) - mean) * scale * f64::from(*w) + f64::from(*b)) as f32),
+            x.iter().zip(weights).map(|(x, (w, b))| (f64::from(*x) - mean) * scale * f64::from(*w) + f64::from(*b)),
         );
     }
     y

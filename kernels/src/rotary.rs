@@ -35,10 +35,25 @@ impl Rotary {
     /// # Panics
     /// If the position is not covered or the head is narrower than the rotated part.
     pub fn apply(&self, position: usize, head: &mut [f32]) {
-        let half = self.dim / 2;
-        let (cos, sin) = self.table[position * self.dim..(position + 1) * self.dim].split_at(half);
-        let (first, second) = head[..self.dim].split_at_mut(half);
+        let (first, second) = head[..self.dim].split_at_mut(self.dim / 2);
+        let (cos, sin) = self.angles(position);
         rotate(first, second, cos, sin);
+    }
+
+    /// Rotates one head back in place: what [`Rotary::apply`] does to a gradient.
+    ///
+    /// # Panics
+    /// As [`Rotary::apply`].
+    pub fn undo(&self, position: usize, head: &mut [f32]) {
+        let (first, second) = head[..self.dim].split_at_mut(self.dim / 2);
+        let (cos, sin) = self.angles(position);
+        // The other way round, the halves change places.
+        rotate(second, first, cos, sin);
+    }
+
+    /// Cosines and sines of a position.
+    fn angles(&self, position: usize) -> (&[f32], &[f32]) {
+        self.table[position * self.dim..(position + 1) * self.dim].split_at(self.dim / 2)
     }
 }
 
@@ -64,6 +79,8 @@ mod tests {
         for (a, b) in head.iter().zip(expected) {
             assert!((a - b).abs() < 1e-6, "{a} {b}");
         }
+        rotary.undo(2, &mut head);
+        assert!(head.iter().zip([1.0, 2.0, 3.0, 4.0, 5.0]).all(|(a, b)| (a - b).abs() < 1e-6), "{head:?}");
         let mut same = [1.0, 2.0, 3.0, 4.0];
         rotary.apply(0, &mut same);
         assert_eq!(same, [1.0, 2.0, 3.0, 4.0]);

@@ -97,8 +97,17 @@ pub struct LoadedModel {
 impl LoadedModel {
     /// Reads, checks and packs a checkpoint. Takes seconds to minutes.
     pub fn load(source: &Source, options: &LoadOptions) -> Result<Self> {
-        let Checkpoint { config, mut weights, tokenizer, special, chat_template, stored_dtype, files_digest, source } =
-            Checkpoint::open(source)?;
+        let Checkpoint {
+            config,
+            mut weights,
+            tokenizer,
+            special,
+            chat_template,
+            stored_dtype,
+            files_digest,
+            source,
+            folder: _,
+        } = Checkpoint::open(source)?;
         let dtype = match (options.dtype, stored_dtype) {
             (DTypeChoice::F32, _) => DType::F32,
             (DTypeChoice::Bf16, _) | (DTypeChoice::Auto, TensorType::BF16) => DType::Bf16,

@@ -2,13 +2,12 @@
 
 use std::ops::Range;
 
-use crate::Element;
+use crate::element::{Element, round};
 use crate::gemm::LANES;
 use crate::memory::{Buffer, carve, carved, with_scratch};
 use crate::norm::Norm;
 use crate::parallel::{Shared, for_each_piece};
 use crate::rotary::Rotary;
-use crate::simd::{narrow, vectorised};
 
 /// Positions in a page.
 pub const PAGE: usize = 32;
@@ -16,19 +15,19 @@ pub const PAGE: usize = 32;
 /// Keys and values of many sequences, by page.
 #[derive(Debug)]
 pub struct KvPages<E> {
-    pub(super) kv_heads: usize,
+    pub(crate) kv_heads: usize,
     /// Head width rounded up to whole vectors; the rest is zero.
-    pub(super) padded_dim: usize,
+    pub(crate) padded_dim: usize,
     pages: usize,
-    pub(super) layers: Vec<KvLayer<E>>,
+    pub(crate) layers: Vec<KvLayer<E>>,
 }
 
 #[derive(Debug)]
-pub(super) struct KvLayer<E> {
+pub(crate) struct KvLayer<E> {
     /// `[pages, kv_heads, padded_dim / PAIR, PAGE, PAIR]`.
-    pub(super) keys: Buffer<E>,
+    pub(crate) keys: Buffer<E>,
     /// `[pages, kv_heads, PAGE / PAIR, padded_dim, PAIR]`.
-    pub(super) values: Buffer<E>,
+    pub(crate) values: Buffer<E>,
 }
 
 /// Head width rounded up to whole vectors.
@@ -58,7 +57,7 @@ impl<E: Element> KvPages<E> {
     }
 
     /// Where a page's keys, or values, of one head lie in a layer.
-    pub(super) fn range(&self, page: u32, head: usize) -> Range<usize> {
+    pub(crate) fn range(&self, page: u32, head: usize) -> Range<usize> {
         let len = self.padded_dim * PAGE;
         let start = (page as usize * self.kv_heads + head) * len;
         start..start + len
@@ -144,7 +143,7 @@ pub fn prepare<E: Element>(
                     how.head(how.q_norm, &qkv[h * dim..(h + 1) * dim], position, &mut head[..dim]);
                     let start = ((first + row) * how.heads + h) * padded_dim;
                     // SAFETY: every row belongs to one run.
-                    convert(head, unsafe { q.range(start..start + padded_dim) });
+                    round(head, unsafe { q.range(start..start + padded_dim) });
                 }
                 let slot = position % PAGE;
                 for h in 0..kv_heads {
@@ -158,13 +157,13 @@ pub fn prepare<E: Element>(
                     }
                     let k = &qkv[(how.heads + h) * dim..(how.heads + h + 1) * dim];
                     how.head(how.k_norm, k, position, &mut head[..dim]);
-                    convert(head, narrow);
+                    round(head, narrow);
                     let slots = keys.chunks_exact_mut(PAGE * E::PAIR).map(|keys| &mut keys[slot * E::PAIR..]);
                     for (key, x) in slots.zip(narrow.chunks_exact(E::PAIR)) {
                         key[..E::PAIR].copy_from_slice(x);
                     }
                     let v = &qkv[(how.heads + kv_heads + h) * dim..(how.heads + kv_heads + h + 1) * dim];
-                    convert(v, &mut narrow[..dim]);
+                    round(v, &mut narrow[..dim]);
                     let values = &mut values[slot / E::PAIR * padded_dim * E::PAIR..];
                     for (value, x) in values.chunks_exact_mut(E::PAIR).zip(&narrow[..dim]) {
                         value[slot % E::PAIR] = *x;
@@ -183,10 +182,4 @@ fn pages_differ(runs: &[Run]) -> bool {
         pages.sort_unstable();
         pages.windows(2).all(|pair| pair[0] != pair[1])
     })
-}
-
-vectorised! {
-    fn convert<E: Element>(x: &[f32], out: &mut [E]) {
-        narrow::<S, E, 1>(out, [x], |[x]| x);
-    }
 }

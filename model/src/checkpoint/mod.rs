@@ -70,6 +70,8 @@ pub struct Checkpoint {
     pub files_digest: String,
     /// Where it came from.
     pub source: Source,
+    /// The folder that it was found in; unset for a file.
+    pub folder: Option<PathBuf>,
 }
 
 impl Checkpoint {
@@ -107,8 +109,21 @@ impl Checkpoint {
             stored_dtype,
             files_digest,
             source: source.clone(),
+            folder: match base {
+                Location::Folder(folder) => Some(folder),
+                Location::Gguf(_) => None,
+            },
         })
     }
+}
+
+/// What the `config.json` of a folder describes, whose weights may not be there yet.
+///
+/// # Errors
+/// As [`Checkpoint::open`].
+pub fn read_config(folder: &Path) -> Result<Config> {
+    let path = folder.join(CONFIG);
+    hf_config::parse(&path, &read_json(&path)?, &Holdings { store: None, adapter: None })
 }
 
 /// Where a source turned out to be.

@@ -47,6 +47,25 @@ impl Stored {
     }
 }
 
+/// Tensors that are in memory.
+struct Memory(BTreeMap<String, Tensor>);
+
+impl TensorStore for Memory {
+    fn describe(&self) -> BTreeMap<String, Description> {
+        let describe = |tensor: &Tensor| Description { shape: tensor.dims().to_vec(), dtype: Some(tensor.dtype()) };
+        self.0.iter().map(|(name, tensor)| (name.clone(), describe(tensor))).collect()
+    }
+
+    fn holds(&self, name: &str) -> bool {
+        self.0.contains_key(name)
+    }
+
+    fn read(&self, name: &str) -> Result<Tensor> {
+        let missing = || Error::MissingTensor { name: name.to_owned(), expected: Vec::new() };
+        self.0.get(name).cloned().ok_or_else(missing)
+    }
+}
+
 /// What is known of a tensor before it is read.
 #[derive(Clone, Debug)]
 pub(super) struct Description {
@@ -83,6 +102,11 @@ impl Weights {
             left.insert(canonical(&name).to_owned(), Entry { name, description });
         }
         Self { store, left, adapter, architecture: String::new(), inert: Inert::default() }
+    }
+
+    /// Tensors by their Hugging Face names.
+    pub(crate) fn from_tensors(tensors: BTreeMap<String, Tensor>) -> Self {
+        Self::new(Box::new(Memory(tensors)), None)
     }
 
     /// Tells which tensors the model will not need.

@@ -9,9 +9,10 @@ use plumb_kernels::norm::Norm;
 use plumb_kernels::quantised::QuantRows;
 use plumb_kernels::rotary::Rotary;
 
+use super::names::{LayerNames, Names, Qkv};
 use super::{Head, Layer, Stack};
 use crate::checkpoint::{Stored, Weights};
-use crate::config::{self, Block, Config, Family, Rope, RopeScaling};
+use crate::config::{self, Config, Rope, RopeScaling};
 use crate::{Error, Result};
 
 /// Reads a tensor into the element's type.
@@ -32,28 +33,6 @@ impl Load for bf16 {
     }
 }
 
-/// Where a layer's tensors are, by family.
-struct Names {
-    embedding: &'static str,
-    final_norm: &'static str,
-    language_head: &'static str,
-}
-
-impl Names {
-    fn of(family: Family) -> Self {
-        match family {
-            Family::Llama => {
-                Self { embedding: "model.embed_tokens", final_norm: "model.norm", language_head: "lm_head" }
-            }
-            Family::GptNeoX => Self {
-                embedding: "gpt_neox.embed_in",
-                final_norm: "gpt_neox.final_layer_norm",
-                language_head: "embed_out",
-            },
-        }
-    }
-}
-
 impl<E: Load> Stack<E> {
     /// Takes the weights; `positions` is the longest sequence that will be run.
     pub(super) fn build(config: &Config, weights: &mut Weights, positions: usize) -> Result<Self> {
@@ -63,12 +42,8 @@ impl<E: Load> Stack<E> {
         let mut taker = Taker { config, weights, parameters: 0 };
         let names = Names::of(config.family);
         let (embedding, head) = taker.ends(&names)?;
-        let layers = (0..config.num_layers)
-            .map(|i| match config.family {
-                Family::Llama => taker.llama_layer(&format!("model.layers.{i}")),
-                Family::GptNeoX => taker.gpt_neox_layer(&format!("gpt_neox.layers.{i}")),
-            })
-            .collect::<Result<Vec<_>>>()?;
+        let layers =
+            (0..config.num_layers).map(|i| taker.layer(&LayerNames::of(config, i))).collect::<Result<Vec<_>>>()?;
         let final_norm = taker.norm(names.final_norm, config.hidden_size)?;
         let parameters = taker.parameters;
         Ok(Self {
@@ -193,7 +168,7 @@ impl Taker<'_> {
     }
 
     /// The named layers, on top of one another.
-    fn stacked<E: Load>(&mut self, names: &[(String, usize)], inputs: usize, bias: bool) -> Result<Linear<E>> {
+    fn stacked<E: Load>(&mut self, names: &[(&String, usize)], inputs: usize, bias: bool) -> Result<Linear<E>> {
         let parts = names.iter().map(|(name, outputs)| self.part(name, [*outputs, inputs], bias));
         Ok(linear(&parts.collect::<Result<Vec<_>>>()?, inputs))
     }
@@ -211,54 +186,31 @@ impl Taker<'_> {
         Ok(Activated::new(activation, up.matrix(), inputs, gate.as_ref().map(Part::matrix)))
     }
 
-    fn llama_layer<E: Load>(&mut self, prefix: &str) -> Result<Layer<E>> {
+    fn layer<E: Load>(&mut self, names: &LayerNames) -> Result<Layer<E>> {
         let config = self.config;
         let (hidden, inner) = (config.hidden_size, config.intermediate_size);
         let (q, kv) = (config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim);
-        let attention = |part: &str| format!("{prefix}.self_attn.{part}");
-        let mlp = |part: &str| format!("{prefix}.mlp.{part}");
-        let qkv = [(attention("q_proj"), q), (attention("k_proj"), kv), (attention("v_proj"), kv)];
-        let sandwich = config.block == Block::SandwichNorm;
-        let mlp_norm = if sandwich { "pre_feedforward_layernorm" } else { "post_attention_layernorm" };
-        let mut optional = |wanted: bool, name: String, width| {
-            if wanted { self.norm(&name, width).map(Some) } else { Ok(None) }
-        };
-        let q_norm = optional(config.qk_norm, attention("q_norm"), config.head_dim)?;
-        let k_norm = optional(config.qk_norm, attention("k_norm"), config.head_dim)?;
-        let attention_post_norm = optional(sandwich, format!("{prefix}.post_attention_layernorm"), hidden)?;
-        let mlp_post_norm = optional(sandwich, format!("{prefix}.post_feedforward_layernorm"), hidden)?;
+        let mut optional = |name: &Option<String>, width| name.as_ref().map(|name| self.norm(name, width)).transpose();
+        let q_norm = optional(&names.q_norm, config.head_dim)?;
+        let k_norm = optional(&names.k_norm, config.head_dim)?;
+        let attention_post_norm = optional(&names.attention_post_norm, hidden)?;
+        let mlp_post_norm = optional(&names.mlp_post_norm, hidden)?;
         Ok(Layer {
-            attention_norm: self.norm(&format!("{prefix}.input_layernorm"), hidden)?,
-            qkv: self.stacked(&qkv, hidden, config.qkv_bias)?,
+            attention_norm: self.norm(&names.attention_norm, hidden)?,
+            qkv: match &names.qkv {
+                Qkv::Separate([q_name, k_name, v_name]) => {
+                    self.stacked(&[(q_name, q), (k_name, kv), (v_name, kv)], hidden, config.qkv_bias)?
+                }
+                Qkv::Interleaved(name) => self.interleaved_qkv(name)?,
+            },
             q_norm,
             k_norm,
-            output: self.stacked(&[(attention("o_proj"), hidden)], q, config.attention_output_bias)?,
+            output: self.stacked(&[(&names.output, hidden)], q, config.attention_output_bias)?,
             attention_post_norm,
-            mlp_norm: self.norm(&format!("{prefix}.{mlp_norm}"), hidden)?,
-            up: self.activated(&mlp("up_proj"), config.gated.then(|| mlp("gate_proj")).as_deref())?,
-            down: self.stacked(&[(mlp("down_proj"), hidden)], inner, config.mlp_bias)?,
+            mlp_norm: self.norm(&names.mlp_norm, hidden)?,
+            up: self.activated(&names.up, names.gate.as_deref())?,
+            down: self.stacked(&[(&names.down, hidden)], inner, config.mlp_bias)?,
             mlp_post_norm,
-        })
-    }
-
-    fn gpt_neox_layer<E: Load>(&mut self, prefix: &str) -> Result<Layer<E>> {
-        let config = self.config;
-        let (hidden, inner) = (config.hidden_size, config.intermediate_size);
-        Ok(Layer {
-            attention_norm: self.norm(&format!("{prefix}.input_layernorm"), hidden)?,
-            qkv: self.interleaved_qkv(&format!("{prefix}.attention.query_key_value"))?,
-            q_norm: None,
-            k_norm: None,
-            output: self.stacked(
-                &[(format!("{prefix}.attention.dense"), hidden)],
-                hidden,
-                config.attention_output_bias,
-            )?,
-            attention_post_norm: None,
-            mlp_norm: self.norm(&format!("{prefix}.post_attention_layernorm"), hidden)?,
-            up: self.activated(&format!("{prefix}.mlp.dense_h_to_4h"), None)?,
-            down: self.stacked(&[(format!("{prefix}.mlp.dense_4h_to_h"), hidden)], inner, config.mlp_bias)?,
-            mlp_post_norm: None,
         })
     }
 
@@ -267,8 +219,7 @@ impl Taker<'_> {
         let Config { hidden_size, num_heads, head_dim, qkv_bias, .. } = *self.config;
         let Part { weights, bias } = self.part(name, [3 * num_heads * head_dim, hidden_size], qkv_bias)?;
         let rows = weights.into_plain();
-        let heads = (0..3).flat_map(|part| (0..num_heads).map(move |head| (head * 3 + part) * head_dim));
-        let parts: Vec<_> = heads
+        let parts: Vec<_> = interleaved(num_heads, head_dim)
             .map(|start| Matrix {
                 weights: Rows::Plain(&rows[start * hidden_size..(start + head_dim) * hidden_size]),
                 bias: bias.as_ref().map(|bias| &bias[start..start + head_dim]),
@@ -276,6 +227,11 @@ impl Taker<'_> {
             .collect();
         Ok(Linear::new(&parts, hidden_size))
     }
+}
+
+/// Where the heads of all q, all k and all v, in this order, begin among interleaved rows.
+pub(super) fn interleaved(num_heads: usize, head_dim: usize) -> impl Iterator<Item = usize> {
+    (0..3).flat_map(move |part| (0..num_heads).map(move |head| (head * 3 + part) * head_dim))
 }
 
 /// Radians a position for each rotated pair, `dim / 2` of them.

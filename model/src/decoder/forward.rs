@@ -4,8 +4,10 @@ use std::ops::Range;
 
 use plumb_kernels::Element;
 use plumb_kernels::attention::{KvPages, PAGE, Prepare, Rule, Run, Span, Work, attention, padded, prepare};
+use plumb_kernels::element::round_all;
 use plumb_kernels::head::{dot, soft_cap, token_log_probs};
-use plumb_kernels::linear::Store;
+use plumb_kernels::linear::{Kept, Linear, Store};
+use plumb_kernels::norm::Norm;
 
 use super::build::Load;
 use super::step::{Read, Step, StepSequence};
@@ -20,7 +22,7 @@ const CHUNK: usize = 384;
 #[derive(Debug, Default)]
 pub(super) struct Buffers<E> {
     /// The residual stream, `[rows, hidden]`.
-    x: Vec<f32>,
+    pub(super) x: Vec<f32>,
     /// Normalised rows of a chunk, `[CHUNK, hidden]`.
     normed: Vec<E>,
     /// q, k and v of a chunk.
@@ -41,6 +43,43 @@ pub(super) struct Buffers<E> {
     logits: Vec<f32>,
 }
 
+/// How a step's rows are cut, the same for all layers.
+pub(super) struct Cut<'a> {
+    runs: Vec<Run>,
+    work: Work<'a>,
+}
+
+/// What the gradient of a layer needs of its forward pass. A vector may be longer than its rows.
+#[derive(Debug, Default)]
+pub(super) struct Tape<E> {
+    /// The residual stream before the layer, `[rows, hidden]`.
+    pub(super) x: Vec<f32>,
+    /// The residual stream before the feed-forward, unless that is parallel.
+    pub(super) mid: Vec<f32>,
+    /// q, k and v before their norms, where there are norms.
+    pub(super) qkv: Vec<E>,
+    /// `[rows, heads * padded_dim]`.
+    pub(super) q: Vec<E>,
+    /// `[rows, heads * head_dim]`.
+    pub(super) attended: Vec<E>,
+    /// The attention's result before its norm, where there is one, `[rows, hidden]`.
+    pub(super) attention_branch: Vec<f32>,
+    /// What the non-linearity is given, `[rows, intermediate]`.
+    pub(super) gate: Vec<E>,
+    pub(super) up: Vec<E>,
+    /// The feed-forward's result before its norm, where there is one, `[rows, hidden]`.
+    pub(super) mlp_branch: Vec<f32>,
+}
+
+impl<E> Tape<E> {
+    pub(super) fn bytes(&self) -> usize {
+        let Self { x, mid, qkv, q, attended, attention_branch, gate, up, mlp_branch } = self;
+        let elements = [qkv, q, attended, gate, up].map(Vec::capacity).iter().sum::<usize>();
+        let floats = [x, mid, attention_branch, mlp_branch].map(Vec::capacity).iter().sum::<usize>();
+        elements * size_of::<E>() + floats * size_of::<f32>()
+    }
+}
+
 impl<E> Buffers<E> {
     pub(super) fn bytes(&self) -> usize {
         let Self { x, normed, qkv, branch, inner, q, attended, parallel, last, logits } = self;
@@ -57,19 +96,36 @@ impl<E: Load> Stack<E> {
         if rows == 0 {
             return Ok(Vec::new());
         }
-        let runs = runs(step);
-        let config = &self.config;
-        let work = Work::new(&spans(step), config.num_heads / config.num_kv_heads, config.num_kv_heads);
+        let cut = self.cut(step);
         self.embed(step, resize(&mut buffers.x, rows * self.config.hidden_size));
-        for (i, layer) in self.layers.iter().enumerate() {
-            self.attend(i, layer, &runs, &work, kv, buffers);
-            self.feed_forward(layer, rows, buffers);
+        for layer in 0..self.layers.len() {
+            self.layer(layer, &cut, kv, buffers, None);
         }
         self.read(step, buffers)
     }
 
+    /// How the step's rows are cut, the same for all layers.
+    pub(super) fn cut<'a>(&self, step: &Step<'a>) -> Cut<'a> {
+        let config = &self.config;
+        let work = Work::new(&spans(step), config.num_heads / config.num_kv_heads, config.num_kv_heads);
+        Cut { runs: runs(step), work }
+    }
+
+    /// Runs a layer over the residual stream in `buffers.x`; what its gradient needs is kept where that is asked for.
+    pub(super) fn layer(
+        &self,
+        index: usize,
+        cut: &Cut<'_>,
+        kv: &mut KvPages<E>,
+        buffers: &mut Buffers<E>,
+        mut tape: Option<&mut Tape<E>>,
+    ) {
+        self.attend(index, cut, kv, buffers, tape.as_deref_mut());
+        self.feed_forward(&self.layers[index], cut.work.rows(), buffers, tape);
+    }
+
     /// What the kernels would panic on.
-    fn check(&self, sequence: &StepSequence<'_>) -> Result<()> {
+    pub(super) fn check(&self, sequence: &StepSequence<'_>) -> Result<()> {
         let invalid = |message: String| Err(Error::InvalidInput(message));
         let end = sequence.position + sequence.tokens.len();
         if sequence.tokens.is_empty() {
@@ -104,7 +160,7 @@ impl<E: Load> Stack<E> {
         }
     }
 
-    fn embed(&self, step: &Step<'_>, x: &mut [f32]) {
+    pub(super) fn embed(&self, step: &Step<'_>, x: &mut [f32]) {
         let hidden = self.config.hidden_size;
         // Transformers holds the scale in the weights' type.
         let scale = E::from_f32(self.config.embedding_scale).to_f32();
@@ -130,30 +186,32 @@ impl<E: Load> Stack<E> {
     fn attend(
         &self,
         index: usize,
-        layer: &Layer<E>,
-        runs: &[Run],
-        work: &Work<'_>,
+        cut: &Cut<'_>,
         kv: &mut KvPages<E>,
         buffers: &mut Buffers<E>,
+        mut tape: Option<&mut Tape<E>>,
     ) {
-        let config = &self.config;
+        let (config, layer) = (&self.config, &self.layers[index]);
         let (hidden, heads, dim) = (config.hidden_size, config.num_heads, config.head_dim);
+        let Cut { runs, work } = cut;
         let rows = work.rows();
-        let how = Prepare {
-            heads,
-            head_dim: dim,
-            q_norm: layer.q_norm.as_ref(),
-            k_norm: layer.k_norm.as_ref(),
-            rotary: &self.rotary,
-        };
-        let q_width = heads * padded(dim);
+        let how = self.prepare(index);
+        let (width, q_width) = (layer.qkv.outputs(), heads * padded(dim));
+        if let Some(tape) = &mut tape {
+            resize(&mut tape.x, rows * hidden).copy_from_slice(&buffers.x[..rows * hidden]);
+        }
         let q = resize(&mut buffers.q, rows * q_width);
         let mut next_run = 0;
         for chunk in chunks(rows) {
             let normed = resize(&mut buffers.normed, chunk.len() * hidden);
             layer.attention_norm.forward(&buffers.x[chunk.start * hidden..chunk.end * hidden], normed);
-            let qkv = resize(&mut buffers.qkv, chunk.len() * layer.qkv.outputs());
+            let qkv = resize(&mut buffers.qkv, chunk.len() * width);
             layer.qkv.forward(normed, qkv, Store::Set);
+            if let Some(tape) = &mut tape
+                && config.qk_norm
+            {
+                round_all(qkv, &mut resize(&mut tape.qkv, rows * width)[chunk.start * width..chunk.end * width]);
+            }
             let first_run = next_run;
             while runs.get(next_run).is_some_and(|run| run.row < chunk.end) {
                 next_run += 1;
@@ -164,37 +222,80 @@ impl<E: Load> Stack<E> {
         if config.block == Block::Parallel {
             layer.mlp_norm.forward(&buffers.x[..rows * hidden], resize(&mut buffers.parallel, rows * hidden));
         }
-        let rule = Rule {
-            heads,
-            head_dim: dim,
-            scale: config.attention_scale,
-            softcap: config.attention_softcap,
-            window: config.windows[index],
-        };
         let attended = resize(&mut buffers.attended, rows * heads * dim);
-        attention(q, kv, index, work, rule, attended);
+        attention(q, kv, index, work, self.rule(index), attended);
         for chunk in chunks(rows) {
             let attended = &attended[chunk.start * heads * dim..chunk.end * heads * dim];
-            let x = &mut buffers.x[chunk.start * hidden..chunk.end * hidden];
-            add_branch(&layer.output, attended, layer.attention_post_norm.as_ref(), &mut buffers.branch, x);
+            let range = chunk.start * hidden..chunk.end * hidden;
+            let kept = match (&mut tape, &layer.attention_post_norm) {
+                (Some(tape), Some(_)) => Some(&mut resize(&mut tape.attention_branch, rows * hidden)[range.clone()]),
+                _ => None,
+            };
+            let (norm, x) = (layer.attention_post_norm.as_ref(), &mut buffers.x[range]);
+            add_branch(&layer.output, attended, norm, &mut buffers.branch, x, kept);
+        }
+        if let Some(tape) = tape {
+            std::mem::swap(&mut tape.q, &mut buffers.q);
+            std::mem::swap(&mut tape.attended, &mut buffers.attended);
+        }
+    }
+
+    /// How q, k and v of a layer are made ready.
+    pub(super) fn prepare(&self, layer: usize) -> Prepare<'_> {
+        Prepare {
+            heads: self.config.num_heads,
+            head_dim: self.config.head_dim,
+            q_norm: self.layers[layer].q_norm.as_ref(),
+            k_norm: self.layers[layer].k_norm.as_ref(),
+            rotary: &self.rotary,
+        }
+    }
+
+    /// What a query of a layer sees.
+    pub(super) fn rule(&self, layer: usize) -> Rule {
+        Rule {
+            heads: self.config.num_heads,
+            head_dim: self.config.head_dim,
+            scale: self.config.attention_scale,
+            softcap: self.config.attention_softcap,
+            window: self.config.windows[layer],
         }
     }
 
     /// `x += [post_norm] down(act(up(norm(x))))`.
-    fn feed_forward(&self, layer: &Layer<E>, rows: usize, buffers: &mut Buffers<E>) {
-        let hidden = self.config.hidden_size;
+    fn feed_forward(&self, layer: &Layer<E>, rows: usize, buffers: &mut Buffers<E>, mut tape: Option<&mut Tape<E>>) {
+        let (hidden, outputs) = (self.config.hidden_size, layer.up.outputs());
+        let parallel = self.config.block == Block::Parallel;
+        if let Some(tape) = &mut tape {
+            if !parallel {
+                resize(&mut tape.mid, rows * hidden).copy_from_slice(&buffers.x[..rows * hidden]);
+            }
+            resize(&mut tape.up, rows * outputs);
+            resize(&mut tape.gate, if self.config.gated { rows * outputs } else { 0 });
+        }
         for chunk in chunks(rows) {
             let x = &mut buffers.x[chunk.start * hidden..chunk.end * hidden];
-            let normed = if self.config.block == Block::Parallel {
+            let normed = if parallel {
                 &buffers.parallel[chunk.start * hidden..chunk.end * hidden]
             } else {
                 let normed = resize(&mut buffers.normed, chunk.len() * hidden);
                 layer.mlp_norm.forward(x, normed);
                 normed
             };
-            let inner = resize(&mut buffers.inner, chunk.len() * layer.up.outputs());
-            layer.up.forward(normed, inner);
-            add_branch(&layer.down, inner, layer.mlp_post_norm.as_ref(), &mut buffers.branch, x);
+            let inner = resize(&mut buffers.inner, chunk.len() * outputs);
+            let kept = chunk.start * outputs..chunk.end * outputs;
+            let keep = tape.as_deref_mut().map(|tape| Kept {
+                gate: if self.config.gated { &mut tape.gate[kept.clone()] } else { &mut [] },
+                up: &mut tape.up[kept],
+            });
+            layer.up.forward(normed, inner, keep);
+            let kept = match (&mut tape, &layer.mlp_post_norm) {
+                (Some(tape), Some(_)) => {
+                    Some(&mut resize(&mut tape.mlp_branch, rows * hidden)[chunk.start * hidden..chunk.end * hidden])
+                }
+                _ => None,
+            };
+            add_branch(&layer.down, inner, layer.mlp_post_norm.as_ref(), &mut buffers.branch, x, kept);
         }
     }
 
@@ -263,13 +364,14 @@ impl<E: Load> Stack<E> {
     }
 }
 
-/// `x += [norm](linear(input))`.
+/// `x += [norm](linear(input))`; what the norm is given is kept where that is asked for.
 fn add_branch<E: Element>(
-    linear: &plumb_kernels::linear::Linear<E>,
+    linear: &Linear<E>,
     input: &[E],
-    norm: Option<&plumb_kernels::norm::Norm>,
+    norm: Option<&Norm>,
     branch: &mut Vec<f32>,
     x: &mut [f32],
+    kept: Option<&mut [f32]>,
 ) {
     match norm {
         None => linear.forward(input, x, Store::Add),
@@ -277,19 +379,22 @@ fn add_branch<E: Element>(
             let branch = resize(branch, x.len());
             linear.forward(input, branch, Store::Set);
             norm.add_to(branch, x);
+            if let Some(kept) = kept {
+                kept.copy_from_slice(branch);
+            }
         }
     }
 }
 
 /// The first `len` elements of the buffer, whose values are whatever they were.
-fn resize<T: Default + Clone>(buffer: &mut Vec<T>, len: usize) -> &mut [T] {
+pub(super) fn resize<T: Default + Clone>(buffer: &mut Vec<T>, len: usize) -> &mut [T] {
     if buffer.len() < len {
         buffer.resize(len, T::default());
     }
     &mut buffer[..len]
 }
 
-fn chunks(rows: usize) -> impl Iterator<Item = Range<usize>> {
+pub(super) fn chunks(rows: usize) -> impl Iterator<Item = Range<usize>> {
     (0..rows).step_by(CHUNK).map(move |start| start..(start + CHUNK).min(rows))
 }
 
@@ -309,7 +414,7 @@ fn runs(step: &Step<'_>) -> Vec<Run> {
     runs
 }
 
-fn spans<'a>(step: &Step<'a>) -> Vec<Span<'a>> {
+pub(super) fn spans<'a>(step: &Step<'a>) -> Vec<Span<'a>> {
     let mut row = 0;
     step.sequences
         .iter()

@@ -6,6 +6,8 @@
 
 mod build;
 mod forward;
+pub mod gradient;
+mod names;
 mod step;
 
 use half::bf16;

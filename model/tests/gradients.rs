@@ -1,0 +1,205 @@
+//! Gradients are those that Transformers computes, whatever the type, the threads and the way there.
+
+use std::path::{Path, PathBuf};
+
+use plumb_model::checkpoint::{Checkpoint, Source};
+use plumb_model::config::{Config, Head, RewardHead};
+use plumb_model::decoder::DType;
+use plumb_model::decoder::gradient::{Group, Language, Outcome, Parameters, Sequence, TopK, TrainOptions, Trainable};
+use serde_json::Value;
+
+const PLAIN: TrainOptions = TrainOptions { language_head: false, checkpointing: false };
+
+fn fixture(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures").join(name)
+}
+
+fn read(name: &str) -> (Config, Parameters, Vec<f32>) {
+    let model = fixture(name).to_str().unwrap().to_owned();
+    let Checkpoint { config, mut weights, .. } = Checkpoint::open(&Source { model, ..Source::default() }).unwrap();
+    let parameters = Parameters::new(&config, false);
+    let values = parameters.read(&mut weights).unwrap();
+    weights.finish().unwrap();
+    (config, parameters, values)
+}
+
+fn softplus(x: f32) -> f32 {
+    x.exp().ln_1p()
+}
+
+/// The slopes of `softplus(rejected - chosen)`.
+fn pair_slopes(rewards: &[f32]) -> Vec<f32> {
+    let d = 1.0 / (1.0 + (rewards[0] - rewards[1]).exp());
+    vec![-d, d]
+}
+
+/// Chosen and rejected.
+struct Pair([Vec<u32>; 2]);
+
+impl Pair {
+    fn sequence(&self, side: usize, reward: bool) -> Sequence<'_> {
+        let tokens = &self.0[side][..];
+        let rows = 0..tokens.len() - 1;
+        let language = match reward {
+            true => Language::Nothing,
+            false => Language::Next { weight: 1.0 / rows.len() as f32, rows },
+        };
+        Sequence { tokens, reward, language }
+    }
+
+    fn groups(&self, reward: bool, shared: bool) -> Vec<Group<'_>> {
+        let sequences = [0, 1].map(|side| self.sequence(side, reward));
+        match shared {
+            true => vec![Group { sequences: sequences.to_vec() }],
+            false => sequences.map(|sequence| Group { sequences: vec![sequence] }).to_vec(),
+        }
+    }
+
+    fn loss(outcomes: &[Outcome], reward: bool) -> f32 {
+        match reward {
+            true => softplus(outcomes[1].reward - outcomes[0].reward),
+            false => outcomes.iter().map(|o| (o.loss / o.rows as f64) as f32).sum(),
+        }
+    }
+}
+
+fn gradient(model: &mut Trainable, groups: &[Group<'_>]) -> (Vec<Outcome>, Vec<f32>) {
+    let mut gradient = vec![0.0; model.parameters().len()];
+    let outcomes = model.gradient(groups, &mut pair_slopes, &mut gradient).unwrap();
+    (outcomes, gradient)
+}
+
+fn norm(values: &[f32]) -> f64 {
+    values.iter().map(|x| f64::from(*x).powi(2)).sum::<f64>().sqrt()
+}
+
+fn distance(a: &[f32], b: &[f32]) -> f64 {
+    norm(&a.iter().zip(b).map(|(a, b)| a - b).collect::<Vec<_>>())
+}
+
+fn pair_of(expected: &Value) -> Pair {
+    Pair(["chosen", "rejected"].map(|side| serde_json::from_value(expected[side].clone()).unwrap()))
+}
+
+fn check(name: &str) {
+    let json = std::fs::read_to_string(fixture(name).join("gradients.json")).unwrap();
+    let expected: Value = serde_json::from_str(&json).unwrap();
+    let pair = pair_of(&expected);
+    let (config, parameters, values) = read(name);
+    let reward = config.head != Head::Language;
+    let train = |dtype, options| Trainable::new(&config, &values, dtype, 128, options).unwrap();
+
+    let mut model = train(DType::F32, PLAIN);
+    let (outcomes, shared) = gradient(&mut model, &pair.groups(reward, true));
+    let loss = expected["loss"].as_f64().unwrap();
+    assert!((f64::from(Pair::loss(&outcomes, reward)) - loss).abs() < 1e-5 * loss.max(1.0), "{name}: loss {loss}");
+    assert_eq!(model.evaluate(&pair.groups(reward, true)).unwrap(), outcomes, "{name}");
+    let expected = expected["gradients"].as_object().unwrap();
+    assert_eq!(expected.len(), parameters.list().len(), "{name}: {:?}", expected.keys());
+    for parameter in parameters.list() {
+        let found = &shared[parameter.range.clone()];
+        let expected = expected.get(&parameter.name).unwrap_or_else(|| panic!("{name}: no {}", parameter.name));
+        let size = expected["norm"].as_f64().unwrap();
+        // What cancels out, such as the last norm's bias in a pair, is zero but for rounding.
+        let size_or_rounding = size.max(1e-3 * norm(&shared));
+        assert!(
+            (norm(found) - size).abs() < 1e-4 * size_or_rounding,
+            "{name} {}: {} {size}",
+            parameter.name,
+            norm(found)
+        );
+        for (i, value) in expected["values"].as_array().unwrap().iter().enumerate() {
+            let (found, value) = (f64::from(found[i * found.len() / 8]), value.as_f64().unwrap());
+            assert!(
+                (found - value).abs() < 1e-4 * size_or_rounding,
+                "{name} {} at {i}: {found} {value}",
+                parameter.name
+            );
+        }
+    }
+
+    // Computed twice, the common beginning gives the same.
+    let (_, apart) = gradient(&mut model, &pair.groups(reward, false));
+    assert!(distance(&shared, &apart) < 1e-5 * norm(&apart), "{name}: {}", distance(&shared, &apart) / norm(&apart));
+    // Layers computed again have the same bits.
+    let mut checkpointing = train(DType::F32, TrainOptions { checkpointing: true, ..PLAIN });
+    assert!(gradient(&mut checkpointing, &pair.groups(reward, true)).1 == shared, "{name}: checkpointing");
+    // So do more threads, and a second step in the same buffers.
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(3).build().unwrap();
+    assert!(pool.install(|| gradient(&mut model, &pair.groups(reward, true))).1 == shared, "{name}: three threads");
+    // Rounded to bf16 between operations it is near.
+    let (_, rounded) = gradient(&mut train(DType::Bf16, PLAIN), &pair.groups(reward, true));
+    let error = distance(&rounded, &shared) / norm(&shared);
+    assert!(error < 0.05, "{name}: bf16 is off by {error}");
+}
+
+#[test]
+fn gradients_are_those_of_transformers() {
+    for name in [
+        "llama-lm",
+        "llama-pm",
+        "llama-lm-sharded",
+        "qwen2-lm",
+        "qwen2-pm",
+        "qwen3-lm",
+        "qwen3-pm",
+        "mistral-lm",
+        "mistral-pm",
+        "gemma2-lm",
+        "gemma2-pm",
+        "neox-lm",
+        "neox-pm",
+        "neox-lm-sequential",
+    ] {
+        check(name);
+    }
+}
+
+/// The gradient of rewards, next tokens and a teacher together is the slope of their sum.
+#[test]
+fn losses_add_up() {
+    let ids: Vec<u32> = (0..75).map(|i| 4 + i * 37 % 270).collect();
+    let pair = Pair([ids[..70].to_vec(), [&ids[..40], &ids[50..60]].concat()]);
+    let (top_ids, top_log_probs) = ([7u32, 90, 3], [-0.5f32, -1.5, -3.0]);
+    let teacher = vec![TopK { ids: &top_ids, log_probs: &top_log_probs }; 20];
+    for name in ["llama-lm", "gemma2-lm"] {
+        let (mut config, _, _) = read(name);
+        config.head = Head::Reward(RewardHead { weight: "score.weight".into(), bias: None, normalization: None });
+        let parameters = Parameters::new(&config, true);
+        let values: Vec<f32> = (0..parameters.len()).map(|i| ((i * 7919 % 1009) as f32 / 504.0 - 1.0) * 0.15).collect();
+        let options = TrainOptions { language_head: true, ..PLAIN };
+        let mut model = Trainable::new(&config, &values, DType::F32, 128, options).unwrap();
+        let mut sequences = [0, 1].map(|side| pair.sequence(side, false));
+        sequences.iter_mut().for_each(|s| s.reward = true);
+        sequences[1].language = Language::Teacher { first: 30, top: &teacher, weight: 0.05 };
+        let groups = [Group { sequences: sequences.to_vec() }];
+        let (_, slope) = gradient(&mut model, &groups);
+        let mut loss = |step: f32| {
+            let moved: Vec<f32> = values.iter().zip(&slope).map(|(value, d)| value + step * d).collect();
+            model.set(&moved);
+            let outcomes = model.evaluate(&groups).unwrap();
+            let language = outcomes[0].loss / outcomes[0].rows as f64 + 0.05 * outcomes[1].loss;
+            f64::from(softplus(outcomes[1].reward - outcomes[0].reward)) + language
+        };
+        let expected = norm(&slope).powi(2);
+        let step = (0.02 / expected) as f32;
+        let found = (loss(step) - loss(-step)) / f64::from(2.0 * step);
+        assert!((found - expected).abs() < 5e-3 * expected, "{name}: {found} {expected}");
+    }
+}
+
+#[test]
+fn what_does_not_fit_is_refused() {
+    let (config, _, values) = read("llama-pm");
+    let mut model = Trainable::new(&config, &values, DType::F32, 64, PLAIN).unwrap();
+    let mut check = |tokens: &[u32], language: Language<'_>, expected: &str| {
+        let group = Group { sequences: vec![Sequence { tokens, reward: true, language }] };
+        let error = model.evaluate(&[group]).unwrap_err().to_string();
+        assert!(error.contains(expected), "{error}");
+    };
+    check(&[], Language::Nothing, "without tokens");
+    check(&[5; 65], Language::Nothing, "65");
+    check(&[280], Language::Nothing, "vocabulary");
+    check(&[5; 4], Language::Next { rows: 0..2, weight: 1.0 }, "vocabulary head");
+    assert!(Trainable::new(&config, &values[1..], DType::F32, 64, PLAIN).is_err());
+}
