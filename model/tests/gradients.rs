@@ -1,5 +1,7 @@
 //! Gradients are those that Transformers computes, whatever the type, the threads and the way there.
 
+#![expect(clippy::unwrap_used, clippy::panic, reason = "a test ends where it fails")]
+
 use std::path::{Path, PathBuf};
 
 use plumb_model::checkpoint::{Checkpoint, Source};

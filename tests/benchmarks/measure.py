@@ -235,6 +235,17 @@ def memory(job):
     job.recorder.add("memory", "weights and cache", mib["model_weight_bytes"] + CACHE_MIB, "MiB", command)
 
 
+def train(job):
+    """A step of preference training: four pairs of 512 tokens whose first half is shared"""
+    models = str(job.peers.folder)
+    argv = ["cargo", "bench", "-p", "plumb-trainer", "--bench", "step", "--", "^train/shared$", "--noplot"]
+    found = criterion.run(job.root, argv + ["--quick"] * job.quick, "train", PLUMB_MODELS=models)["shared"]
+    command = f"PLUMB_MODELS={models} {shlex.join(argv)}"
+    job.recorder.add("train", "plumb", 1e9 * found["per_iteration"] / found["ns"], "tok/s", command, raw=found)
+    argv = [job.peers.scripts / "train_torch.py", job.peers.folder / "smollm2", "bf16", "4", "512"]
+    job.peer("torch", argv, ("train", "torch", "tok/s", r"^torch bf16 train.*: ([\d.]+) tok/s"))
+
+
 def items(job):
     """Throughput against the items of a call"""
     curve(job, "items", [(count, count, 256) for count in ITEMS])
@@ -297,4 +308,4 @@ def latency(report):
 
 # Curves show a shape, not a ratio: the first round's do.
 ONCE = ("items", "length", "load")
-ALL = {f.__name__: f for f in (limits, score, text, single, decode, gguf, memory, items, length, load)}
+ALL = {f.__name__: f for f in (limits, score, text, single, decode, gguf, memory, train, items, length, load)}

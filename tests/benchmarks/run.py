@@ -114,6 +114,7 @@ def build():
         "cargo build --release -p plumb-server -p plumb-client",
         "cargo bench --no-run -p plumb-kernels --bench kernels",
         "cargo bench --no-run -p plumb-model --bench forward",
+        "cargo bench --no-run -p plumb-trainer --bench step",
     ):
         subprocess.run(line.split(), cwd=ROOT, check=True)
 

@@ -53,6 +53,8 @@ PEERS = [
     *beside("decode 16 shared", "generate, 16 streams behind 6,000 shared tokens", "tok/s", vllm(2.0)),
     *beside("gguf prefill", "GGUF Q4_1: a prompt of 512 tokens", "tok/s", [("llama", "llama.cpp", 4.0)]),
     *beside("gguf decode", "GGUF Q4_1: generate, one stream", "tok/s", [("llama", "llama.cpp", 1.0)]),
+    *beside("train", "train on 4 pairs of 512 tokens, the first half of each pair shared", "tok/s",
+            [("torch", "PyTorch, bf16 autocast", 1.5)]),
 ]  # fmt: skip
 
 

@@ -1,12 +1,13 @@
 //! Makes the checkpoints that the server loads.
 //!
-//! [`inspect`] says what a checkpoint is; [`publish`] makes a version of it. Both load it first, with the decoder that
-//! will serve it: what is missing, extra or misshapen is found here, not at the next start of a server.
+//! [`prepare`](mod@prepare) turns data sets into lines; a [`Recipe`] says what is learned from which data; [`run()`] follows it, with the decoder that will serve the result,
+//! and leaves a checkpoint in Hugging Face layout. [`inspect`] says what a checkpoint is; [`publish`] makes a version of
+//! it. Both load it first: what is missing, extra or misshapen is found here, not at the next start of a server.
 //!
 //! ```
 //! use plumb_model::checkpoint::Source;
 //!
-//! # fn main() -> plumb_model::Result<()> {
+//! # fn main() -> plumb_trainer::Result<()> {
 //! let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/fixtures/llama-pm");
 //! let found = plumb_trainer::inspect(&Source { model: folder.to_owned(), ..Source::default() })?;
 //! assert_eq!(found.info.architecture, "LlamaForSequenceClassification");
@@ -16,88 +17,22 @@
 //!
 //! Nothing here knows how models are served.
 
-use std::fmt;
-use std::path::{Path, PathBuf};
+pub mod data;
+mod draft;
+mod error;
+mod input;
+mod objective;
+mod order;
+pub mod prepare;
+mod publish;
+pub mod recipe;
+mod run;
+mod scratch;
+mod state;
 
-use plumb_model::checkpoint::{Source, manifest};
-use plumb_model::loaded::{DTypeChoice, LoadOptions, LoadedModel, ModelInfo, ModelKind};
-use plumb_model::{Error, Result};
-
-/// What a checkpoint is. Displayed as a table of names and values.
-#[derive(Clone, Debug)]
-pub struct Inspection {
-    /// What was found in it, with the type `auto` and the whole context.
-    pub info: ModelInfo,
-    /// sha256 of the chat template in hexadecimal, where there is one.
-    pub chat_template_sha256: Option<String>,
-}
-
-/// Loads a checkpoint and tells what it is.
-///
-/// # Errors
-/// Whatever makes a server refuse it.
-pub fn inspect(source: &Source) -> Result<Inspection> {
-    let options = LoadOptions {
-        dtype: DTypeChoice::Auto,
-        hhh: Default::default(),
-        max_input_tokens: None,
-        // Only counted here, never taken: no limit but the model's own.
-        kv_cache_bytes: usize::MAX,
-    };
-    let model = LoadedModel::load(source, &options)?;
-    Ok(Inspection { chat_template_sha256: model.text.chat_template_sha256().map(str::to_owned), info: model.info })
-}
-
-/// A version that was published.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Published {
-    /// `<root>/<model>/<version>`.
-    pub folder: PathBuf,
-    /// The digest that a server reports for it with the type `auto`.
-    pub weights_digest: String,
-}
-
-/// Copies the folder of a checkpoint that loads to `<root>/<model>/<version>/`, whole or not at all. Without a `version`
-/// it becomes the one after the highest there, or 1.
-///
-/// # Errors
-/// If the checkpoint does not load, the name is none for a folder, or the version exists; nothing is published then.
-pub fn publish(folder: &Path, root: &Path, model: &str, version: Option<u64>) -> Result<Published> {
-    // Anything else would be taken for a file or a repository, neither of which has a folder to copy.
-    let name = match folder.to_str() {
-        Some(name) if folder.is_dir() => name.to_owned(),
-        _ => return Err(Error::MissingFile { path: folder.to_owned(), what: "a folder with a checkpoint".to_owned() }),
-    };
-    let Inspection { info, .. } = inspect(&Source { model: name, ..Source::default() })?;
-    let folder = manifest::publish(folder, root, model, version)?;
-    Ok(Published { folder, weights_digest: info.weights_digest })
-}
-
-impl fmt::Display for Inspection {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { info, chat_template_sha256 } = self;
-        let (kind, head) = match (info.kind, &info.reward_head, info.normalization) {
-            (ModelKind::Language, ..) => ("language", "vocabulary".to_owned()),
-            (ModelKind::Preference, Some(head), Some((mean, std))) => {
-                ("preference", format!("{head}, normalised by mean {mean} and std {std}"))
-            }
-            (ModelKind::Preference, head, _) => ("preference", head.clone().unwrap_or_default()),
-        };
-        let rows = [
-            ("source", info.source.clone()),
-            ("architecture", info.architecture.clone()),
-            ("kind", kind.to_owned()),
-            ("head", head),
-            ("dtype", info.dtype.to_owned()),
-            ("parameters", info.parameters.to_string()),
-            ("vocabulary", info.vocab_size.to_string()),
-            ("context", info.max_input_tokens.to_string()),
-            ("chat template", chat_template_sha256.clone().unwrap_or_else(|| "none".to_owned())),
-            ("digest", info.weights_digest.clone()),
-        ];
-        for (name, value) in rows {
-            writeln!(f, "{name:<15}{value}")?;
-        }
-        Ok(())
-    }
-}
+pub use error::{Error, Result};
+pub use objective::Measures;
+pub use publish::{Inspection, Published, inspect, publish};
+pub use recipe::Recipe;
+pub use run::{Finished, run};
+pub use scratch::{Shape, scratch};

@@ -6,11 +6,16 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 use plumb_model::checkpoint::Source;
+use plumb_trainer::prepare::{Dataset, Options, prepare};
+use plumb_trainer::recipe::with_file;
+use plumb_trainer::{Measures, Recipe, Shape};
 
 const EXAMPLES: &str = "\
 Examples:
+  plumb-train prepare hh-rlhf helpful-base/train.jsonl.gz --output data/helpful
+  plumb-train run --config recipe.toml --seed 1
   plumb-train inspect tests/fixtures/llama-pm
-  plumb-train publish ./run/best /checkpoints --name pm
+  plumb-train publish ./run/checkpoint /checkpoints --name pm
   plumb-server --model-id /checkpoints/pm/1
 
 Exit codes: 0 done, 1 failed, 64 the command line makes no sense.";
@@ -25,6 +30,52 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
+    /// Train as a recipe says, or go on with a run that was interrupted
+    Run {
+        /// TOML file with any of the options below, by their names; an option on the command line counts more
+        #[arg(long, value_name = "FILE")]
+        config: Option<PathBuf>,
+        #[command(flatten)]
+        recipe: Box<Recipe>,
+    },
+    /// Learn a tokenizer from text, and write a language model of random weights to begin with
+    Scratch {
+        /// JSONL files whose strings the tokenizer is learned from
+        #[arg(value_name = "FILE", required = true)]
+        files: Vec<PathBuf>,
+        /// Folder for the checkpoint
+        #[arg(long, value_name = "FOLDER")]
+        output: PathBuf,
+        /// Of the weights
+        #[arg(long, value_name = "N", default_value_t = 0)]
+        seed: u64,
+        #[command(flatten)]
+        shape: Shape,
+    },
+    /// Turn a data set into train.jsonl and dev.jsonl: shuffled, without duplicates, split by question
+    Prepare {
+        /// What the files are
+        #[arg(value_enum)]
+        dataset: Dataset,
+        /// Files, plain or packed by gzip, bzip2 or zstd
+        #[arg(value_name = "FILE", required = true)]
+        files: Vec<PathBuf>,
+        /// Folder for the result
+        #[arg(long, value_name = "FOLDER")]
+        output: PathBuf,
+        /// Share of the questions that goes to dev.jsonl
+        #[arg(long, value_name = "X", default_value_t = 0.01)]
+        dev_share: f64,
+        /// Of the order, the split and what is drawn
+        #[arg(long, value_name = "N", default_value_t = 0)]
+        seed: u64,
+        /// Make two pairs of each, GOOD:A over BAD:A and BAD:B over GOOD:B, as for preference-model pretraining
+        #[arg(long)]
+        binarise: bool,
+        /// Bad lines after which to stop
+        #[arg(long, value_name = "N", default_value_t = 100)]
+        max_bad_lines: u64,
+    },
     /// Load a checkpoint, then copy it to ROOT/NAME/VERSION with a manifest: whole, or not at all
     Publish {
         /// Folder of the checkpoint
@@ -46,7 +97,14 @@ enum Command {
 }
 
 fn main() -> ExitCode {
-    let cli = match Cli::try_parse() {
+    let arguments = match with_file(std::env::args_os().collect()) {
+        Ok(arguments) => arguments,
+        Err(error) => {
+            eprintln!("plumb-train: {error}");
+            return ExitCode::from(64);
+        }
+    };
+    let cli = match Cli::try_parse_from(arguments) {
         Ok(cli) => cli,
         Err(message) => {
             // Nothing is left to be done if the terminal is gone.
@@ -65,6 +123,27 @@ fn main() -> ExitCode {
 
 fn run(command: Command) -> anyhow::Result<()> {
     let text = match command {
+        Command::Run { recipe, .. } => {
+            let finished = plumb_trainer::run(&recipe)?;
+            let dev = finished.dev.map(describe).unwrap_or_default();
+            format!("steps      {}\n{dev}checkpoint {}\n", finished.steps, finished.checkpoint.display())
+        }
+        Command::Scratch { files, output, seed, shape } => {
+            plumb_trainer::scratch(&files, &output, shape, seed)?;
+            format!("checkpoint {}\n", output.display())
+        }
+        Command::Prepare { dataset, files, output, dev_share, seed, binarise, max_bad_lines } => {
+            let options = Options { dev_share, seed, binarise, max_bad_lines };
+            let counts = prepare(dataset, &files, &output, &options, &mut |line| eprintln!("{line}"))?;
+            let dropped = counts.dropped.iter().map(|(reason, count)| format!("left out  {count} {reason}\n"));
+            format!(
+                "read      {}\ntrain     {}\ndev       {}\n{}",
+                counts.read,
+                counts.train,
+                counts.dev,
+                dropped.collect::<String>()
+            )
+        }
         Command::Publish { source, root, name, version } => {
             let published = plumb_trainer::publish(&source, &root, &name, version)?;
             format!("published {}\ndigest    {}\n", published.folder.display(), published.weights_digest)
@@ -75,4 +154,10 @@ fn run(command: Command) -> anyhow::Result<()> {
     };
     std::io::stdout().write_all(text.as_bytes())?;
     Ok(())
+}
+
+/// Measures on the dev data, a line each.
+fn describe(measures: Measures) -> String {
+    let rows = [("dev loss", Some(measures.loss)), ("accuracy", measures.accuracy), ("margin", measures.margin)];
+    rows.iter().filter_map(|(name, value)| Some(format!("{name:<11}{:.4}\n", (*value)?))).collect()
 }

@@ -129,13 +129,13 @@ mod tests {
             below[i] -= 1e-3;
             (loss(&above) - loss(&below)) / f64::from(above[i] - below[i])
         };
-        for i in 0..x.len() {
+        for (i, found) in dx.iter().enumerate() {
             let expected = 1.0 + slope(&x, i, &|x| loss(x, &weights));
-            assert!((f64::from(dx[i]) - expected).abs() < 2e-3 * expected.abs().max(1.0), "{} {expected}", dx[i]);
+            assert!((f64::from(*found) - expected).abs() < 2e-3 * expected.abs().max(1.0), "{found} {expected}");
         }
-        for i in 0..weights.len() {
+        for (i, found) in d_weights.iter().enumerate() {
             let expected = 1.0 + slope(&weights, i, &|w| loss(&x, w));
-            assert!((f64::from(d_weights[i]) - expected).abs() < 2e-3 * expected.abs().max(1.0));
+            assert!((f64::from(*found) - expected).abs() < 2e-3 * expected.abs().max(1.0), "{found} {expected}");
         }
     }
 

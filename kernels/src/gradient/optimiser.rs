@@ -129,7 +129,7 @@ mod tests {
         assert!((mean[0] - 0.2).abs() < 1e-6 && (square[0] - 0.04).abs() < 1e-6, "the scaled gradient counts");
     }
 
-    const PYTORCH: [f32; 3] = [0.692521408, -0.189050905, 0.536799375];
+    const PYTORCH: [f32; 3] = [0.692_521_4, -0.189_050_9, 0.536_799_4];
 
     #[test]
     fn sums_over_many_pieces() {

@@ -1,0 +1,171 @@
+//! What is learned from a batch, and what is measured on it.
+
+use plumb_model::decoder::gradient::{Group, Language, Outcome, Sequence};
+use serde::Serialize;
+
+use crate::data::{Example, Side};
+use crate::recipe::{Objective, Recipe};
+
+/// How the examples of a batch count.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Weights {
+    objective: Objective,
+    /// Of a pair's preference loss: lambda over the number of pairs.
+    pair: f32,
+    /// Of a token's loss: mu, or 1, over the number of tokens that count in the batch.
+    token: f32,
+}
+
+/// Sums over examples.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub(crate) struct Sums {
+    pairs: u64,
+    /// Pairs whose better side was found better; half of one where both are equal.
+    right: f64,
+    preference: f64,
+    margin: f64,
+    language: f64,
+    rows: u64,
+    /// Tokens of all sequences.
+    pub(crate) tokens: u64,
+}
+
+/// Means over examples.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
+pub struct Measures {
+    /// What is minimised: lambda * preference + mu * language (Askell et al. 2021, equation C.1), or the language loss.
+    pub loss: f64,
+    /// softplus(r_rejected - r_chosen), equation 3.1.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub preference_loss: Option<f64>,
+    /// Mean negative log-likelihood of the tokens that count, in nats.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub language_loss: Option<f64>,
+    /// Share of pairs whose chosen side is found better.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub accuracy: Option<f64>,
+    /// Mean of r_chosen - r_rejected, or of the mean log-likelihoods' difference.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub margin: Option<f64>,
+}
+
+impl Weights {
+    /// Of the examples of a whole batch.
+    pub(crate) fn new(recipe: &Recipe, batch: &[&Example]) -> Self {
+        let rows: usize =
+            batch.iter().map(|example| better(example).map_or(0, |side| rows(recipe.objective, side).len())).sum();
+        let token = match recipe.objective {
+            Objective::Preference => recipe.language_weight,
+            Objective::Language | Objective::Imitation => 1.0,
+        };
+        Self {
+            objective: recipe.objective,
+            pair: recipe.preference_weight / batch.len().max(1) as f32,
+            token: token / rows.max(1) as f32,
+        }
+    }
+
+    /// What the decoder is to compute of an example, for learning.
+    pub(crate) fn group<'a>(&self, example: &'a Example) -> Group<'a> {
+        let reward = self.objective == Objective::Preference;
+        let learned = |side: &'a Side| {
+            let rows = rows(self.objective, side);
+            let language = match self.token > 0.0 {
+                true => Language::Next { rows, weight: self.token },
+                false => Language::Nothing,
+            };
+            Sequence { tokens: &side.tokens, reward, language }
+        };
+        let sequences = match (example, self.objective) {
+            (Example::Text(side), _) => vec![learned(side)],
+            (Example::Pair { chosen, rejected }, Objective::Preference) => {
+                vec![learned(chosen), Sequence { tokens: &rejected.tokens, reward, language: Language::Nothing }]
+            }
+            (Example::Pair { chosen, .. }, Objective::Language | Objective::Imitation) => vec![learned(chosen)],
+        };
+        Group { sequences }
+    }
+
+    /// What the decoder is to compute of an example, for measuring: the other side counts too.
+    pub(crate) fn measured<'a>(&self, example: &'a Example) -> Group<'a> {
+        let mut group = self.group(example);
+        if let (Example::Pair { rejected, .. }, Objective::Language | Objective::Imitation) = (example, self.objective)
+        {
+            let language = Language::Next { rows: rows(self.objective, rejected), weight: self.token };
+            group.sequences.push(Sequence { tokens: &rejected.tokens, reward: false, language });
+        }
+        group
+    }
+
+    /// How the loss changes with rewards, which come in pairs.
+    pub(crate) fn slopes(&self, rewards: &[f32]) -> Vec<f32> {
+        let slope = |pair: &[f32]| {
+            let d = self.pair / (1.0 + (pair[0] - pair[1]).exp());
+            [-d, d]
+        };
+        rewards.chunks_exact(2).flat_map(slope).collect()
+    }
+}
+
+impl Sums {
+    /// Adds examples and what came of their sequences.
+    pub(crate) fn add(&mut self, objective: Objective, groups: &[Group<'_>], mut outcomes: &[Outcome]) {
+        for group in groups {
+            let (own, rest) = outcomes.split_at(group.sequences.len().min(outcomes.len()));
+            outcomes = rest;
+            self.tokens += group.sequences.iter().map(|sequence| sequence.tokens.len() as u64).sum::<u64>();
+            let Some(first) = own.first() else { continue };
+            self.language += first.loss;
+            self.rows += first.rows as u64;
+            let Some(second) = own.get(1) else { continue };
+            let mean = |outcome: &Outcome| -outcome.loss / outcome.rows.max(1) as f64;
+            let margin = match objective {
+                Objective::Preference => f64::from(first.reward) - f64::from(second.reward),
+                Objective::Language | Objective::Imitation => mean(first) - mean(second),
+            };
+            self.pairs += 1;
+            self.margin += margin;
+            self.preference += softplus(-margin);
+            self.right += if margin > 0.0 {
+                1.0
+            } else if margin == 0.0 {
+                0.5
+            } else {
+                0.0
+            };
+        }
+    }
+
+    /// Means.
+    pub(crate) fn means(&self, recipe: &Recipe) -> Measures {
+        let reward = recipe.objective == Objective::Preference;
+        let per_pair = |sum: f64| (self.pairs > 0).then(|| sum / self.pairs as f64);
+        let language_loss = (self.rows > 0).then(|| self.language / self.rows as f64);
+        let preference_loss = per_pair(self.preference).filter(|_| reward);
+        let loss = match reward {
+            true => {
+                f64::from(recipe.preference_weight) * preference_loss.unwrap_or(0.0)
+                    + f64::from(recipe.language_weight) * language_loss.unwrap_or(0.0)
+            }
+            false => language_loss.unwrap_or(0.0),
+        };
+        let (accuracy, margin) = (per_pair(self.right), per_pair(self.margin));
+        Measures { loss, preference_loss, language_loss, accuracy, margin }
+    }
+}
+
+/// `ln(1 + e^x)` without overflow.
+fn softplus(x: f64) -> f64 {
+    x.max(0.0) + (-x.abs()).exp().ln_1p()
+}
+
+/// The side whose tokens are learned.
+fn better(example: &Example) -> Option<&Side> {
+    example.sides().next()
+}
+
+/// Rows whose next token counts: in imitation those of the response, elsewhere all.
+fn rows(objective: Objective, side: &Side) -> std::ops::Range<usize> {
+    let first = if objective == Objective::Imitation { side.response - 1 } else { 0 };
+    first..side.tokens.len() - 1
+}

@@ -1,0 +1,311 @@
+//! A run: from a recipe to a checkpoint.
+//!
+//! The same recipe on the same kind of CPU gives the same bits, on any number of threads, and also where a run was
+//! interrupted and went on: the order of the data and the sums of gradients depend on the recipe alone.
+
+use std::fs;
+use std::io::Write as _;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use indicatif::{HumanCount, ProgressBar, ProgressDrawTarget, ProgressStyle};
+use plumb_kernels::gradient::{AdamW, sum_of_squares};
+use plumb_model::decoder::DType;
+use plumb_model::decoder::gradient::{Group, TrainOptions, Trainable};
+use serde::Serialize;
+use serde_json::json;
+
+use crate::data::{Counts, Example, Reader};
+use crate::draft::Draft;
+use crate::objective::{Measures, Sums, Weights};
+use crate::order::{Order, micro_batches};
+use crate::recipe::{ComputeType, Objective, Recipe};
+use crate::state::State;
+use crate::{Error, Result};
+
+/// What a run came to.
+#[derive(Clone, Debug)]
+pub struct Finished {
+    /// Steps that were taken, those before an interruption among them.
+    pub steps: u64,
+    /// Measures on the dev data, if there is any.
+    pub dev: Option<Measures>,
+    /// Folder of the checkpoint, in Hugging Face layout.
+    pub checkpoint: PathBuf,
+}
+
+/// A line of `metrics.jsonl`.
+#[derive(Serialize)]
+struct Record {
+    /// `train` or `dev`.
+    split: &'static str,
+    step: u64,
+    #[serde(flatten)]
+    measures: Measures,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    lr: Option<f32>,
+    /// Before it is scaled down.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    gradient_norm: Option<f64>,
+    tokens: u64,
+    seconds: f64,
+}
+
+/// Trains, or goes on with the run that the output folder holds.
+///
+/// # Errors
+/// If the recipe, its checkpoint or its data make no sense, or a loss is not a number.
+pub fn run(recipe: &Recipe) -> Result<Finished> {
+    recipe.check()?;
+    let threads = recipe.threads.unwrap_or_else(num_cpus::get_physical);
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build();
+    let pool = pool.map_err(|error| Error::Recipe(format!("{threads} threads: {error}")))?;
+    pool.install(|| Run::begin(recipe)?.finish())
+}
+
+struct Run<'a> {
+    recipe: &'a Recipe,
+    draft: Draft,
+    train: Vec<Example>,
+    dev: Vec<Example>,
+    model: Trainable,
+    state: State,
+    metrics: fs::File,
+    bar: ProgressBar,
+}
+
+impl<'a> Run<'a> {
+    fn begin(recipe: &'a Recipe) -> Result<Self> {
+        fs::create_dir_all(&recipe.output).map_err(Error::io(&recipe.output))?;
+        let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr());
+        let mut draft = Draft::new(recipe)?;
+        let reader = Reader {
+            text: &draft.text,
+            end_of_context: draft.end_of_context,
+            beginning: draft.beginning,
+            max_tokens: recipe.max_tokens.min(draft.config.max_position_embeddings),
+            split_texts: recipe.objective == Objective::Language,
+            max_bad_lines: recipe.max_bad_lines,
+        };
+        let mut warn = |line: &str| bar.suspend(|| eprintln!("{line}"));
+        let (train, train_counts) = reader.read(&recipe.train, &mut warn)?;
+        let (dev, dev_counts) = reader.read(&recipe.dev, &mut warn)?;
+        check_examples(recipe, &train)?;
+        let counts = [("train", &train_counts), ("dev", &dev_counts)];
+        counts.iter().for_each(|(split, counts)| warn(&describe(split, counts)));
+
+        let dtype = if recipe.dtype == ComputeType::F32 { DType::F32 } else { DType::Bf16 };
+        let options = TrainOptions {
+            language_head: recipe.objective == Objective::Preference && recipe.language_weight > 0.0,
+            checkpointing: recipe.checkpointing,
+        };
+        keep_recipe(recipe, &counts)?;
+        let state = match State::last(&recipe.output.join("states"), draft.values.len())? {
+            Some(state) => {
+                warn(&format!("goes on after step {}", state.step));
+                state
+            }
+            None => State::new(std::mem::take(&mut draft.values)),
+        };
+        draft.values = Vec::new();
+        let model = Trainable::new(&draft.config, &state.weights, dtype, reader.max_tokens, options)?;
+        let metrics = metrics_up_to(&recipe.output.join("metrics.jsonl"), state.step)?;
+        Ok(Self { recipe, draft, train, dev, model, state, metrics, bar })
+    }
+
+    fn finish(mut self) -> Result<Finished> {
+        let recipe = self.recipe;
+        let mut order = Order::new(recipe.seed, self.train.len(), recipe.batch);
+        let all = order.steps_per_epoch() * recipe.epochs;
+        let total = recipe.max_steps.map_or(all, |most| most.min(all));
+        self.bar.set_length(total);
+        self.bar.set_position(self.state.step);
+        self.bar.set_style(style());
+        self.bar.enable_steady_tick(Duration::from_millis(200));
+        let mut gradient = vec![0.0; self.state.weights.len()];
+        let states = recipe.output.join("states");
+        while self.state.step < total {
+            let step = self.state.step + 1;
+            let indices = order.batch(step);
+            self.step(step, total, &indices, &mut gradient)?;
+            if step.is_multiple_of(recipe.save_every) || step == total {
+                self.state.save(&states)?;
+            }
+            if recipe.evaluate_every > 0 && step.is_multiple_of(recipe.evaluate_every) && step < total {
+                self.evaluate()?;
+            }
+        }
+        let dev = self.evaluate()?;
+        let checkpoint = recipe.output.join("checkpoint");
+        self.draft.save(&self.state.weights, &checkpoint)?;
+        self.bar.finish_and_clear();
+        Ok(Finished { steps: self.state.step, dev, checkpoint })
+    }
+
+    fn step(&mut self, step: u64, total: u64, indices: &[usize], gradient: &mut [f32]) -> Result<()> {
+        let (recipe, start) = (self.recipe, Instant::now());
+        let batch: Vec<&Example> = indices.iter().map(|i| &self.train[*i]).collect();
+        let weights = Weights::new(recipe, &batch);
+        let mut sums = Sums::default();
+        gradient.fill(0.0);
+        for part in micro_batches(batch, recipe.micro_batch_tokens) {
+            let groups: Vec<Group<'_>> = part.iter().map(|example| weights.group(example)).collect();
+            let outcomes = self.model.gradient(&groups, &mut |rewards| weights.slopes(rewards), gradient)?;
+            sums.add(recipe.objective, &groups, &outcomes);
+        }
+        let measures = sums.means(recipe);
+        let norm = sum_of_squares(gradient).sqrt();
+        for (what, value) in [("loss", measures.loss), ("gradient norm", norm)] {
+            if !value.is_finite() {
+                let saved = self.save_batch(step, indices)?;
+                return Err(Error::NonFinite { step, what, value, saved });
+            }
+        }
+        let clip = f64::from(recipe.clip);
+        let lr = recipe.lr_at(step, total);
+        let how = AdamW {
+            lr,
+            beta1: recipe.beta1,
+            beta2: recipe.beta2,
+            eps: recipe.eps,
+            weight_decay: 0.0,
+            step: step as u32,
+            scale: if clip > 0.0 && norm > clip { (clip / norm) as f32 } else { 1.0 },
+        };
+        let State { weights, mean, square, .. } = &mut self.state;
+        for parameter in self.draft.parameters.list() {
+            let range = || parameter.range.clone();
+            // Norms and biases are not drawn to zero.
+            let weight_decay = if parameter.shape.len() > 1 { recipe.weight_decay } else { 0.0 };
+            let how = AdamW { weight_decay, ..how };
+            how.update(&mut weights[range()], &gradient[range()], &mut mean[range()], &mut square[range()]);
+        }
+        self.model.set(weights);
+        self.state.step = step;
+
+        let (seconds, tokens) = (start.elapsed().as_secs_f64(), sums.tokens);
+        self.record(&Record {
+            split: "train",
+            step,
+            measures,
+            lr: Some(lr),
+            gradient_norm: Some(norm),
+            tokens,
+            seconds,
+        })?;
+        let accuracy = measures.accuracy.map(|share| format!(", {:.0} % right", 100.0 * share)).unwrap_or_default();
+        let rate = HumanCount((tokens as f64 / seconds) as u64);
+        self.bar.set_message(format!("loss {:.4}{accuracy}, {rate} tok/s", measures.loss));
+        self.bar.inc(1);
+        Ok(())
+    }
+
+    /// Measures on the dev data.
+    fn evaluate(&mut self) -> Result<Option<Measures>> {
+        if self.dev.is_empty() {
+            return Ok(None);
+        }
+        let (recipe, start) = (self.recipe, Instant::now());
+        let all: Vec<&Example> = self.dev.iter().collect();
+        let weights = Weights::new(recipe, &all);
+        let mut sums = Sums::default();
+        for part in micro_batches(all, recipe.micro_batch_tokens) {
+            let groups: Vec<Group<'_>> = part.iter().map(|example| weights.measured(example)).collect();
+            let outcomes = self.model.evaluate(&groups)?;
+            sums.add(recipe.objective, &groups, &outcomes);
+        }
+        let (step, tokens, measures) = (self.state.step, sums.tokens, sums.means(recipe));
+        let seconds = start.elapsed().as_secs_f64();
+        self.record(&Record { split: "dev", step, measures, lr: None, gradient_norm: None, tokens, seconds })?;
+        Ok(Some(measures))
+    }
+
+    fn record(&mut self, record: &Record) -> Result<()> {
+        let path = || self.recipe.output.join("metrics.jsonl");
+        let line = serde_json::to_string(record)
+            .map_err(|error| Error::Malformed { path: path(), reason: error.to_string() })?;
+        writeln!(self.metrics, "{line}").map_err(Error::io(path()))
+    }
+
+    /// Writes what a step was given, for whoever looks for the reason of a bad number.
+    fn save_batch(&self, step: u64, indices: &[usize]) -> Result<PathBuf> {
+        let path = self.recipe.output.join(format!("bad-batch-{step}.jsonl"));
+        let mut text = String::new();
+        for i in indices {
+            let side = |side: &crate::data::Side| {
+                let decoded = self.draft.text.decode(&side.tokens).unwrap_or_default();
+                json!({"tokens": side.tokens, "response": side.response, "text": decoded})
+            };
+            let sides: Vec<_> = self.train[*i].sides().map(side).collect();
+            text += &format!("{}\n", json!({"example": i, "sides": sides}));
+        }
+        fs::write(&path, text).map_err(Error::io(&path))?;
+        Ok(path)
+    }
+}
+
+fn check_examples(recipe: &Recipe, train: &[Example]) -> Result<()> {
+    if train.is_empty() {
+        return Err(Error::Recipe("there is nothing to learn from: no line of the train files is an example".into()));
+    }
+    let needs_pairs = recipe.objective != Objective::Language;
+    if needs_pairs && train.iter().any(|example| matches!(example, Example::Text(_))) {
+        let message = "the train files hold texts; this objective needs chosen and rejected sides";
+        return Err(Error::Recipe(message.into()));
+    }
+    Ok(())
+}
+
+fn describe(split: &str, counts: &Counts) -> String {
+    let Counts { lines, examples, tokens, cut, dropped } = counts;
+    let dropped: Vec<String> = dropped.iter().map(|(reason, count)| format!("{count} {reason}")).collect();
+    let dropped = if dropped.is_empty() { "nothing".to_owned() } else { dropped.join(", ") };
+    format!("{split}: {examples} examples of {tokens} tokens in {lines} lines; cut {cut}; left out {dropped}")
+}
+
+/// Writes the recipe and the counts of its data into the folder, or compares the recipe with the one that is there.
+fn keep_recipe(recipe: &Recipe, counts: &[(&str, &Counts)]) -> Result<()> {
+    let path = recipe.output.join("recipe.toml");
+    let text = toml::to_string(recipe).map_err(|error| Error::Recipe(error.to_string()))?;
+    // What may change from one part of a run to the next without a change of what is learned.
+    let free =
+        |line: &&str| !["output", "threads", "save-every", "evaluate-every"].iter().any(|key| line.starts_with(key));
+    if path.exists() {
+        let before = fs::read_to_string(&path).map_err(Error::io(&path))?;
+        let differs = before.lines().filter(free).find(|line| !text.lines().any(|other| other == *line));
+        let differs =
+            differs.or_else(|| text.lines().filter(free).find(|line| !before.lines().any(|other| other == *line)));
+        if let Some(line) = differs {
+            let message = format!(
+                "{} holds a run with another recipe (`{line}` in one of them): name another output folder",
+                recipe.output.display()
+            );
+            return Err(Error::Recipe(message));
+        }
+    }
+    fs::write(&path, text).map_err(Error::io(&path))?;
+    let path = recipe.output.join("data.json");
+    let counts: serde_json::Map<_, _> =
+        counts.iter().map(|(split, counts)| ((*split).to_owned(), json!(counts))).collect();
+    fs::write(&path, format!("{:#}\n", serde_json::Value::Object(counts))).map_err(Error::io(&path))
+}
+
+/// The file of metrics without the lines of steps that are taken again.
+fn metrics_up_to(path: &Path, step: u64) -> Result<fs::File> {
+    let mut kept = String::new();
+    if path.exists() {
+        let known = |line: &&str| {
+            let value: serde_json::Value = serde_json::from_str(line).unwrap_or_default();
+            value["step"].as_u64().is_some_and(|number| number <= step)
+        };
+        let text = fs::read_to_string(path).map_err(Error::io(path))?;
+        text.lines().filter(known).for_each(|line| kept += &format!("{line}\n"));
+    }
+    fs::write(path, kept).map_err(Error::io(path))?;
+    fs::OpenOptions::new().append(true).open(path).map_err(Error::io(path))
+}
+
+fn style() -> ProgressStyle {
+    const BAR: &str = "{elapsed_precise} {wide_bar} step {human_pos}/{human_len}, {msg}, {eta} left";
+    ProgressStyle::with_template(BAR).unwrap_or_else(|_| ProgressStyle::default_bar())
+}
