@@ -68,7 +68,6 @@ fn a_wrong_configuration_ends_with_64_and_says_what_is_wrong() {
         assert_eq!(output.status.code(), Some(64), "{arguments:?}: {stderr}");
         assert!(stderr.contains(message), "{arguments:?}: {stderr}");
     };
-    check(&[], &[], "give --model-id SOURCE");
     check(&["--no-such-option"], &[], "--no-such-option");
     check(&["--model-id", "x", "--max-batch-tokens", "0"], &[], "--max-batch-tokens");
     check(&["--model-id", "x"], &[("PLUMB_PORT", "tcp://10.0.0.1:80")], "enableServiceLinks");

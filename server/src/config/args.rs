@@ -10,6 +10,9 @@ use super::secret::Secret;
 
 const EXAMPLES: &str = "\
 Examples:
+  # The small models that come with the server
+  plumb-server
+
   # One model from a folder, on this machine only
   plumb-server --model-id ./checkpoints/pm/3
 
@@ -59,7 +62,8 @@ pub(crate) struct Flags {
 #[command(next_help_heading = "Models")]
 pub(crate) struct ModelFlags {
     /// A model: a folder, a .gguf file or a Hugging Face repository. Its name is the last part of the path; a folder
-    /// named by an integer is a version of the folder above it.
+    /// named by an integer is a version of the folder above it. Without any model, the two small ones that come with
+    /// the server are served: bundled:pm and bundled:lm.
     #[arg(long, env = "PLUMB_MODEL_ID", value_name = "SOURCE")]
     pub(crate) model_id: Option<String>,
     /// A model under a name of its own; repeat for several.

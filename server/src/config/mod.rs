@@ -26,7 +26,7 @@ pub use self::secret::Secret;
 /// Everything that is decided before the server starts.
 #[derive(Clone, Debug)]
 pub struct Config {
-    /// What is served; at least one.
+    /// What is served; at least one, if only what comes with the program.
     pub models: Vec<ModelConfig>,
     /// Which models an empty name means.
     pub defaults: Defaults,

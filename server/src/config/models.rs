@@ -5,6 +5,7 @@ use std::path::Path;
 use plumb_model::checkpoint::Source;
 
 use super::args::ModelFlags;
+use crate::registry::bundled;
 
 /// Most characters in a model's name.
 const MAX_NAME_LENGTH: usize = 128;
@@ -33,7 +34,7 @@ pub(super) fn resolve(flags: &ModelFlags) -> Result<Vec<ModelConfig>, String> {
         models.push(model(name.to_owned(), version, source));
     }
     if models.is_empty() {
-        return Err("no model: give --model-id SOURCE or --model NAME=SOURCE".to_owned());
+        models.extend(bundled::NAMES.map(|name| model(name.to_owned(), 1, &format!("{}{name}", bundled::PREFIX))));
     }
     for (i, model) in models.iter().enumerate() {
         check_name(&model.name)?;
@@ -91,6 +92,9 @@ fn target<'a>(
 fn name_of(source: &str) -> Result<(String, u64), String> {
     if let Some((parent, version)) = version_folder(source) {
         return Ok((parent, version));
+    }
+    if let Some(name) = source.strip_prefix(bundled::PREFIX) {
+        return Ok((name.to_owned(), 1));
     }
     // `.` and `..` have no name of their own.
     let path = Path::new(source);
@@ -153,12 +157,20 @@ mod tests {
     }
 
     #[test]
+    fn without_a_model_those_of_the_program_are_served() {
+        let named = |flags: ModelFlags| -> Vec<String> {
+            resolve(&flags).unwrap().into_iter().map(|model| format!("{}={}", model.name, model.source.model)).collect()
+        };
+        assert_eq!(named(flags(None, &[], &[], &[])), ["pm=bundled:pm", "lm=bundled:lm"]);
+        assert_eq!(named(flags(Some("bundled:lm"), &[], &[], &[])), ["lm=bundled:lm"]);
+    }
+
+    #[test]
     fn what_cannot_be_served_is_refused() {
         let check = |flags: ModelFlags, message: &str| {
             let error = resolve(&flags).unwrap_err();
             assert!(error.contains(message), "{error}");
         };
-        check(flags(None, &[], &[], &[]), "no model");
         check(flags(None, &["pm"], &[], &[]), "expected NAME=SOURCE");
         check(flags(None, &["a b=x"], &[], &[]), "cannot be a model's name");
         check(flags(Some("x/pm"), &["pm=y"], &[], &[]), "two models are named `pm`");

@@ -9,7 +9,7 @@ use plumb_model::loaded::{LoadedModel, ModelInfo, ModelKind};
 use plumb_proto::v1;
 
 use super::catalog::Facts;
-use super::{Registry, Served};
+use super::{Registry, Served, bundled};
 use crate::error::{Error, Result};
 use crate::telemetry::events::ModelLoaded;
 
@@ -76,7 +76,7 @@ impl Registry {
         self.change(|catalog| catalog.loading(name, version));
         let options = self.options.clone();
         // Reads and converts gigabytes: a thread of its own.
-        let load = tokio::task::spawn_blocking(move || LoadedModel::load(&source, &options));
+        let load = tokio::task::spawn_blocking(move || bundled::load(&source, &options));
         let model = load.await.map_err(|error| Error::internal(format!("loading: {error}")))??;
         let facts = Facts { weights_digest: model.info.weights_digest.clone(), details: details(&model) };
         let weights_digest = facts.weights_digest.clone();

@@ -1,8 +1,10 @@
 //! The models that are served: which versions there are, and how they come and go.
 //!
 //! [`catalog`] is the state, and pure; this file puts a lock around it, tells everybody who watches what has changed,
-//! and holds what a caller gets; [`load`] brings versions in and sees them out.
+//! and holds what a caller gets; [`load`] brings versions in and sees them out; [`bundled`] is what comes with the
+//! program.
 
+pub(crate) mod bundled;
 mod catalog;
 mod load;
 

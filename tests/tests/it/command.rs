@@ -6,6 +6,7 @@ use std::process::{Command, Stdio};
 
 use plumb_client::{dialogue, text};
 use plumb_tests::call::{self, items, named};
+use plumb_tests::fixture::fixture;
 use plumb_tests::{Launch, Server, binary};
 use serde_json::Value;
 
@@ -142,4 +143,33 @@ async fn health_tells_by_its_exit_code() {
     assert_eq!(plumb(&starting, "", &["health"]).await.code, 1);
     let nobody = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
     assert_eq!(run(&format!("http://{nobody}"), "", &["health"]).await.code, 2);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn without_a_model_those_of_the_program_answer() {
+    let server = Launch::new().start().await;
+    let ranked = plumb(&server, "", &["rank", "--prompt", "What is 2 + 2?", "It is 4.", "Five."]).await;
+    assert!(ranked.code == 0 && ranked.out.contains("pm version 1"), "{}{}", ranked.out, ranked.err);
+    let text = plumb(&server, "", &["generate", "--max-new-tokens", "8", "Hello"]).await;
+    assert!(text.code == 0 && text.err.contains("lm version 1"), "{}{}", text.out, text.err);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_was_trained_is_served() {
+    let folder = tempfile::tempdir().unwrap();
+    let pair = |i: usize| format!(r#"{{"prompt": "{i}: ", "chosen": "yes", "rejected": "no"}}"#);
+    let data = folder.path().join("pairs.jsonl");
+    std::fs::write(&data, (0..40).map(pair).collect::<Vec<_>>().join("\n")).unwrap();
+    let run = folder.path().join("run");
+    let mut command = Command::new(binary("plumb-train"));
+    command.args(["run", "--objective", "preference", "--lr", "3e-3", "--batch", "8", "--epochs", "4"]);
+    command.arg("--init").arg(fixture("llama-lm-sharded")).arg("--train").arg(&data).arg("--output").arg(&run);
+    let trained = tokio::task::spawn_blocking(move || command.output().unwrap()).await.unwrap();
+    assert!(trained.status.success(), "{}", String::from_utf8_lossy(&trained.stderr));
+
+    let server = Launch::new().model("pm", run.join("checkpoint")).start().await;
+    let stdin = r#"{"prompt": "50: ", "candidates": ["no", "yes"]}"#;
+    let lines = plumb(&server, stdin, &["score", "--json"]).await.lines(0);
+    let reward = |i: usize| lines[i]["reward"].as_f64().unwrap();
+    assert!(reward(1) > reward(0) + 1.0, "{lines:?}");
 }

@@ -109,7 +109,6 @@ async fn a_wrong_configuration_is_exit_code_64_and_names_what_is_wrong() {
         assert!(log.contains(words), "`{words}` is not in: {log}");
     };
     let served = || Launch::of(["llama-pm"]);
-    check(Launch::new(), "no model").await;
     check(served().flags("--nonsense"), "--nonsense").await;
     check(served().flags("--max-batch-tokens 0"), "--max-batch-tokens").await;
     check(served().flags("--port 65536"), "--port").await;

@@ -180,7 +180,7 @@ mod tests {
         check(&[tokens(40, 1, 50)], 0, 50);
         check(&[tokens(40, 1, 50), tokens(40, 2, 60)], 32, 78);
         check(&[tokens(31, 1, 50), tokens(31, 2, 60)], 0, 110);
-        check(&[tokens(64, 1, 64), tokens(64, 1, 90)], 32, 90);
+        check(&[tokens(64, 1, 64), tokens(64, 1, 90)], 32, 32 + 32 + 58);
         check(&[tokens(70, 1, 80), tokens(70, 2, 90), tokens(33, 3, 90)], 32, 48 + 58 + 58 + 32);
     }
 }
