@@ -9,8 +9,8 @@ use std::path::PathBuf;
 use plumb_model::text::{Message, RenderMode, RenderOptions, Response, TextInput, TextPipeline};
 use serde::{Deserialize, Serialize};
 
-use crate::input::Lines;
-use crate::{Error, Result};
+use crate::Result;
+use crate::input::{BadLines, Lines};
 
 /// What binarised pairs begin with (Askell et al. 2021, section 4.1): a good one, and a bad one.
 pub(crate) const TAGS: [&str; 2] = ["GOOD:", "BAD:"];
@@ -104,7 +104,8 @@ impl Reader<'_> {
     /// # Errors
     /// If a file cannot be read, or more lines are bad than allowed.
     pub fn read(&self, files: &[PathBuf], warn: &mut dyn FnMut(&str)) -> Result<(Vec<Example>, Counts)> {
-        let (mut examples, mut counts, mut bad) = (Vec::new(), Counts::default(), 0);
+        let (mut examples, mut counts) = (Vec::new(), Counts::default());
+        let mut bad = BadLines::at_most(self.max_bad_lines);
         for path in files {
             let mut lines = Lines::open(path)?;
             while let Some((number, line)) = lines.next()? {
@@ -124,13 +125,7 @@ impl Reader<'_> {
                     Err(Problem::Bad(reason)) => reason,
                 };
                 *counts.dropped.entry("bad line").or_default() += 1;
-                bad += 1;
-                let reason = format!("line {number}: {reason}");
-                if bad > self.max_bad_lines {
-                    let reason = format!("{reason}; with it, more than {} lines are bad", self.max_bad_lines);
-                    return Err(Error::Malformed { path: path.clone(), reason });
-                }
-                warn(&format!("{}: {reason}; skipped", path.display()));
+                bad.skip(path, number, &reason, warn)?;
             }
         }
         Ok((examples, counts))

@@ -63,3 +63,30 @@ impl Lines {
         }
     }
 }
+
+/// Lines that make no sense: some are skipped, too many end the reading.
+pub(crate) struct BadLines {
+    left: u64,
+    most: u64,
+}
+
+impl BadLines {
+    pub(crate) fn at_most(most: u64) -> Self {
+        Self { left: most, most }
+    }
+
+    /// One more, of a file.
+    ///
+    /// # Errors
+    /// If it is one too many.
+    pub(crate) fn skip(&mut self, path: &Path, line: u64, reason: &str, warn: &mut dyn FnMut(&str)) -> Result<()> {
+        let reason = format!("line {line}: {reason}");
+        if self.left == 0 {
+            let reason = format!("{reason}; with it, more than {} lines are bad", self.most);
+            return Err(Error::Malformed { path: path.to_owned(), reason });
+        }
+        self.left -= 1;
+        warn(&format!("{}: {reason}; skipped", path.display()));
+        Ok(())
+    }
+}

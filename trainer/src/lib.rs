@@ -1,8 +1,9 @@
 //! Makes the checkpoints that the server loads.
 //!
-//! [`prepare`](mod@prepare) turns data sets into lines; a [`Recipe`] says what is learned from which data; [`run()`] follows it, with the decoder that will serve the result,
-//! and leaves a checkpoint in Hugging Face layout. [`inspect`] says what a checkpoint is; [`publish`] makes a version of
-//! it. Both load it first: what is missing, extra or misshapen is found here, not at the next start of a server.
+//! [`prepare`](mod@prepare) turns data sets into lines; a [`Recipe`] says what is learned from which data; [`run()`]
+//! follows it, with the decoder that will serve the result, and leaves a checkpoint in Hugging Face layout. [`inspect`]
+//! says what a checkpoint is; [`publish`] makes a version of it. Both load it first: what is missing, extra or misshapen
+//! is found here, not at the next start of a server.
 //!
 //! ```
 //! use plumb_model::checkpoint::Source;

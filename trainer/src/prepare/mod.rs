@@ -20,6 +20,7 @@ use serde::Serialize;
 use serde_json::json;
 
 use crate::data::TAGS;
+use crate::input::BadLines;
 use crate::{Error, Result};
 use drawers::Drawers;
 
@@ -134,7 +135,13 @@ pub fn prepare(
     }
     let mut drawers = Drawers::new(output, options.seed)?;
     let mut counts = Counts::default();
-    let mut sink = Sink { drawers: &mut drawers, counts: &mut counts, options, bad: 0, warn };
+    let mut sink = Sink {
+        drawers: &mut drawers,
+        counts: &mut counts,
+        options,
+        bad: BadLines::at_most(options.max_bad_lines),
+        warn,
+    };
     match dataset {
         // A comment and its post may lie in different files.
         Dataset::Reddit => reddit::read(files, &mut sink)?,
@@ -164,7 +171,7 @@ pub(crate) struct Sink<'a> {
     drawers: &'a mut Drawers,
     counts: &'a mut Counts,
     options: &'a Options,
-    bad: u64,
+    bad: BadLines,
     warn: &'a mut dyn FnMut(&str),
 }
 
@@ -230,13 +237,6 @@ impl Sink<'_> {
     /// A line that makes no sense.
     pub(crate) fn bad(&mut self, path: &Path, line: u64, reason: &str) -> Result<()> {
         self.drop("bad line");
-        self.bad += 1;
-        let reason = format!("line {line}: {reason}");
-        if self.bad > self.options.max_bad_lines {
-            let reason = format!("{reason}; with it, more than {} lines are bad", self.options.max_bad_lines);
-            return Err(Error::Malformed { path: path.to_owned(), reason });
-        }
-        (self.warn)(&format!("{}: {reason}; skipped", path.display()));
-        Ok(())
+        self.bad.skip(path, line, reason, self.warn)
     }
 }
