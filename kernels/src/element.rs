@@ -118,6 +118,13 @@ vectorised! {
     }
 }
 
+vectorised! {
+    /// Values times a factor, rounded.
+    pub(crate) fn scale<E: Element>(x: &[f32], factor: f32, out: &mut [E]) {
+        narrow::<S, E, 1>(out, [x], |[x]| x * factor);
+    }
+}
+
 /// Nearest values, ties to even, on all threads.
 ///
 /// # Panics

@@ -4,12 +4,12 @@ use std::ops::Range;
 
 use super::kv::KvLayer;
 use super::{BLOCK, BLOCK_PAGES, KvPages, PAGE, Rule, Span};
-use crate::Element;
+use crate::element::{Element, scale};
 use crate::gemm::{self, LANES};
 use crate::math::{exp2, lane_max, lane_sum, tanh};
 use crate::memory::{carve, carved, prefetch, with_scratch};
 use crate::parallel::{Rows, Shared};
-use crate::simd::{narrow, vectorised};
+use crate::simd::vectorised;
 
 /// Rows that are so few that a pass over the keys is bound by memory.
 const FEW_ROWS: usize = 12;
@@ -188,12 +188,6 @@ impl<E: Element> Tile<'_, E> {
             let out = unsafe { out.range(head * dim..(head + 1) * dim) };
             scale(&state.sums[i * padded_dim..][..dim], 1.0 / state.totals[i][1], out);
         }
-    }
-}
-
-vectorised! {
-    fn scale<E: Element>(x: &[f32], factor: f32, out: &mut [E]) {
-        narrow::<S, E, 1>(out, [x], |[x]| x * factor);
     }
 }
 

@@ -1,10 +1,10 @@
 //! Losses on vocabulary logits, and their gradients.
 
-use crate::Element;
+use crate::element::{Element, scale};
 use crate::head::{log_sum_exp, soft_cap};
 use crate::math::exp;
 use crate::parallel::{Shared, for_each_piece};
-use crate::simd::{narrow, vectorised};
+use crate::simd::vectorised;
 
 /// A teacher's likeliest tokens at one position; what is left of its probability belongs to all others together.
 #[derive(Clone, Copy, Debug)]
@@ -122,12 +122,6 @@ vectorised! {
         for (slope, y) in slopes.iter_mut().zip(capped) {
             *slope *= 1.0 - (y / cap) * (y / cap);
         }
-    }
-}
-
-vectorised! {
-    fn scale<E: Element>(x: &[f32], factor: f32, out: &mut [E]) {
-        narrow::<S, E, 1>(out, [x], |[x]| x * factor);
     }
 }
 
