@@ -13,9 +13,10 @@ use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 use rand_distr::{Distribution, StandardNormal};
 use safetensors::tensor::TensorView;
-use safetensors::{Dtype, SafeTensorError};
+use safetensors::{Dtype, SafeTensorError, SafeTensors};
 use serde_json::{Value, json};
 
+use crate::lora::Trained;
 use crate::recipe::{ComputeType, Objective, Recipe};
 use crate::{Error, Result};
 
@@ -24,6 +25,10 @@ pub(crate) const TOKENIZER: &str = "tokenizer.json";
 pub(crate) const TOKENIZER_CONFIG: &str = "tokenizer_config.json";
 const CHAT_TEMPLATE: &str = "chat_template.jinja";
 pub(crate) const WEIGHTS: &str = "model.safetensors";
+const ADAPTER_CONFIG: &str = "adapter_config.json";
+const ADAPTER_WEIGHTS: &str = "adapter_model.safetensors";
+/// Neither a server nor Transformers looks for it.
+const LANGUAGE_HEAD: &str = "language_head.safetensors";
 
 /// What Transformers calls the weight of a reward head.
 const NEW_HEAD: &str = "score.weight";
@@ -31,8 +36,9 @@ const NEW_HEAD: &str = "score.weight";
 /// A checkpoint without its weights, and what they were at the beginning.
 pub(crate) struct Draft {
     pub(crate) config: Config,
-    pub(crate) parameters: Parameters,
-    /// Weights at the beginning, in the order of the parameters.
+    /// What is trained of it.
+    pub(crate) trained: Trained,
+    /// Its numbers at the beginning.
     pub(crate) values: Vec<f32>,
     pub(crate) text: TextPipeline,
     pub(crate) end_of_context: u32,
@@ -40,6 +46,10 @@ pub(crate) struct Draft {
     pub(crate) beginning: usize,
     /// Everything but the weights, by name.
     files: BTreeMap<&'static str, String>,
+    /// Name of the file with the weights.
+    weights: &'static str,
+    /// A vocabulary head that a reward model is not served with: it lies in a file of its own, for whoever trains on.
+    language_head: Option<Parameter>,
     dtype: ComputeType,
 }
 
@@ -49,19 +59,24 @@ impl Draft {
     pub(crate) fn new(recipe: &Recipe) -> Result<Self> {
         let source = Source { model: recipe.init.clone(), ..Source::default() };
         let Checkpoint { mut config, mut weights, tokenizer, mut special, folder, .. } = Checkpoint::open(&source)?;
-        let folder =
-            folder.ok_or_else(|| Error::Recipe("init has to be a folder or a repository, not a file".into()))?;
-        check_init(recipe, &config)?;
+        let adapter = recipe.lora_rank > 0;
+        let kept_head = folder.as_ref().map(|folder| folder.join(LANGUAGE_HEAD)).filter(|path| path.is_file());
+        check_init(recipe, &config, kept_head.is_some())?;
+        let read = |name: &str| match folder.as_ref().map(|folder| folder.join(name)) {
+            Some(path) if path.is_file() => read_json(&path),
+            _ => Ok(json!({})),
+        };
+        if folder.is_none() && !adapter {
+            let message = "init is a file: name a folder or a repository, or train an adapter (lora-rank)";
+            return Err(Error::Recipe(message.into()));
+        }
         let reward = recipe.objective == Objective::Preference;
         let language_head = reward && recipe.language_weight > 0.0;
         let before = Parameters::new(&config, false);
         let end = end_of_context(recipe, &special.eos, &tokenizer)?;
         let mut files = BTreeMap::new();
-        let mut json = read_json(&folder.join(CONFIG))?;
-        let mut tokenizer_config = match folder.join(TOKENIZER_CONFIG).is_file() {
-            true => read_json(&folder.join(TOKENIZER_CONFIG))?,
-            false => json!({}),
-        };
+        let mut json = read(CONFIG)?;
+        let mut tokenizer_config = read(TOKENIZER_CONFIG)?;
         set_class(&mut tokenizer_config);
         json["dtype"] = json!(if recipe.dtype == ComputeType::F32 { "float32" } else { "bfloat16" });
         if let Some(object) = json.as_object_mut() {
@@ -96,7 +111,6 @@ impl Draft {
             hhh: Default::default(),
         })?;
         let pretty = |value: &Value| serde_json::to_string_pretty(value).unwrap_or_default() + "\n";
-        files.insert(CONFIG, pretty(&json));
         files.insert(TOKENIZER, tokenizer_json);
         files.insert(TOKENIZER_CONFIG, pretty(&tokenizer_config));
         files.insert(CHAT_TEMPLATE, template);
@@ -105,7 +119,12 @@ impl Draft {
         let mut rng = ChaCha8Rng::seed_from_u64(recipe.seed);
         // Only a new reward head is not there: of a size that gives rewards of about 1 (Stiennon et al. 2020).
         let deviation = 1.0 / ((config.hidden_size + 1) as f32).sqrt();
+        let mut kept_head = kept_head.map(|path| read_tensors(&path)).transpose()?;
         let values = parameters.read_or(&mut weights, |parameter| {
+            if parameters.is_untied_language_head(parameter) {
+                let kept = kept_head.as_mut()?.remove(&parameter.name);
+                return kept.filter(|values| values.len() == parameter.range.len());
+            }
             let draw = |_| deviation * Distribution::<f32>::sample(&StandardNormal, &mut rng);
             (parameter.name == NEW_HEAD).then(|| parameter.range.clone().map(draw).collect())
         })?;
@@ -114,14 +133,31 @@ impl Draft {
             weights.take(&parameter.name, &parameter.shape)?;
         }
         weights.finish()?;
+        let language_head = match &config.head {
+            Head::Reward(_) => parameters.list().iter().find(|one| parameters.is_untied_language_head(one)).cloned(),
+            Head::Language => None,
+        };
+        let (trained, values) = Trained::new(recipe, &parameters, values)?;
+        let weights = match trained.adapter_config(&recipe.init) {
+            Some(json) => {
+                files.insert(ADAPTER_CONFIG, pretty(&json));
+                ADAPTER_WEIGHTS
+            }
+            None => {
+                files.insert(CONFIG, pretty(&json));
+                WEIGHTS
+            }
+        };
         Ok(Self {
             config,
-            parameters,
+            trained,
             values,
             text,
             end_of_context: end.1,
             beginning: beginning.len(),
             files,
+            weights,
+            language_head: language_head.filter(|_| !adapter),
             dtype: recipe.dtype,
         })
     }
@@ -133,28 +169,28 @@ impl Draft {
                 let path = folder.join(name);
                 fs::write(&path, content).map_err(Error::io(&path))?;
             }
-            let head =
-                self.parameters.list().iter().find(|parameter| self.parameters.is_untied_language_head(parameter));
-            // A reward model is served without a vocabulary head.
-            let skip = head.filter(|_| matches!(self.config.head, Head::Reward(_)));
-            Written { parameters: &self.parameters, values, dtype: self.dtype, skip }.save(&folder.join(WEIGHTS))
+            let (served, kept): (Vec<_>, Vec<_>) =
+                self.trained.list().iter().partition(|one| Some(*one) != self.language_head.as_ref());
+            if !kept.is_empty() {
+                Written { list: kept, values, dtype: self.dtype }.save(&folder.join(LANGUAGE_HEAD))?;
+            }
+            Written { list: served, values, dtype: self.dtype }.save(&folder.join(self.weights))
         })
     }
 }
 
 /// Weights on their way into a file.
 pub(crate) struct Written<'a> {
-    pub(crate) parameters: &'a Parameters,
+    pub(crate) list: Vec<&'a Parameter>,
     pub(crate) values: &'a [f32],
     pub(crate) dtype: ComputeType,
-    /// One that is left out.
-    pub(crate) skip: Option<&'a Parameter>,
 }
 
 impl Written<'_> {
     pub(crate) fn save(&self, path: &Path) -> Result<()> {
-        let list = self.parameters.list().iter().filter(|parameter| Some(*parameter) != self.skip);
-        let bytes: Vec<(&str, &[usize], Vec<u8>)> = list
+        let bytes: Vec<(&str, &[usize], Vec<u8>)> = self
+            .list
+            .iter()
             .map(|parameter| {
                 let values = &self.values[parameter.range.clone()];
                 let bytes = match self.dtype {
@@ -192,7 +228,7 @@ pub(crate) fn write_folder(folder: &Path, write: impl FnOnce(&Path) -> Result<()
 }
 
 /// What a reward model cannot be made into.
-fn check_init(recipe: &Recipe, config: &Config) -> Result<()> {
+fn check_init(recipe: &Recipe, config: &Config, kept_head: bool) -> Result<()> {
     let problem = match (&config.head, recipe.objective) {
         (Head::Language, _) => return Ok(()),
         (Head::Reward(_), Objective::Language | Objective::Imitation) => {
@@ -201,7 +237,7 @@ fn check_init(recipe: &Recipe, config: &Config) -> Result<()> {
         (Head::Reward(_), _) if !config.architecture.ends_with("ForSequenceClassification") => {
             format!("the layout of {} is read, but not written", config.architecture)
         }
-        (Head::Reward(_), _) if recipe.language_weight > 0.0 && !config.tie_word_embeddings => {
+        (Head::Reward(_), _) if recipe.language_weight > 0.0 && !config.tie_word_embeddings && !kept_head => {
             "it has no vocabulary head any more: set language-weight to 0".to_owned()
         }
         (Head::Reward(_), _) => return Ok(()),
@@ -218,6 +254,23 @@ fn end_of_context(recipe: &Recipe, eos: &Option<String>, tokenizer: &tokenizers:
         Some(id) => Ok((token.clone(), id)),
         None => Err(Error::Recipe(format!("end-of-context: the tokenizer has no token `{token}`"))),
     }
+}
+
+/// The tensors of a file, in f32.
+fn read_tensors(path: &Path) -> Result<BTreeMap<String, Vec<f32>>> {
+    let bytes = fs::read(path).map_err(Error::io(path))?;
+    let wrong = |reason: String| Error::Malformed { path: path.to_owned(), reason };
+    let tensors = SafeTensors::deserialize(&bytes).map_err(|error| wrong(error.to_string()))?;
+    let read = |(name, tensor): (String, TensorView<'_>)| {
+        let data = tensor.data();
+        let values = match tensor.dtype() {
+            Dtype::F32 => data.as_chunks::<4>().0.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect(),
+            Dtype::BF16 => data.as_chunks::<2>().0.iter().map(|bytes| bf16::from_le_bytes(*bytes).to_f32()).collect(),
+            other => return Err(wrong(format!("`{name}` is {other:?}, neither F32 nor BF16"))),
+        };
+        Ok((name, values))
+    };
+    tensors.tensors().into_iter().map(read).collect()
 }
 
 fn read_json(path: &Path) -> Result<Value> {

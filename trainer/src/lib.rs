@@ -22,6 +22,7 @@ pub mod data;
 mod draft;
 mod error;
 mod input;
+mod lora;
 mod objective;
 mod order;
 pub mod prepare;

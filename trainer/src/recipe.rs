@@ -110,6 +110,15 @@ pub struct Recipe {
     /// Weight of the language loss on the chosen side (mu)
     #[arg(long, value_name = "X", default_value_t = 1.0)]
     pub language_weight: f32,
+    /// Rank of the changes of an adapter (LoRA, in PEFT layout), which is trained instead of all weights; 0 trains these
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub lora_rank: usize,
+    /// An adapter's changes are multiplied by this and divided by the rank
+    #[arg(long, value_name = "X", default_value_t = 16.0)]
+    pub lora_alpha: f32,
+    /// Matrices that an adapter changes, such as q_proj [default: all of every layer]
+    #[arg(long, value_name = "NAME", num_args = 1.., action = ArgAction::Append)]
+    pub lora_targets: Vec<String>,
     /// Token that ends every sequence, on which the reward is read [default: the tokenizer's EOS]
     #[arg(long, value_name = "TOKEN")]
     pub end_of_context: Option<String>,
@@ -167,6 +176,7 @@ impl Recipe {
             ("clip", self.clip),
             ("preference-weight", self.preference_weight),
             ("language-weight", self.language_weight),
+            ("lora-alpha", self.lora_alpha),
         ];
         match numbers.iter().find(|(_, value)| !value.is_finite() || *value < 0.0) {
             Some((name, value)) => Err(Error::Recipe(format!("{name} is {value}; it has to be a number from 0 on"))),

@@ -108,7 +108,8 @@ impl<'a> Run<'a> {
             None => State::new(std::mem::take(&mut draft.values)),
         };
         draft.values = Vec::new();
-        let model = Trainable::new(&draft.config, &state.weights, dtype, reader.max_tokens, options)?;
+        let weights = draft.trained.weights(&state.weights);
+        let model = Trainable::new(&draft.config, weights, dtype, reader.max_tokens, options)?;
         let metrics = metrics_up_to(&recipe.output.join("metrics.jsonl"), state.step)?;
         Ok(Self { recipe, draft, train, dev, model, state, metrics, bar })
     }
@@ -148,11 +149,14 @@ impl<'a> Run<'a> {
         let weights = Weights::new(recipe, &batch);
         let mut sums = Sums::default();
         gradient.fill(0.0);
-        for part in micro_batches(batch, recipe.micro_batch_tokens) {
-            let groups: Vec<Group<'_>> = part.iter().map(|example| weights.group(example)).collect();
-            let outcomes = self.model.gradient(&groups, &mut |rewards| weights.slopes(rewards), gradient)?;
-            sums.add(recipe.objective, &groups, &outcomes);
-        }
+        self.draft.trained.gradient(&self.state.weights, gradient, |gradient| {
+            for part in micro_batches(batch, recipe.micro_batch_tokens) {
+                let groups: Vec<Group<'_>> = part.iter().map(|example| weights.group(example)).collect();
+                let outcomes = self.model.gradient(&groups, &mut |rewards| weights.slopes(rewards), gradient)?;
+                sums.add(recipe.objective, &groups, &outcomes);
+            }
+            Ok(())
+        })?;
         let measures = sums.means(recipe);
         let norm = sum_of_squares(gradient).sqrt();
         for (what, value) in [("loss", measures.loss), ("gradient norm", norm)] {
@@ -173,14 +177,14 @@ impl<'a> Run<'a> {
             scale: if clip > 0.0 && norm > clip { (clip / norm) as f32 } else { 1.0 },
         };
         let State { weights, mean, square, .. } = &mut self.state;
-        for parameter in self.draft.parameters.list() {
+        for parameter in self.draft.trained.list() {
             let range = || parameter.range.clone();
             // Norms and biases are not drawn to zero.
             let weight_decay = if parameter.shape.len() > 1 { recipe.weight_decay } else { 0.0 };
             let how = AdamW { weight_decay, ..how };
             how.update(&mut weights[range()], &gradient[range()], &mut mean[range()], &mut square[range()]);
         }
-        self.model.set(weights);
+        self.model.set(self.draft.trained.weights(weights));
         self.state.step = step;
 
         let (seconds, tokens) = (start.elapsed().as_secs_f64(), sums.tokens);

@@ -112,8 +112,8 @@ pub fn scratch(files: &[PathBuf], output: &Path, shape: Shape, seed: u64) -> Res
         let config = read_config(folder)?;
         let parameters = Parameters::new(&config, false);
         let values = random(&parameters, layers, seed);
-        let written = Written { parameters: &parameters, values: &values, dtype: ComputeType::F32, skip: None };
-        written.save(&folder.join(draft::WEIGHTS))
+        let list = parameters.list().iter().collect();
+        Written { list, values: &values, dtype: ComputeType::F32 }.save(&folder.join(draft::WEIGHTS))
     })
 }
 

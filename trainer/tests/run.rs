@@ -83,6 +83,10 @@ impl Work {
     }
 }
 
+fn options_of(dtype: DTypeChoice) -> LoadOptions {
+    LoadOptions { dtype, hhh: Default::default(), max_input_tokens: None, kv_cache_bytes: 1 << 24 }
+}
+
 /// The reward that a server would give.
 fn reward(model: &LoadedModel, answer: &str) -> f32 {
     let messages = vec![Message::new("user", "Do you see the hat and the hat?"), Message::new("assistant", answer)];
@@ -108,13 +112,7 @@ fn a_preference_model_learns_and_is_what_a_server_loads() {
     assert!(String::from_utf8_lossy(&output.stdout).contains("accuracy   1.0000"));
 
     let model = work.path("run").join("checkpoint").to_str().unwrap().to_owned();
-    let options = LoadOptions {
-        dtype: DTypeChoice::Auto,
-        hhh: Default::default(),
-        max_input_tokens: None,
-        kv_cache_bytes: 1 << 24,
-    };
-    let model = LoadedModel::load(&Source { model, ..Source::default() }, &options).unwrap();
+    let model = LoadedModel::load(&Source { model, ..Source::default() }, &options_of(DTypeChoice::Auto)).unwrap();
     assert_eq!(model.info.kind, ModelKind::Preference);
     assert!(reward(&model, "Yes, I see 63.") > reward(&model, "No, I see 63.") + 1.0);
 }
@@ -257,4 +255,57 @@ fn recipes_are_files_too() {
     check("bad", &["--batch", "0"], 1, "batch");
     fs::write(&config, "learning_rate = 1").unwrap();
     check("bad", &["--config", config.to_str().unwrap()], 64, "--learning-rate");
+}
+
+#[test]
+fn an_adapter_learns_and_is_what_a_server_merges() {
+    let work = Work::new();
+    let options =
+        ["--lora-rank", "4", "--lora-targets", "q_proj", "up_proj", "down_proj", "--epochs", "8", "--lr", "2e-2"];
+    work.run("run", &options);
+    let metrics = work.metrics("run");
+    let last = metrics.last().unwrap();
+    assert_eq!(last["accuracy"], 1.0, "{last}");
+
+    let adapter = work.path("run").join("checkpoint");
+    let config: Value = serde_json::from_slice(&fs::read(adapter.join("adapter_config.json")).unwrap()).unwrap();
+    assert_eq!(config["target_modules"], json!(["q_proj", "up_proj", "down_proj"]));
+    assert!(!adapter.join("config.json").exists() && !adapter.join("model.safetensors").exists());
+    let source = Source {
+        model: fixture("llama-lm-sharded"),
+        adapter: Some(adapter.to_str().unwrap().to_owned()),
+        ..Source::default()
+    };
+    let model = LoadedModel::load(&source, &options_of(DTypeChoice::F32)).unwrap();
+    assert_eq!(model.info.kind, ModelKind::Preference);
+    let margin = reward(&model, "Yes, I see 63.") - reward(&model, "No, I see 63.");
+    assert!(margin > 1.0, "{margin}");
+    // What was measured in training is what is served: the whole dev set has such margins.
+    let measured = last["margin"].as_f64().unwrap() as f32;
+    assert!((margin - measured).abs() < 0.5 * measured, "{margin} {measured}");
+
+    let output = work.command("none", &["--lora-rank", "4", "--lora-targets", "qproj"]).output().unwrap();
+    assert!(String::from_utf8_lossy(&output.stderr).contains("lora-targets"), "{output:?}");
+}
+
+#[test]
+fn a_vocabulary_head_of_its_own_outlives_preference_pretraining() {
+    let work = Work::new();
+    let untied = fixture("llama-lm");
+    work.run("pmp", &["--init", &untied, "--lr", "1e-3"]);
+    let first = work.path("pmp").join("checkpoint");
+    assert!(first.join("language_head.safetensors").exists());
+    let init = first.to_str().unwrap().to_owned();
+    work.run("pm", &["--init", &init, "--lr", "1e-4", "--evaluate-every", "1"]);
+    let loss = |run: &str, first: bool| {
+        let lines: Vec<Value> = work.metrics(run).into_iter().filter(|line| line["split"] == "dev").collect();
+        lines[if first { 0 } else { lines.len() - 1 }]["language_loss"].as_f64().unwrap()
+    };
+    // It goes on from what was learned.
+    assert!((loss("pm", true) - loss("pmp", false)).abs() < 0.1, "{} {}", loss("pm", true), loss("pmp", false));
+
+    fs::remove_file(first.join("language_head.safetensors")).unwrap();
+    let output = work.command("again", &["--init", &init]).output().unwrap();
+    assert!(String::from_utf8_lossy(&output.stderr).contains("language-weight"), "{output:?}");
+    work.run("without", &["--init", &init, "--language-weight", "0"]);
 }

@@ -89,6 +89,11 @@ impl Parameters {
         parameter.range == self.language_head && self.language_head != self.embedding
     }
 
+    /// Whether it belongs to a reward head.
+    pub fn is_reward_head(&self, parameter: &Parameter) -> bool {
+        [&self.score, &self.score_bias].contains(&&parameter.range)
+    }
+
     /// Takes the tensors of a checkpoint, in f32.
     ///
     /// # Errors
