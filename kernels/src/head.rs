@@ -87,6 +87,51 @@ fn merge(groups: &[(f32, f32, f32)]) -> f32 {
     target - max - sum.ln()
 }
 
+/// The `count` likeliest tokens of every row of `x[rows, inputs]`, the likeliest first: their ids, and their
+/// log-probabilities in nats, both `[rows, count]`. Of equally likely ones the lower id comes first.
+///
+/// # Panics
+/// If the lengths do not fit or the vocabulary has fewer tokens.
+pub fn top_log_probs<E: Element>(
+    head: &Linear<E>,
+    softcap: Option<f32>,
+    x: &[f32],
+    count: usize,
+) -> (Vec<u32>, Vec<f32>) {
+    let (inputs, vocabulary) = (head.inputs(), head.outputs());
+    assert!(x.len().is_multiple_of(inputs), "shapes of a language head");
+    assert!((1..=vocabulary).contains(&count), "more tokens than the vocabulary has");
+    let rows = x.len() / inputs;
+    let (mut ids, mut log_probs) = (vec![0; rows * count], vec![0.0; rows * count]);
+    let mut logits = vec![0.0; rows.min(ROWS) * vocabulary];
+    let outputs = ids.chunks_mut(ROWS * count).zip(log_probs.chunks_mut(ROWS * count));
+    for (x, (ids, log_probs)) in x.chunks(ROWS * inputs).zip(outputs) {
+        let logits = &mut logits[..x.len() / inputs * vocabulary];
+        head.forward_f32(x, logits, Store::Set);
+        let (logits, ids, log_probs) = (Shared::new(logits), Shared::new(ids), Shared::new(log_probs));
+        for_each_piece(x.len() / inputs, 1, |row| {
+            let row = row.start;
+            let range = |width: usize| row * width..(row + 1) * width;
+            // SAFETY: every row is taken once.
+            let (logits, ids, log_probs) =
+                unsafe { (logits.range(range(vocabulary)), ids.range(range(count)), log_probs.range(range(count))) };
+            if let Some(cap) = softcap {
+                soft_cap(logits, cap);
+            }
+            let log_sum = log_sum_exp(logits);
+            let mut order: Vec<u32> = (0..vocabulary as u32).collect();
+            let likelier = |a: &u32, b: &u32| logits[*b as usize].total_cmp(&logits[*a as usize]).then(a.cmp(b));
+            order.select_nth_unstable_by(count - 1, likelier);
+            order.truncate(count);
+            order.sort_unstable_by(likelier);
+            for ((id, log_prob), best) in ids.iter_mut().zip(log_probs).zip(order) {
+                (*id, *log_prob) = (best, logits[best as usize] - log_sum);
+            }
+        });
+    }
+    (ids, log_probs)
+}
+
 /// `ln(sum(e^logit))`; NaN if a logit is.
 pub fn log_sum_exp(logits: &[f32]) -> f32 {
     let mut sums = (f32::NEG_INFINITY, 0.0, f32::NEG_INFINITY);
@@ -149,6 +194,29 @@ mod tests {
         check::<f32>(50, 6, 3, None);
         check::<f32>(2300, 34, 130, Some(5.0));
         check::<bf16>(1025, 64, 7, None);
+    }
+
+    #[test]
+    fn the_likeliest_tokens_come_in_order() {
+        let (vocabulary, inputs, rows, count) = (1000, 6, ROWS + 3, 7);
+        let weights: Vec<f32> = (0..vocabulary * inputs).map(|i| (i * 7919 % 1013) as f32 / 506.0 - 1.0).collect();
+        let x: Vec<f32> = (0..rows * inputs).map(|i| (i * 31 % 89) as f32 / 44.0 - 1.0).collect();
+        let head = Linear::new(&[Matrix { weights: Weights::Plain(&weights), bias: None }], inputs);
+        for softcap in [None, Some(0.5)] {
+            let (ids, log_probs) = top_log_probs(&head, softcap, &x, count);
+            let mut logits = reference::linear(&x, &weights, None, inputs);
+            if let Some(cap) = softcap {
+                logits.iter_mut().for_each(|l| *l = cap * (*l / cap).tanh());
+            }
+            for (row, logits) in logits.chunks_exact(vocabulary).enumerate() {
+                let mut all: Vec<f32> = (0..vocabulary).map(|id| reference::log_prob(logits, id)).collect();
+                for (id, found) in ids[row * count..][..count].iter().zip(&log_probs[row * count..][..count]) {
+                    assert!((all[*id as usize] - found).abs() < 1e-4);
+                }
+                all.sort_by(|a, b| b.total_cmp(a));
+                all.iter().zip(&log_probs[row * count..][..count]).for_each(|(a, b)| assert!((a - b).abs() < 1e-4));
+            }
+        }
     }
 
     #[test]

@@ -69,14 +69,7 @@ fn run(model: &Model, sequences: &[(&[u32], usize, Read<'_>)]) -> Vec<Vec<f32>> 
             let tokens = &tokens[..*split];
             first.sequences.push(StepSequence { tokens, position: 0, pages, read: Read::Nothing });
         }
-        let read = match read {
-            Read::Nothing => Read::Nothing,
-            Read::LastReward => Read::LastReward,
-            Read::Rewards => Read::Rewards,
-            Read::LastLogits => Read::LastLogits,
-            Read::LogProbs { rows, targets } => Read::LogProbs { rows: rows.clone(), targets },
-        };
-        second.sequences.push(StepSequence { tokens: &tokens[*split..], position: *split, pages, read });
+        second.sequences.push(StepSequence { tokens: &tokens[*split..], position: *split, pages, read: read.clone() });
     }
     model.decoder.step(&first, &mut kv, &mut workspace).unwrap();
     model.decoder.step(&second, &mut kv, &mut workspace).unwrap()
@@ -108,7 +101,17 @@ fn check(model: &str, adapter: Option<&str>, expected: &str, dtype: DType, toler
                 largest = largest.max(worst(&run(&loaded, &[(ids, 0, read())])[0], log_probs));
             }
             let logits = run(&loaded, &[(ids, 0, Read::LastLogits)]);
-            largest = largest.max(worst(&logits[0], case.last_logits.as_ref().unwrap()));
+            let expected = case.last_logits.as_ref().unwrap();
+            largest = largest.max(worst(&logits[0], expected));
+            let count = 5;
+            let split = ids.len() / 2;
+            let read = Read::TopLogProbs { rows: ids.len() - 1 - split..ids.len() - split, count };
+            let top = &run(&loaded, &[(ids, split, read)])[0];
+            let log_sum = expected.iter().map(|logit| f64::from(*logit).exp()).sum::<f64>().ln() as f32;
+            let log_probs: Vec<f32> = top[..count].iter().map(|id| expected[*id as usize] - log_sum).collect();
+            largest = largest.max(worst(&top[count..], &log_probs));
+            let better = expected.iter().filter(|logit| **logit - log_sum > top[2 * count - 1] + tolerance).count();
+            assert!(better < count, "{model} {}: {better} tokens are likelier", case.name);
         }
         if let (Some(greedy), DType::F32) = (&case.greedy, dtype) {
             let mut ids = ids.to_vec();

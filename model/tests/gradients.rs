@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use plumb_model::checkpoint::{Checkpoint, Source};
 use plumb_model::config::{Config, Head, RewardHead};
 use plumb_model::decoder::DType;
-use plumb_model::decoder::gradient::{Group, Language, Outcome, Parameters, Sequence, TopK, TrainOptions, Trainable};
+use plumb_model::decoder::gradient::{Group, Language, Outcome, Parameters, Sequence, TrainOptions, Trainable};
 use serde_json::Value;
 
 const PLAIN: TrainOptions = TrainOptions { language_head: false, checkpointing: false };
@@ -163,7 +163,7 @@ fn losses_add_up() {
     let ids: Vec<u32> = (0..75).map(|i| 4 + i * 37 % 270).collect();
     let pair = Pair([ids[..70].to_vec(), [&ids[..40], &ids[50..60]].concat()]);
     let (top_ids, top_log_probs) = ([7u32, 90, 3], [-0.5f32, -1.5, -3.0]);
-    let teacher = vec![TopK { ids: &top_ids, log_probs: &top_log_probs }; 20];
+    let (top_ids, top_log_probs) = (top_ids.repeat(20), top_log_probs.repeat(20));
     for name in ["llama-lm", "gemma2-lm"] {
         let (mut config, _, _) = read(name);
         config.head = Head::Reward(RewardHead { weight: "score.weight".into(), bias: None, normalization: None });
@@ -173,7 +173,8 @@ fn losses_add_up() {
         let mut model = Trainable::new(&config, &values, DType::F32, 128, options).unwrap();
         let mut sequences = [0, 1].map(|side| pair.sequence(side, false));
         sequences.iter_mut().for_each(|s| s.reward = true);
-        sequences[1].language = Language::Teacher { first: 30, top: &teacher, weight: 0.05 };
+        sequences[1].language =
+            Language::Teacher { first: 30, top: 3, ids: &top_ids, log_probs: &top_log_probs, weight: 0.05 };
         let groups = [Group { sequences: sequences.to_vec() }];
         let (_, slope) = gradient(&mut model, &groups);
         let mut loss = |step: f32| {

@@ -4,39 +4,23 @@
 //! sides are strings, or lists of `{"role", "content"}` turns.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::fmt;
+use std::path::{Path, PathBuf};
 
 use plumb_model::text::{Message, RenderMode, RenderOptions, Response, TextInput, TextPipeline};
+use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
 use crate::Result;
+use crate::examples::{Example, Examples, Side};
 use crate::input::{BadLines, Lines};
+use crate::store::Writer;
+
+/// Lines that are tokenized together, on all threads.
+const LINES: usize = 1024;
 
 /// What binarised pairs begin with (Askell et al. 2021, section 4.1): a good one, and a bad one.
 pub(crate) const TAGS: [&str; 2] = ["GOOD:", "BAD:"];
-
-/// Tokens of an example.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Example {
-    /// A text.
-    Text(Side),
-    /// A better and a worse sequence.
-    Pair {
-        /// The better one.
-        chosen: Side,
-        /// The worse one.
-        rejected: Side,
-    },
-}
-
-/// A sequence.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Side {
-    /// Token ids, the end-of-context token last.
-    pub tokens: Vec<u32>,
-    /// Where the response begins; 1 in a text.
-    pub response: usize,
-}
 
 /// What was read, and what was not, by reason.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
@@ -45,6 +29,9 @@ pub struct Counts {
     pub lines: u64,
     /// Examples.
     pub examples: u64,
+    /// Those of them that are no pairs.
+    #[serde(skip)]
+    pub texts: u64,
     /// Tokens of all their sequences.
     pub tokens: u64,
     /// Sequences that lost their beginning, being too long.
@@ -90,6 +77,13 @@ struct Turn {
     content: String,
 }
 
+/// What a line came to.
+struct Found {
+    examples: Vec<Example>,
+    /// Sequences that lost their beginning.
+    cut: u64,
+}
+
 /// Why an example is left out.
 enum Problem {
     /// The line makes no sense.
@@ -98,40 +92,100 @@ enum Problem {
     Useless(&'static str),
 }
 
+/// The dialogue of a line: a text is what a person says; of a pair, the prompt is, and the chosen side answers it.
+pub(crate) fn dialogue(line: &[u8]) -> std::result::Result<Vec<Message>, String> {
+    let line: Line = serde_json::from_slice(line).map_err(|error| error.to_string())?;
+    // As Stack Exchange's questions and answers are prepared (Askell et al. 2021, appendices B.5 and C.1).
+    let said =
+        |role: &str, text: &str, label: &str| Message::new(role, text.strip_prefix(label).unwrap_or(text).trim());
+    let user = |text: &str| said("user", text, "Question: ");
+    let turns = |turns: Vec<Turn>| turns.into_iter().map(|turn| Message::new(turn.role, turn.content));
+    let mut messages = match (line.text, line.prompt) {
+        (Some(text), None) if line.chosen.is_none() => vec![user(&text)],
+        (None, Some(Turns::Text(text))) => vec![user(&text)],
+        (None, Some(Turns::Conversation(list))) => turns(list).collect(),
+        (None, None) => Vec::new(),
+        _ => return Err("expected text, or chosen with or without a prompt".to_owned()),
+    };
+    match line.chosen {
+        None => {}
+        Some(Turns::Text(_)) if messages.is_empty() => {
+            return Err("a chosen side that is a text, without a prompt".to_owned());
+        }
+        Some(Turns::Text(text)) => messages.push(said("assistant", &text, "Answer: ")),
+        Some(Turns::Conversation(list)) => messages.extend(turns(list)),
+    }
+    match messages.iter().any(|message| message.content.is_empty()) || messages.is_empty() {
+        true => Err("nothing is said in it".to_owned()),
+        false => Ok(messages),
+    }
+}
+
+impl fmt::Display for Counts {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { lines, examples, tokens, cut, dropped, .. } = self;
+        write!(f, "{examples} examples of {tokens} tokens in {lines} lines; cut {cut}; left out ")?;
+        let dropped: Vec<String> = dropped.iter().map(|(reason, count)| format!("{count} {reason}")).collect();
+        f.write_str(&if dropped.is_empty() { "nothing".to_owned() } else { dropped.join(", ") })
+    }
+}
+
+impl Counts {
+    pub(crate) fn add(&mut self, example: &Example) {
+        self.examples += 1;
+        self.tokens += example.sides().map(|side| side.tokens.len() as u64).sum::<u64>();
+        self.texts += u64::from(matches!(example, Example::Text(_)));
+    }
+}
+
 impl Reader<'_> {
-    /// Reads files, packed ones too. A bad line is reported through `warn` with its file and number, and skipped.
+    /// Reads files, packed ones too, into a file of the folder that goes with the examples. A bad line is reported through
+    /// `warn` with its file and number, and skipped.
     ///
     /// # Errors
-    /// If a file cannot be read, or more lines are bad than allowed.
-    pub fn read(&self, files: &[PathBuf], warn: &mut dyn FnMut(&str)) -> Result<(Vec<Example>, Counts)> {
-        let (mut examples, mut counts) = (Vec::new(), Counts::default());
+    /// If a file cannot be read, the folder cannot be written, or more lines are bad than allowed.
+    pub fn read(&self, files: &[PathBuf], folder: &Path, warn: &mut dyn FnMut(&str)) -> Result<(Examples, Counts)> {
+        let (mut writer, mut counts) = (Writer::nameless(folder)?, Counts::default());
         let mut bad = BadLines::at_most(self.max_bad_lines);
         for path in files {
             let mut lines = Lines::open(path)?;
-            while let Some((number, line)) = lines.next()? {
-                counts.lines += 1;
-                let reason = match self.example(&line, &mut counts) {
-                    Ok(found) => {
-                        counts.examples += found.len() as u64;
-                        let sides = found.iter().flat_map(Example::sides);
-                        counts.tokens += sides.map(|side| side.tokens.len() as u64).sum::<u64>();
-                        examples.extend(found);
-                        continue;
-                    }
-                    Err(Problem::Useless(reason)) => {
-                        *counts.dropped.entry(reason).or_default() += 1;
-                        continue;
-                    }
-                    Err(Problem::Bad(reason)) => reason,
-                };
-                *counts.dropped.entry("bad line").or_default() += 1;
-                bad.skip(path, number, &reason, warn)?;
+            loop {
+                let mut some = Vec::new();
+                while some.len() < LINES
+                    && let Some(line) = lines.next()?
+                {
+                    some.push(line);
+                }
+                if some.is_empty() {
+                    break;
+                }
+                let found: Vec<_> = some.par_iter().map(|(number, line)| (*number, self.example(line))).collect();
+                for (number, found) in found {
+                    counts.lines += 1;
+                    let reason = match found {
+                        Ok(found) => {
+                            found.examples.iter().try_for_each(|example| {
+                                counts.add(example);
+                                writer.push(&example.encode())
+                            })?;
+                            counts.cut += found.cut;
+                            continue;
+                        }
+                        Err(Problem::Useless(reason)) => {
+                            *counts.dropped.entry(reason).or_default() += 1;
+                            continue;
+                        }
+                        Err(Problem::Bad(reason)) => reason,
+                    };
+                    *counts.dropped.entry("bad line").or_default() += 1;
+                    bad.skip(path, number, &reason, warn)?;
+                }
             }
         }
-        Ok((examples, counts))
+        Ok((Examples::new(writer.finish()?), counts))
     }
 
-    fn example(&self, line: &[u8], counts: &mut Counts) -> std::result::Result<Vec<Example>, Problem> {
+    fn example(&self, line: &[u8]) -> std::result::Result<Found, Problem> {
         let line: Line = serde_json::from_slice(line).map_err(|error| Problem::Bad(error.to_string()))?;
         match line {
             Line { text: Some(text), prompt: None, chosen: None, rejected: None } => {
@@ -140,13 +194,15 @@ impl Reader<'_> {
                 }
                 let input = TextInput::Text(text);
                 if !self.split_texts {
-                    return Ok(vec![Example::Text(self.side(&input, counts)?)]);
+                    let (side, cut) = self.side(&input)?;
+                    return Ok(Found { examples: vec![Example::Text(side)], cut: cut.into() });
                 }
                 // Whatever its length, all of a text is learned.
                 let rendered = self.text.render(&input, &RenderOptions::default(), RenderMode::Score);
                 let ids = rendered.map_err(|error| Problem::Bad(error.to_string()))?.ids;
                 let parts = ids.chunks(self.max_tokens).filter(|part| part.len() > 1);
-                Ok(parts.map(|part| Example::Text(Side { tokens: part.to_vec(), response: 1 })).collect())
+                let text = |part: &[u32]| Example::Text(Side { tokens: part.to_vec(), response: 1 });
+                Ok(Found { examples: parts.map(text).collect(), cut: 0 })
             }
             Line { text: None, prompt, chosen: Some(chosen), rejected: Some(rejected) } => {
                 if chosen == rejected {
@@ -154,19 +210,21 @@ impl Reader<'_> {
                 }
                 let [chosen, rejected] = [chosen, rejected].map(|side| {
                     let input = input(prompt.clone(), side)?;
-                    self.side(&input, counts)
+                    self.side(&input)
                 });
-                let (chosen, rejected) = (chosen?, rejected?);
+                let ((chosen, first), (rejected, second)) = (chosen?, rejected?);
                 if chosen.tokens == rejected.tokens {
                     return Err(Problem::Useless("equal sides after cutting"));
                 }
-                Ok(vec![Example::Pair { chosen, rejected }])
+                let cut = u64::from(first) + u64::from(second);
+                Ok(Found { examples: vec![Example::Pair { chosen, rejected }], cut })
             }
             _ => Err(Problem::Bad("expected text, or chosen and rejected with or without a prompt".to_owned())),
         }
     }
 
-    fn side(&self, input: &TextInput, counts: &mut Counts) -> std::result::Result<Side, Problem> {
+    /// A sequence, and whether it lost its beginning.
+    fn side(&self, input: &TextInput) -> std::result::Result<(Side, bool), Problem> {
         let bad = |error: plumb_model::Error| Problem::Bad(error.to_string());
         let rendered = self.text.render(input, &RenderOptions::default(), RenderMode::Score).map_err(bad)?;
         let (mut tokens, mut response) = (rendered.ids, rendered.response.start);
@@ -176,8 +234,8 @@ impl Reader<'_> {
         if tokens.len() < 2 || rendered.response.is_empty() {
             return Err(Problem::Useless("no response"));
         }
-        if tokens.len() > self.max_tokens {
-            counts.cut += 1;
+        let cut = tokens.len() > self.max_tokens;
+        if cut {
             // What begins every text stays, and so does the tag of a binarised pair: without it both sides are the same.
             let kept = self.beginning + self.tag(&rendered.text, &tokens).map_err(bad)?;
             let kept = kept.min(self.max_tokens - 1);
@@ -185,7 +243,7 @@ impl Reader<'_> {
             tokens.drain(kept..kept + dropped);
             response = response.saturating_sub(dropped).max(kept).max(1);
         }
-        Ok(Side { tokens, response })
+        Ok((Side { tokens, response }, cut))
     }
 
     /// Tokens of the tag at the beginning of a binarised text.
@@ -193,17 +251,6 @@ impl Reader<'_> {
         let Some(tag) = TAGS.into_iter().find(|tag| text.starts_with(tag)) else { return Ok(0) };
         let ids: Vec<u32> = self.text.tokenize(tag, false)?.into_iter().map(|token| token.id).collect();
         Ok(if tokens[self.beginning.min(tokens.len())..].starts_with(&ids) { ids.len() } else { 0 })
-    }
-}
-
-impl Example {
-    /// Its sequences.
-    pub fn sides(&self) -> impl Iterator<Item = &Side> {
-        let (first, second) = match self {
-            Self::Text(side) => (side, None),
-            Self::Pair { chosen, rejected } => (chosen, Some(rejected)),
-        };
-        [first].into_iter().chain(second)
     }
 }
 

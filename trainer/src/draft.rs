@@ -231,7 +231,7 @@ pub(crate) fn write_folder(folder: &Path, write: impl FnOnce(&Path) -> Result<()
 fn check_init(recipe: &Recipe, config: &Config, kept_head: bool) -> Result<()> {
     let problem = match (&config.head, recipe.objective) {
         (Head::Language, _) => return Ok(()),
-        (Head::Reward(_), Objective::Language | Objective::Imitation) => {
+        (Head::Reward(_), objective) if objective != Objective::Preference => {
             "it can only be trained as a preference model".to_owned()
         }
         (Head::Reward(_), _) if !config.architecture.ends_with("ForSequenceClassification") => {

@@ -21,6 +21,7 @@
 pub mod data;
 mod draft;
 mod error;
+pub mod examples;
 mod input;
 mod lora;
 mod objective;
@@ -31,6 +32,8 @@ pub mod recipe;
 mod run;
 mod scratch;
 mod state;
+mod store;
+mod teach;
 
 pub use error::{Error, Result};
 pub use objective::Measures;
@@ -38,3 +41,4 @@ pub use publish::{Inspection, Published, inspect, publish};
 pub use recipe::Recipe;
 pub use run::{Finished, run};
 pub use scratch::{Shape, scratch};
+pub use teach::{Prompt, TeachOptions, teach};

@@ -8,7 +8,7 @@ use clap::{Parser, Subcommand};
 use plumb_model::checkpoint::Source;
 use plumb_trainer::prepare::{Dataset, Options, prepare};
 use plumb_trainer::recipe::with_file;
-use plumb_trainer::{Measures, Recipe, Shape};
+use plumb_trainer::{Measures, Recipe, Shape, TeachOptions};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -51,6 +51,24 @@ enum Command {
         seed: u64,
         #[command(flatten)]
         shape: Shape,
+    },
+    /// Write down what a language model expects behind the HHH prompt, for a student that is to do without: see --objective
+    /// distillation
+    Teach {
+        /// JSONL files of texts, or of pairs, whose chosen sides are taken
+        #[arg(value_name = "FILE", required = true)]
+        files: Vec<PathBuf>,
+        /// The teacher: a folder, a .gguf file or a Hugging Face repository
+        #[arg(long, value_name = "SOURCE")]
+        model: String,
+        /// LoRA adapter to merge into it
+        #[arg(long, value_name = "SOURCE")]
+        adapter: Option<String>,
+        /// File for the result: eight bytes for each likely token
+        #[arg(long, value_name = "FILE")]
+        output: PathBuf,
+        #[command(flatten)]
+        options: TeachOptions,
     },
     /// Turn a data set into train.jsonl and dev.jsonl: shuffled, without duplicates, split by question
     Prepare {
@@ -131,6 +149,11 @@ fn run(command: Command) -> anyhow::Result<()> {
         Command::Scratch { files, output, seed, shape } => {
             plumb_trainer::scratch(&files, &output, shape, seed)?;
             format!("checkpoint {}\n", output.display())
+        }
+        Command::Teach { files, model, adapter, output, options } => {
+            let source = Source { model, adapter, ..Source::default() };
+            let counts = plumb_trainer::teach(&source, &files, &output, &options)?;
+            format!("{counts}\ntaught    {}\n", output.display())
         }
         Command::Prepare { dataset, files, output, dev_share, seed, binarise, max_bad_lines } => {
             let options = Options { dev_share, seed, binarise, max_bad_lines };

@@ -3,7 +3,7 @@
 use plumb_model::decoder::gradient::{Group, Language, Outcome, Sequence};
 use serde::Serialize;
 
-use crate::data::{Example, Side};
+use crate::examples::{Example, Side, Teacher};
 use crate::recipe::{Objective, Recipe};
 
 /// How the examples of a batch count.
@@ -52,11 +52,10 @@ pub struct Measures {
 impl Weights {
     /// Of the examples of a whole batch.
     pub(crate) fn new(recipe: &Recipe, batch: &[&Example]) -> Self {
-        let rows: usize =
-            batch.iter().map(|example| better(example).map_or(0, |side| rows(recipe.objective, side).len())).sum();
+        let rows: usize = batch.iter().map(|example| learned_rows(recipe.objective, example)).sum();
         let token = match recipe.objective {
             Objective::Preference => recipe.language_weight,
-            Objective::Language | Objective::Imitation => 1.0,
+            Objective::Language | Objective::Imitation | Objective::Distillation => 1.0,
         };
         Self {
             objective: recipe.objective,
@@ -78,10 +77,15 @@ impl Weights {
         };
         let sequences = match (example, self.objective) {
             (Example::Text(side), _) => vec![learned(side)],
+            (Example::Taught { side, teacher }, _) => {
+                let Teacher { first, top, ids, log_probs } = teacher;
+                let language = Language::Teacher { first: *first, top: *top, ids, log_probs, weight: self.token };
+                vec![Sequence { tokens: &side.tokens, reward: false, language }]
+            }
             (Example::Pair { chosen, rejected }, Objective::Preference) => {
                 vec![learned(chosen), Sequence { tokens: &rejected.tokens, reward, language: Language::Nothing }]
             }
-            (Example::Pair { chosen, .. }, Objective::Language | Objective::Imitation) => vec![learned(chosen)],
+            (Example::Pair { chosen, .. }, _) => vec![learned(chosen)],
         };
         Group { sequences }
     }
@@ -89,8 +93,7 @@ impl Weights {
     /// What the decoder is to compute of an example, for measuring: the other side counts too.
     pub(crate) fn measured<'a>(&self, example: &'a Example) -> Group<'a> {
         let mut group = self.group(example);
-        if let (Example::Pair { rejected, .. }, Objective::Language | Objective::Imitation) = (example, self.objective)
-        {
+        if let (Example::Pair { rejected, .. }, false) = (example, self.objective == Objective::Preference) {
             let language = Language::Next { rows: rows(self.objective, rejected), weight: self.token };
             group.sequences.push(Sequence { tokens: &rejected.tokens, reward: false, language });
         }
@@ -121,7 +124,7 @@ impl Sums {
             let mean = |outcome: &Outcome| -outcome.loss / outcome.rows.max(1) as f64;
             let margin = match objective {
                 Objective::Preference => f64::from(first.reward) - f64::from(second.reward),
-                Objective::Language | Objective::Imitation => mean(first) - mean(second),
+                _ => mean(first) - mean(second),
             };
             self.pairs += 1;
             self.margin += margin;
@@ -159,9 +162,12 @@ fn softplus(x: f64) -> f64 {
     x.max(0.0) + (-x.abs()).exp().ln_1p()
 }
 
-/// The side whose tokens are learned.
-fn better(example: &Example) -> Option<&Side> {
-    example.sides().next()
+/// Rows of an example whose log-probabilities are learned.
+fn learned_rows(objective: Objective, example: &Example) -> usize {
+    match example {
+        Example::Text(side) | Example::Pair { chosen: side, .. } => rows(objective, side).len(),
+        Example::Taught { teacher, .. } => teacher.ids.len() / teacher.top,
+    }
 }
 
 /// Rows whose next token counts: in imitation those of the response, elsewhere all.

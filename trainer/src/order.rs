@@ -4,7 +4,7 @@ use rand::SeedableRng;
 use rand::seq::SliceRandom;
 use rand_chacha::ChaCha8Rng;
 
-use crate::data::Example;
+use crate::examples::Example;
 
 /// The order of examples: a new one for every epoch, the same for a seed.
 pub(crate) struct Order {
@@ -68,7 +68,7 @@ pub(crate) fn micro_batches(mut examples: Vec<&Example>, tokens: usize) -> Vec<V
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::data::Side;
+    use crate::examples::Side;
 
     #[test]
     fn every_epoch_has_every_example_once_in_an_order_of_its_own() {

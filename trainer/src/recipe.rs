@@ -18,6 +18,8 @@ pub enum Objective {
     Language,
     /// A language model of the chosen side's response only
     Imitation,
+    /// A language model that expects what a teacher does, which had a prompt before the text: see `teach`
+    Distillation,
 }
 
 /// Type in which the decoder computes; weights, gradients and the optimiser's state are f32.
@@ -53,7 +55,7 @@ pub struct Recipe {
     /// Human:/Assistant: form of the paper
     #[arg(long, value_name = "SOURCE")]
     pub init: String,
-    /// JSONL files to learn from
+    /// JSONL files to learn from; for distillation, what `teach` wrote
     #[arg(long, value_name = "FILE", required = true, num_args = 1.., action = ArgAction::Append)]
     pub train: Vec<PathBuf>,
     /// JSONL files to measure on

@@ -15,13 +15,17 @@ use plumb_model::decoder::gradient::{Group, TrainOptions, Trainable};
 use serde::Serialize;
 use serde_json::json;
 
-use crate::data::{Counts, Example, Reader};
+use crate::data::{Counts, Reader};
 use crate::draft::Draft;
+use crate::examples::{Example, Examples, Side};
 use crate::objective::{Measures, Sums, Weights};
 use crate::order::{Order, micro_batches};
 use crate::recipe::{ComputeType, Objective, Recipe};
 use crate::state::State;
-use crate::{Error, Result};
+use crate::{Error, Result, teach};
+
+/// Examples of the dev data that are in memory at a time.
+const DEV_PART: usize = 4096;
 
 /// What a run came to.
 #[derive(Clone, Debug)]
@@ -66,8 +70,8 @@ pub fn run(recipe: &Recipe) -> Result<Finished> {
 struct Run<'a> {
     recipe: &'a Recipe,
     draft: Draft,
-    train: Vec<Example>,
-    dev: Vec<Example>,
+    train: Examples,
+    dev: Examples,
     model: Trainable,
     state: State,
     metrics: fs::File,
@@ -88,11 +92,15 @@ impl<'a> Run<'a> {
             max_bad_lines: recipe.max_bad_lines,
         };
         let mut warn = |line: &str| bar.suspend(|| eprintln!("{line}"));
-        let (train, train_counts) = reader.read(&recipe.train, &mut warn)?;
-        let (dev, dev_counts) = reader.read(&recipe.dev, &mut warn)?;
-        check_examples(recipe, &train)?;
+        let mut read = |files: &[PathBuf]| match recipe.objective {
+            Objective::Distillation => teach::examples(files, &draft.text, reader.max_tokens),
+            _ => reader.read(files, &recipe.output, &mut warn),
+        };
+        let (train, train_counts) = read(&recipe.train)?;
+        let (dev, dev_counts) = read(&recipe.dev)?;
+        check_examples(recipe, &train_counts)?;
         let counts = [("train", &train_counts), ("dev", &dev_counts)];
-        counts.iter().for_each(|(split, counts)| warn(&describe(split, counts)));
+        counts.iter().for_each(|(split, counts)| warn(&format!("{split}: {counts}")));
 
         let dtype = if recipe.dtype == ComputeType::F32 { DType::F32 } else { DType::Bf16 };
         let options = TrainOptions {
@@ -145,7 +153,8 @@ impl<'a> Run<'a> {
 
     fn step(&mut self, step: u64, total: u64, indices: &[usize], gradient: &mut [f32]) -> Result<()> {
         let (recipe, start) = (self.recipe, Instant::now());
-        let batch: Vec<&Example> = indices.iter().map(|i| &self.train[*i]).collect();
+        let examples = indices.iter().map(|i| self.train.get(*i)).collect::<Result<Vec<Example>>>()?;
+        let batch: Vec<&Example> = examples.iter().collect();
         let weights = Weights::new(recipe, &batch);
         let mut sums = Sums::default();
         gradient.fill(0.0);
@@ -210,13 +219,17 @@ impl<'a> Run<'a> {
             return Ok(None);
         }
         let (recipe, start) = (self.recipe, Instant::now());
-        let all: Vec<&Example> = self.dev.iter().collect();
-        let weights = Weights::new(recipe, &all);
         let mut sums = Sums::default();
-        for part in micro_batches(all, recipe.micro_batch_tokens) {
-            let groups: Vec<Group<'_>> = part.iter().map(|example| weights.measured(example)).collect();
-            let outcomes = self.model.evaluate(&groups)?;
-            sums.add(recipe.objective, &groups, &outcomes);
+        for first in (0..self.dev.len()).step_by(DEV_PART) {
+            let numbers = first..(first + DEV_PART).min(self.dev.len());
+            let examples = numbers.map(|i| self.dev.get(i)).collect::<Result<Vec<Example>>>()?;
+            let all: Vec<&Example> = examples.iter().collect();
+            let weights = Weights::new(recipe, &all);
+            for part in micro_batches(all, recipe.micro_batch_tokens) {
+                let groups: Vec<Group<'_>> = part.iter().map(|example| weights.measured(example)).collect();
+                let outcomes = self.model.evaluate(&groups)?;
+                sums.add(recipe.objective, &groups, &outcomes);
+            }
         }
         let (step, tokens, measures) = (self.state.step, sums.tokens, sums.means(recipe));
         let seconds = start.elapsed().as_secs_f64();
@@ -236,11 +249,11 @@ impl<'a> Run<'a> {
         let path = self.recipe.output.join(format!("bad-batch-{step}.jsonl"));
         let mut text = String::new();
         for i in indices {
-            let side = |side: &crate::data::Side| {
+            let side = |side: &Side| {
                 let decoded = self.draft.text.decode(&side.tokens).unwrap_or_default();
                 json!({"tokens": side.tokens, "response": side.response, "text": decoded})
             };
-            let sides: Vec<_> = self.train[*i].sides().map(side).collect();
+            let sides: Vec<_> = self.train.get(*i)?.sides().map(side).collect();
             text += &format!("{}\n", json!({"example": i, "sides": sides}));
         }
         fs::write(&path, text).map_err(Error::io(&path))?;
@@ -248,23 +261,16 @@ impl<'a> Run<'a> {
     }
 }
 
-fn check_examples(recipe: &Recipe, train: &[Example]) -> Result<()> {
-    if train.is_empty() {
+fn check_examples(recipe: &Recipe, train: &Counts) -> Result<()> {
+    if train.examples == 0 {
         return Err(Error::Recipe("there is nothing to learn from: no line of the train files is an example".into()));
     }
-    let needs_pairs = recipe.objective != Objective::Language;
-    if needs_pairs && train.iter().any(|example| matches!(example, Example::Text(_))) {
+    let needs_pairs = matches!(recipe.objective, Objective::Preference | Objective::Imitation);
+    if needs_pairs && train.texts > 0 {
         let message = "the train files hold texts; this objective needs chosen and rejected sides";
         return Err(Error::Recipe(message.into()));
     }
     Ok(())
-}
-
-fn describe(split: &str, counts: &Counts) -> String {
-    let Counts { lines, examples, tokens, cut, dropped } = counts;
-    let dropped: Vec<String> = dropped.iter().map(|(reason, count)| format!("{count} {reason}")).collect();
-    let dropped = if dropped.is_empty() { "nothing".to_owned() } else { dropped.join(", ") };
-    format!("{split}: {examples} examples of {tokens} tokens in {lines} lines; cut {cut}; left out {dropped}")
 }
 
 /// Writes the recipe and the counts of its data into the folder, or compares the recipe with the one that is there.

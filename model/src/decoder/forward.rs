@@ -5,7 +5,7 @@ use std::ops::Range;
 use plumb_kernels::Element;
 use plumb_kernels::attention::{KvPages, PAGE, Prepare, Rule, Run, Span, Work, attention, padded, prepare};
 use plumb_kernels::element::round_all;
-use plumb_kernels::head::{dot, soft_cap, token_log_probs};
+use plumb_kernels::head::{dot, soft_cap, token_log_probs, top_log_probs};
 use plumb_kernels::linear::{Kept, Linear, Store};
 use plumb_kernels::norm::Norm;
 
@@ -144,6 +144,12 @@ impl<E: Load> Stack<E> {
                 }
                 targets
             }
+            Read::TopLogProbs { rows, count } => {
+                if rows.end > sequence.tokens.len() || !(1..=self.config.vocab_size).contains(count) {
+                    return invalid(format!("the {count} likeliest tokens for rows {rows:?}"));
+                }
+                &[]
+            }
             _ => &[],
         };
         if let Some(id) = sequence.tokens.iter().chain(targets).find(|id| **id as usize >= self.config.vocab_size) {
@@ -153,7 +159,7 @@ impl<E: Load> Stack<E> {
             (Read::LastReward | Read::Rewards, Head::Language { .. }) => {
                 invalid("a language model has no reward head".into())
             }
-            (Read::LogProbs { .. } | Read::LastLogits, Head::Reward { .. }) => {
+            (Read::LogProbs { .. } | Read::TopLogProbs { .. } | Read::LastLogits, Head::Reward { .. }) => {
                 invalid("a preference model has no vocabulary head".into())
             }
             _ => Ok(()),
@@ -351,8 +357,19 @@ impl<E: Load> Stack<E> {
                     soft_cap(all_logits, *cap);
                 }
                 let mut rows = all_logits.chunks_exact(self.config.vocab_size);
+                let mut last_row = 0;
                 for sequence in &step.sequences {
+                    let first_row = last_row;
+                    last_row += sequence.read.rows(sequence.tokens.len()).len();
                     answers.push(match &sequence.read {
+                        Read::TopLogProbs { count, .. } => {
+                            let rows = &last[first_row * hidden..last_row * hidden];
+                            let (ids, log_probs) = top_log_probs(logits, *softcap, rows, *count);
+                            let row = |(ids, log_probs): (&[u32], &[f32])| {
+                                ids.iter().map(|id| *id as f32).chain(log_probs.iter().copied()).collect::<Vec<_>>()
+                            };
+                            ids.chunks(*count).zip(log_probs.chunks(*count)).flat_map(row).collect()
+                        }
                         Read::LogProbs { targets, .. } => log_probs.by_ref().take(targets.len()).collect(),
                         Read::LastLogits => rows.next().map(<[f32]>::to_vec).unwrap_or_default(),
                         _ => Vec::new(),

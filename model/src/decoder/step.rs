@@ -23,7 +23,7 @@ pub struct StepSequence<'a> {
 }
 
 /// What a step answers for a sequence.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub enum Read<'a> {
     /// Nothing: only keys and values are wanted.
     Nothing,
@@ -38,6 +38,14 @@ pub enum Read<'a> {
         /// As many as rows.
         targets: &'a [u32],
     },
+    /// The `count` likeliest tokens after each of the slice's rows: their ids, as numbers, then their log-probabilities in
+    /// nats, the likeliest first. `2 * count` values a row.
+    TopLogProbs {
+        /// Rows of the slice.
+        rows: Range<usize>,
+        /// At most the vocabulary's size.
+        count: usize,
+    },
     /// Vocabulary logits after the last token.
     LastLogits,
 }
@@ -49,7 +57,7 @@ impl Read<'_> {
             Read::Nothing => 0..0,
             Read::LastReward | Read::LastLogits => len - 1..len,
             Read::Rewards => 0..len,
-            Read::LogProbs { rows, .. } => rows.clone(),
+            Read::LogProbs { rows, .. } | Read::TopLogProbs { rows, .. } => rows.clone(),
         }
     }
 }

@@ -163,6 +163,17 @@ impl TextPipeline {
         (prompt != HhhPrompt::None && ids.len() < self.max_tokens).then_some(ids)
     }
 
+    /// sha256 of all tokens in the order of their ids: equal digests give ids equal meaning.
+    pub fn vocabulary_sha256(&self) -> [u8; 32] {
+        let mut tokens: Vec<(u32, String)> =
+            self.codec.tokenizer().get_vocab(true).into_iter().map(|(token, id)| (id, token)).collect();
+        tokens.sort();
+        let add = |digest: Sha256, (id, token): &(u32, String)| {
+            digest.chain_update(id.to_le_bytes()).chain_update(token).chain_update([0])
+        };
+        tokens.iter().fold(Sha256::new(), add).finalize().into()
+    }
+
     /// sha256 of the chat template in hexadecimal.
     pub fn chat_template_sha256(&self) -> Option<&str> {
         self.template.as_ref().map(ChatTemplate::sha256)

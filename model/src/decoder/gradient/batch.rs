@@ -3,7 +3,6 @@
 use std::ops::Range;
 
 use plumb_kernels::attention::PAGE;
-pub use plumb_kernels::gradient::TopK;
 
 use super::super::step::{Read, Step, StepSequence};
 
@@ -38,12 +37,17 @@ pub enum Language<'a> {
         /// Of a row's loss in the whole.
         weight: f32,
     },
-    /// A teacher's distribution after each row from the first on (Askell et al. 2021, equation 2.1 and appendix B.5).
+    /// A teacher's likeliest next tokens after each row from the first on, no two the same (Askell et al. 2021, equation 2.1
+    /// and appendix B.5). What is left of its probability belongs to all other tokens together.
     Teacher {
-        /// Row of the first distribution.
+        /// The first row.
         first: usize,
-        /// One for every row.
-        top: &'a [TopK<'a>],
+        /// Tokens for each row.
+        top: usize,
+        /// Their ids, `[rows, top]`.
+        ids: &'a [u32],
+        /// Their log-probabilities in nats, `[rows, top]`.
+        log_probs: &'a [f32],
         /// Of a row's loss in the whole.
         weight: f32,
     },

@@ -191,12 +191,15 @@ fn language_rows<'a>(plan: &Plan<'a>) -> Vec<Row<'a>> {
                 weight: *weight,
                 target: Target::Token(tokens[row + 1]),
             })),
-            Language::Teacher { first, top, weight } => list.extend(top.iter().enumerate().map(|(row, top)| Row {
-                sequence: i,
-                row: placed.row(first + row),
-                weight: *weight,
-                target: Target::Teacher(*top),
-            })),
+            Language::Teacher { first, top, ids, log_probs, weight } => {
+                let rows = ids.chunks_exact(*top).zip(log_probs.chunks_exact(*top)).enumerate();
+                list.extend(rows.map(|(row, (ids, log_probs))| Row {
+                    sequence: i,
+                    row: placed.row(first + row),
+                    weight: *weight,
+                    target: Target::Teacher(TopK { ids, log_probs }),
+                }));
+            }
         }
     }
     list

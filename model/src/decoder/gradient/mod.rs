@@ -20,7 +20,7 @@ use plumb_kernels::linear::{Linear, Matrix, Rows};
 use plumb_kernels::norm::Norm;
 use plumb_kernels::parallel::with_team;
 
-pub use batch::{Group, Language, Outcome, Sequence, TopK};
+pub use batch::{Group, Language, Outcome, Sequence};
 pub use parameters::{Parameter, Parameters};
 
 use super::build::{Load, interleaved};
@@ -342,11 +342,14 @@ impl<E: Load> Inner<E> {
             if sequence.reward && self.parameters.score.is_empty() {
                 return invalid("a language model has no reward head".into());
             }
-            let (rows, ids): (_, Vec<u32>) = match &sequence.language {
+            let (rows, ids): (_, &[u32]) = match &sequence.language {
                 Language::Nothing => continue,
-                Language::Next { rows, .. } => (rows.clone(), Vec::new()),
-                Language::Teacher { first, top, .. } => {
-                    (*first..first + top.len(), top.iter().flat_map(|top| top.ids).copied().collect())
+                Language::Next { rows, .. } => (rows.clone(), &[]),
+                Language::Teacher { first, top, ids, log_probs, .. } => {
+                    if *top == 0 || ids.len() % top != 0 || ids.len() != log_probs.len() {
+                        return invalid(format!("{} ids and {} log-probabilities", ids.len(), log_probs.len()));
+                    }
+                    (*first..first + ids.len() / top, ids)
                 }
             };
             if self.parameters.language_head.is_empty() {
@@ -356,7 +359,7 @@ impl<E: Load> Inner<E> {
             if rows.end > last {
                 return invalid(format!("rows {rows:?} of {tokens} tokens"));
             }
-            if let Some(id) = ids.into_iter().find(|id| *id as usize >= self.stack.config.vocab_size) {
+            if let Some(id) = ids.iter().find(|id| **id as usize >= self.stack.config.vocab_size) {
                 return invalid(format!("token {id} is outside the vocabulary of {}", self.stack.config.vocab_size));
             }
         }
