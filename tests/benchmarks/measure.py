@@ -11,6 +11,8 @@ import os
 import pathlib
 import shlex
 import statistics
+import sys
+import tempfile
 import time
 
 import criterion
@@ -246,6 +248,25 @@ def train(job):
     job.peer("torch", argv, ("train", "torch", "tok/s", r"^torch bf16 train.*: ([\d.]+) tok/s"))
 
 
+def train_memory(job):
+    """Peak memory of two such steps, optimiser included"""
+    words = "time year people way day man thing woman life child world school state family student group".split()
+    some = lambda seed, step: " ".join(words[(i * step + seed) % len(words)] for i in range(255))  # noqa: E731
+    pair = lambda i: {"prompt": some(i, 7) + " ", "chosen": some(i, 5), "rejected": some(i + 1, 3)}  # noqa: E731
+    (job.folder / "pairs.jsonl").write_text("".join(json.dumps(pair(i)) + "\n" for i in range(8)))
+    options = {
+        "objective": "preference", "init": job.peers.folder / "smollm2", "train": job.folder / "pairs.jsonl",
+        "output": tempfile.mkdtemp(dir=job.folder), "batch": 4, "language-weight": 0,
+    }  # fmt: skip
+    argv = [job.root / "target/release/plumb-train", "run", *(f"--{name}={value}" for name, value in options.items())]
+    pattern = r"^peak: (\d+) MiB"
+    lines, values = peers.figures(process.run([sys.executable, HERE / "peak.py", *argv]), pattern)
+    job.recorder.add("train memory", "plumb", max(values), "MiB", shlex.join(map(str, argv)), raw=lines)
+    argv = [HERE / "peak.py", job.peers.python("torch"), job.peers.scripts / "train_torch.py",
+            job.peers.folder / "smollm2", "bf16", "4", "512"]  # fmt: skip
+    job.peer("torch", argv, ("train memory", "torch", "MiB", pattern))
+
+
 def items(job):
     """Throughput against the items of a call"""
     curve(job, "items", [(count, count, 256) for count in ITEMS])
@@ -308,4 +329,4 @@ def latency(report):
 
 # Curves show a shape, not a ratio: the first round's do.
 ONCE = ("items", "length", "load")
-ALL = {f.__name__: f for f in (limits, score, text, single, decode, gguf, memory, train, items, length, load)}
+ALL = {f.__name__: f for f in (limits, score, text, single, decode, gguf, memory, train, train_memory, items, length, load)}

@@ -111,7 +111,7 @@ def take(options, path):
 def build():
     """Everything that is timed, before the first measurement, so that no compiler runs beside one."""
     for line in (
-        "cargo build --release -p plumb-server -p plumb-client",
+        "cargo build --release -p plumb-server -p plumb-client -p plumb-trainer",
         "cargo bench --no-run -p plumb-kernels --bench kernels",
         "cargo bench --no-run -p plumb-model --bench forward",
         "cargo bench --no-run -p plumb-trainer --bench step",

@@ -55,6 +55,8 @@ PEERS = [
     *beside("gguf decode", "GGUF Q4_1: generate, one stream", "tok/s", [("llama", "llama.cpp", 1.0)]),
     *beside("train", "train on 4 pairs of 512 tokens, the first half of each pair shared", "tok/s",
             [("torch", "PyTorch, bf16 autocast", 1.5)]),
+    Row("most resident memory in two such steps, from reading to the optimiser", "MiB", "PyTorch, bf16 autocast",
+        of("train memory"), of("train memory", "torch"), 1.0, at_most=True),
 ]  # fmt: skip
 
 
