@@ -254,3 +254,38 @@ fn scalar(value: &toml::Value) -> Option<String> {
         toml::Value::Datetime(_) | toml::Value::Array(_) | toml::Value::Table(_) => None,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser as _;
+
+    use super::*;
+
+    #[derive(clap::Parser)]
+    struct Command {
+        #[arg(long)]
+        config: Option<PathBuf>,
+        #[command(flatten)]
+        recipe: Recipe,
+    }
+
+    #[test]
+    fn the_recipes_that_come_with_it_make_sense() {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("recipes");
+        let files = [folder.clone(), folder.join("default")]
+            .iter()
+            .flat_map(|folder| std::fs::read_dir(folder).unwrap())
+            .map(|entry| entry.unwrap().path())
+            .filter(|path| path.extension().is_some_and(|extension| extension == "toml"));
+        let mut read = 0;
+        for file in files {
+            let given = ["plumb-train", "--init=lm", "--train=train.jsonl", "--output=run", "--config"];
+            let arguments = given.iter().map(OsString::from).chain([file.clone().into_os_string()]).collect();
+            let command = Command::try_parse_from(with_file(arguments).unwrap()).unwrap();
+            assert_eq!(command.config, Some(file));
+            command.recipe.check().unwrap();
+            read += 1;
+        }
+        assert!(read >= 9, "{read} recipes");
+    }
+}
