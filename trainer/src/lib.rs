@@ -25,10 +25,12 @@ mod input;
 mod objective;
 mod order;
 pub mod prepare;
+mod processes;
 mod publish;
 pub mod recipe;
 mod run;
 mod scratch;
+mod shards;
 mod state;
 
 pub use error::{Error, Result};
