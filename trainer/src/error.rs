@@ -27,6 +27,12 @@ pub enum Error {
     /// The recipe asks for something that cannot be.
     #[error("{0}")]
     Recipe(String),
+    /// The processes of a run do not fit together.
+    #[error("{0}")]
+    Processes(String),
+    /// A run of several processes failed, and one of them has said why.
+    #[error("a process of this run failed")]
+    Reported,
     /// A loss or gradient is not a number.
     #[error("step {step}: {what} is {value}; the batch is in {saved}")]
     NonFinite {

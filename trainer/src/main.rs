@@ -8,7 +8,7 @@ use clap::{Parser, Subcommand};
 use plumb_model::checkpoint::Source;
 use plumb_trainer::prepare::{Dataset, Options, prepare};
 use plumb_trainer::recipe::with_file;
-use plumb_trainer::{Measures, Recipe, Shape, TeachOptions};
+use plumb_trainer::{Error, Measures, Recipe, Shape, TeachOptions};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -133,7 +133,9 @@ fn main() -> ExitCode {
     match run(cli.command) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("plumb-train: {error:#}");
+            if !matches!(error.downcast_ref(), Some(Error::Reported)) {
+                eprintln!("plumb-train: {error:#}");
+            }
             ExitCode::FAILURE
         }
     }
@@ -142,7 +144,8 @@ fn main() -> ExitCode {
 fn run(command: Command) -> anyhow::Result<()> {
     let text = match command {
         Command::Run { recipe, .. } => {
-            let finished = plumb_trainer::run(&recipe)?;
+            // Of several processes, one speaks.
+            let Some(finished) = plumb_trainer::run(&recipe)? else { return Ok(()) };
             let dev = finished.dev.map(describe).unwrap_or_default();
             format!("steps      {}\n{dev}checkpoint {}\n", finished.steps, finished.checkpoint.display())
         }

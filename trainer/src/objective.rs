@@ -111,6 +111,25 @@ impl Weights {
 }
 
 impl Sums {
+    /// As numbers that processes exchange; counts below 2^53 stay what they are.
+    pub(crate) fn to_numbers(self) -> [f64; 7] {
+        let Self { pairs, right, preference, margin, language, rows, tokens } = self;
+        [pairs as f64, right, preference, margin, language, rows as f64, tokens as f64]
+    }
+
+    /// Adds the sums over other examples, in their order.
+    pub(crate) fn add_all(&mut self, others: &[[f64; 7]]) {
+        for &[pairs, right, preference, margin, language, rows, tokens] in others {
+            self.pairs += pairs as u64;
+            self.right += right;
+            self.preference += preference;
+            self.margin += margin;
+            self.language += language;
+            self.rows += rows as u64;
+            self.tokens += tokens as u64;
+        }
+    }
+
     /// Adds examples and what came of their sequences.
     pub(crate) fn add(&mut self, objective: Objective, groups: &[Group<'_>], mut outcomes: &[Outcome]) {
         for group in groups {

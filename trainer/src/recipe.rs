@@ -131,10 +131,14 @@ pub struct Recipe {
     /// Tokens that go through the decoder at once; a step's gradient is summed up
     #[arg(long, value_name = "N", default_value_t = 8192)]
     pub micro_batch_tokens: usize,
+    /// Parts of a batch, by its order, whose gradients are added up in that order: of one recipe, as many processes as
+    /// divide it get the bits of one
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub shards: usize,
     /// Computes layers again on the way back instead of keeping what they computed
     #[arg(long, value_name = "BOOL", default_value_t = false, action = ArgAction::Set, num_args = 0..=1, default_missing_value = "true")]
     pub checkpointing: bool,
-    /// Threads that compute [default: one for each physical core]
+    /// Threads that compute, in each process [default: one for each physical core; processes on a machine share them]
     #[arg(long, value_name = "N")]
     pub threads: Option<usize>,
 
@@ -163,6 +167,10 @@ impl Recipe {
         ];
         if let Some((name, _)) = positive.iter().find(|(_, value)| *value == 0) {
             return Err(Error::Recipe(format!("{name} has to be at least 1")));
+        }
+        if !(1..=self.batch).contains(&self.shards) {
+            let (shards, batch) = (self.shards, self.batch);
+            return Err(Error::Recipe(format!("shards is {shards}; it has to be from 1 to the batch, {batch}")));
         }
         if self.max_tokens < 2 {
             return Err(Error::Recipe("max-tokens has to be at least 2".into()));
@@ -273,7 +281,7 @@ mod tests {
     fn the_recipes_that_come_with_it_make_sense() {
         let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("recipes");
         let files = [folder.clone(), folder.join("default")]
-            .iter()
+            .into_iter()
             .flat_map(|folder| std::fs::read_dir(folder).unwrap())
             .map(|entry| entry.unwrap().path())
             .filter(|path| path.extension().is_some_and(|extension| extension == "toml"));

@@ -1,7 +1,8 @@
 //! A run: from a recipe to a checkpoint.
 //!
 //! The same recipe on the same kind of CPU gives the same bits, on any number of threads, and also where a run was
-//! interrupted and went on: the order of the data and the sums of gradients depend on the recipe alone.
+//! interrupted and went on: the order of the data and the sums of gradients depend on the recipe alone. So do several
+//! processes, of which the first writes all files.
 
 use std::fs;
 use std::io::Write as _;
@@ -20,7 +21,9 @@ use crate::draft::Draft;
 use crate::examples::{Example, Examples, Side};
 use crate::objective::{Measures, Sums, Weights};
 use crate::order::{Order, micro_batches};
+use crate::processes::{Processes, digest, digest_examples};
 use crate::recipe::{ComputeType, Objective, Recipe};
+use crate::shards::Shards;
 use crate::state::State;
 use crate::{Error, Result, teach};
 
@@ -55,33 +58,53 @@ struct Record {
     seconds: f64,
 }
 
-/// Trains, or goes on with the run that the output folder holds.
+/// Trains, or goes on with the run that the output folder holds. Of several processes that were started together, all but
+/// the first have nothing to tell.
 ///
 /// # Errors
 /// If the recipe, its checkpoint or its data make no sense, or a loss is not a number.
-pub fn run(recipe: &Recipe) -> Result<Finished> {
-    recipe.check()?;
-    let threads = recipe.threads.unwrap_or_else(num_cpus::get_physical);
+pub fn run(recipe: &Recipe) -> Result<Option<Finished>> {
+    let processes = Processes::join()?;
+    let result = run_with(recipe, &processes);
+    let first = processes.is_first();
+    Ok(Some(processes.leave(result)?).filter(|_| first))
+}
+
+fn run_with(recipe: &Recipe, processes: &Processes) -> Result<Finished> {
+    processes.agree(recipe.check().and_then(|()| Shards::check(processes, recipe.shards)))?;
+    let same = Recipe { threads: None, ..recipe.clone() };
+    let text = toml::to_string(&same).map_err(|error| Error::Recipe(error.to_string()))?;
+    processes.compare("options", || digest(text.as_bytes()), "give all the same")?;
+    let threads = processes.threads(recipe.threads);
     let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build();
     let pool = pool.map_err(|error| Error::Recipe(format!("{threads} threads: {error}")))?;
-    pool.install(|| Run::begin(recipe)?.finish())
+    pool.install(|| {
+        let run = processes.agree(Run::begin(recipe, processes))?;
+        run.compare()?;
+        run.finish()
+    })
 }
 
 struct Run<'a> {
     recipe: &'a Recipe,
+    processes: &'a Processes,
+    shards: Shards<'a>,
     draft: Draft,
     train: Examples,
     dev: Examples,
     model: Trainable,
     state: State,
-    metrics: fs::File,
+    /// In the first process.
+    metrics: Option<fs::File>,
     bar: ProgressBar,
 }
 
 impl<'a> Run<'a> {
-    fn begin(recipe: &'a Recipe) -> Result<Self> {
+    fn begin(recipe: &'a Recipe, processes: &'a Processes) -> Result<Self> {
         fs::create_dir_all(&recipe.output).map_err(Error::io(&recipe.output))?;
-        let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr());
+        let first = processes.is_first();
+        let target = if first { ProgressDrawTarget::stderr() } else { ProgressDrawTarget::hidden() };
+        let bar = ProgressBar::with_draw_target(None, target);
         let mut draft = Draft::new(recipe)?;
         let reader = Reader {
             text: &draft.text,
@@ -91,7 +114,11 @@ impl<'a> Run<'a> {
             split_texts: recipe.objective == Objective::Language,
             max_bad_lines: recipe.max_bad_lines,
         };
-        let mut warn = |line: &str| bar.suspend(|| eprintln!("{line}"));
+        let mut warn = |line: &str| {
+            if first {
+                bar.suspend(|| eprintln!("{line}"));
+            }
+        };
         let mut read = |files: &[PathBuf]| match recipe.objective {
             Objective::Distillation => teach::examples(files, &draft.text, reader.max_tokens),
             _ => reader.read(files, &recipe.output, &mut warn),
@@ -107,7 +134,9 @@ impl<'a> Run<'a> {
             language_head: recipe.objective == Objective::Preference && recipe.language_weight > 0.0,
             checkpointing: recipe.checkpointing,
         };
-        keep_recipe(recipe, &counts)?;
+        if first {
+            keep_recipe(recipe, &counts)?;
+        }
         let state = match State::last(&recipe.output.join("states"), draft.values.len())? {
             Some(state) => {
                 warn(&format!("goes on after step {}", state.step));
@@ -116,10 +145,27 @@ impl<'a> Run<'a> {
             None => State::new(std::mem::take(&mut draft.values)),
         };
         draft.values = Vec::new();
+        let shards = Shards::new(processes, recipe.shards, state.weights.len());
         let weights = draft.trained.weights(&state.weights);
         let model = Trainable::new(&draft.config, weights, dtype, reader.max_tokens, options)?;
-        let metrics = metrics_up_to(&recipe.output.join("metrics.jsonl"), state.step)?;
-        Ok(Self { recipe, draft, train, dev, model, state, metrics, bar })
+        let metrics = first.then(|| metrics_up_to(&recipe.output.join("metrics.jsonl"), state.step)).transpose()?;
+        Ok(Self { recipe, processes, shards, draft, train, dev, model, state, metrics, bar })
+    }
+
+    /// All processes have to begin alike, or they would learn something else than one.
+    fn compare(&self) -> Result<()> {
+        let Self { processes, state, .. } = self;
+        if processes.count() == 1 {
+            return Ok(());
+        }
+        let copies = "give all the same files";
+        for (what, examples) in [("training data", &self.train), ("dev data", &self.dev)] {
+            let digest = processes.agree(digest_examples(examples))?;
+            processes.compare(what, || digest, copies)?;
+        }
+        let shared = "the output folder has to be one that all machines share";
+        processes.compare("states to go on from", || digest(&state.step.to_le_bytes()), shared)?;
+        processes.compare("weights", || digest(bytemuck::cast_slice(&state.weights)), copies)
     }
 
     fn finish(mut self) -> Result<Finished> {
@@ -138,7 +184,7 @@ impl<'a> Run<'a> {
             let indices = order.batch(step);
             self.step(step, total, &indices, &mut gradient)?;
             if step.is_multiple_of(recipe.save_every) || step == total {
-                self.state.save(&states)?;
+                self.save(&states)?;
             }
             if recipe.evaluate_every > 0 && step.is_multiple_of(recipe.evaluate_every) && step < total {
                 self.evaluate()?;
@@ -146,9 +192,18 @@ impl<'a> Run<'a> {
         }
         let dev = self.evaluate()?;
         let checkpoint = recipe.output.join("checkpoint");
-        self.draft.save(&self.state.weights, &checkpoint)?;
+        if self.processes.is_first() {
+            self.draft.save(&self.state.weights, &checkpoint)?;
+        }
         self.bar.finish_and_clear();
         Ok(Finished { steps: self.state.step, dev, checkpoint })
+    }
+
+    fn save(&self, states: &Path) -> Result<()> {
+        let weights = || digest(bytemuck::cast_slice(&self.state.weights));
+        // Each takes the optimiser's step by itself; where a CPU rounds otherwise, they drift apart.
+        self.processes.compare("weights", weights, "all have to run on the same kind of CPU")?;
+        if self.processes.is_first() { self.state.save(states) } else { Ok(()) }
     }
 
     fn step(&mut self, step: u64, total: u64, indices: &[usize], gradient: &mut [f32]) -> Result<()> {
@@ -156,22 +211,25 @@ impl<'a> Run<'a> {
         let examples = indices.iter().map(|i| self.train.get(*i)).collect::<Result<Vec<Example>>>()?;
         let batch: Vec<&Example> = examples.iter().collect();
         let weights = Weights::new(recipe, &batch);
-        let mut sums = Sums::default();
-        gradient.fill(0.0);
-        self.draft.trained.gradient(&self.state.weights, gradient, |gradient| {
-            for part in micro_batches(batch, recipe.micro_batch_tokens) {
-                let groups: Vec<Group<'_>> = part.iter().map(|example| weights.group(example)).collect();
-                let outcomes = self.model.gradient(&groups, &mut |rewards| weights.slopes(rewards), gradient)?;
-                sums.add(recipe.objective, &groups, &outcomes);
-            }
-            Ok(())
+        let trained = &mut self.draft.trained;
+        let sums = self.shards.gradient(&batch, gradient, |shard, gradient| {
+            let mut sums = Sums::default();
+            trained.gradient(&self.state.weights, gradient, |gradient| {
+                for part in micro_batches(shard, recipe.micro_batch_tokens) {
+                    let groups: Vec<Group<'_>> = part.iter().map(|example| weights.group(example)).collect();
+                    let outcomes = self.model.gradient(&groups, &mut |rewards| weights.slopes(rewards), gradient)?;
+                    sums.add(recipe.objective, &groups, &outcomes);
+                }
+                Ok(sums)
+            })
         })?;
         let measures = sums.means(recipe);
         let norm = sum_of_squares(gradient).sqrt();
         for (what, value) in [("loss", measures.loss), ("gradient norm", norm)] {
             if !value.is_finite() {
-                let saved = self.save_batch(step, indices)?;
-                return Err(Error::NonFinite { step, what, value, saved });
+                let saved = self.save_batch(step, indices);
+                let failed = saved.and_then(|saved| Err(Error::NonFinite { step, what, value, saved }));
+                return self.processes.agree(failed);
             }
         }
         let clip = f64::from(recipe.clip);
@@ -225,11 +283,16 @@ impl<'a> Run<'a> {
             let examples = numbers.map(|i| self.dev.get(i)).collect::<Result<Vec<Example>>>()?;
             let all: Vec<&Example> = examples.iter().collect();
             let weights = Weights::new(recipe, &all);
-            for part in micro_batches(all, recipe.micro_batch_tokens) {
-                let groups: Vec<Group<'_>> = part.iter().map(|example| weights.measured(example)).collect();
-                let outcomes = self.model.evaluate(&groups)?;
-                sums.add(recipe.objective, &groups, &outcomes);
-            }
+            let found = self.shards.measure(&all, |shard| {
+                let mut sums = Sums::default();
+                for part in micro_batches(shard, recipe.micro_batch_tokens) {
+                    let groups: Vec<Group<'_>> = part.iter().map(|example| weights.measured(example)).collect();
+                    let outcomes = self.model.evaluate(&groups)?;
+                    sums.add(recipe.objective, &groups, &outcomes);
+                }
+                Ok(sums)
+            })?;
+            sums.add_all(&[found.to_numbers()]);
         }
         let (step, tokens, measures) = (self.state.step, sums.tokens, sums.means(recipe));
         let seconds = start.elapsed().as_secs_f64();
@@ -238,15 +301,19 @@ impl<'a> Run<'a> {
     }
 
     fn record(&mut self, record: &Record) -> Result<()> {
+        let Some(metrics) = &mut self.metrics else { return Ok(()) };
         let path = || self.recipe.output.join("metrics.jsonl");
         let line = serde_json::to_string(record)
             .map_err(|error| Error::Malformed { path: path(), reason: error.to_string() })?;
-        writeln!(self.metrics, "{line}").map_err(Error::io(path()))
+        writeln!(metrics, "{line}").map_err(Error::io(path()))
     }
 
     /// Writes what a step was given, for whoever looks for the reason of a bad number.
     fn save_batch(&self, step: u64, indices: &[usize]) -> Result<PathBuf> {
         let path = self.recipe.output.join(format!("bad-batch-{step}.jsonl"));
+        if !self.processes.is_first() {
+            return Ok(path);
+        }
         let mut text = String::new();
         for i in indices {
             let side = |side: &Side| {
