@@ -77,21 +77,23 @@ struct Line {
     rejected: Option<Turns>,
 }
 
+/// A string, or turns.
 #[derive(Clone, Deserialize, PartialEq)]
 #[serde(untagged)]
-enum Turns {
+pub(crate) enum Turns {
     Text(String),
     Conversation(Vec<Turn>),
 }
 
+/// Who says what.
 #[derive(Clone, Deserialize, PartialEq)]
-struct Turn {
-    role: String,
-    content: String,
+pub(crate) struct Turn {
+    pub(crate) role: String,
+    pub(crate) content: String,
 }
 
 /// Why an example is left out.
-enum Problem {
+pub(crate) enum Problem {
     /// The line makes no sense.
     Bad(String),
     /// It does, and nothing can be learned from it.
@@ -208,7 +210,7 @@ impl Example {
 }
 
 /// A side with what stands before it.
-fn input(prompt: Option<Turns>, side: Turns) -> std::result::Result<TextInput, Problem> {
+pub(crate) fn input(prompt: Option<Turns>, side: Turns) -> std::result::Result<TextInput, Problem> {
     let empty = || Problem::Useless("empty response");
     let turns = |turns: Vec<Turn>| turns.into_iter().map(|turn| Message::new(turn.role, turn.content));
     match (prompt, side) {
