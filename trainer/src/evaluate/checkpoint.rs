@@ -16,6 +16,7 @@ use rayon::{ThreadPool, ThreadPoolBuilder};
 
 use super::options::{HhhPrompt, Options};
 use super::scorer::{Advance, How, Model, Outcome, Score, Scorer, kind_name, with_separator};
+use crate::recipe::ComputeType;
 use crate::{Error, Result};
 
 /// Tokens in a step: enough to read every weight seldom, few enough for the activations to stay small.
@@ -37,6 +38,8 @@ struct Engine {
     cache: BlockCache,
     kv: KvStore,
     workspace: Workspace,
+    /// Tokens in a step.
+    step_tokens: usize,
 }
 
 /// A sequence to be computed.
@@ -77,7 +80,11 @@ impl Checkpoint {
             None => HhhPrompts::default(),
         };
         let load = LoadOptions {
-            dtype: DTypeChoice::Auto,
+            dtype: match options.dtype {
+                None => DTypeChoice::Auto,
+                Some(ComputeType::F32) => DTypeChoice::F32,
+                Some(ComputeType::Bf16) => DTypeChoice::Bf16,
+            },
             hhh: Arc::new(hhh),
             max_input_tokens: None,
             kv_cache_bytes: options.kv_cache_mib.saturating_mul(1 << 20),
@@ -106,6 +113,7 @@ impl Checkpoint {
             cache: BlockCache::new(loaded.kv_pages),
             kv: loaded.decoder.kv_store(loaded.kv_pages),
             workspace: loaded.decoder.workspace(),
+            step_tokens: STEP_TOKENS,
         };
         Ok(Self { loaded, model, engine, pool })
     }
@@ -336,7 +344,7 @@ impl Engine {
 
     /// A slice of each running sequence, as many as fit, new ones among them. Only the last may end before its sequence.
     fn plan(&mut self, jobs: &[Job], waiting: &mut VecDeque<usize>, running: &mut Vec<Running>) -> Vec<Range<usize>> {
-        let mut budget = STEP_TOKENS;
+        let mut budget = self.step_tokens;
         let mut slices = Vec::new();
         for going in running.iter_mut() {
             slices.push(self.take(&jobs[going.job], going, &mut budget));
@@ -346,7 +354,7 @@ impl Engine {
             let job = &jobs[place];
             let left = job.tokens.len() - self.cache.cached(&job.tokens, job.reusable());
             // A sequence is cut only if it is longer than a step.
-            if left > budget && (left <= STEP_TOKENS || budget < STEP_TOKENS) {
+            if left > budget && (left <= self.step_tokens || budget < self.step_tokens) {
                 break;
             }
             let Some(table) = self.cache.acquire(&job.tokens, job.reusable(), job.tokens.len()) else { break };
@@ -368,3 +376,6 @@ impl Engine {
         positions
     }
 }
+
+#[cfg(test)]
+mod tests;

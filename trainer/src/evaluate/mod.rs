@@ -10,6 +10,7 @@ mod items;
 mod lambada;
 mod measure;
 mod options;
+mod plots;
 mod ranking;
 mod report;
 mod rewardbench;

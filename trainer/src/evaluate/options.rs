@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use clap::{Args, ValueEnum};
 use serde::Serialize;
 
+use crate::recipe::ComputeType;
 use crate::{Error, Result};
 
 /// What is measured.
@@ -121,6 +122,9 @@ pub struct Options {
     #[arg(long, value_name = "KEY", env = "PLUMB_API_KEY", hide_env_values = true, help_heading = MODEL)]
     #[serde(skip)]
     pub api_key: Option<String>,
+    /// Type in which the checkpoint computes [default: bf16 if it is bf16 or quantised, else f32]
+    #[arg(long, value_enum, requires = "model", help_heading = MODEL)]
+    pub dtype: Option<ComputeType>,
     /// Most memory for keys and values of a checkpoint, in MiB
     #[arg(long, value_name = "MIB", default_value_t = 1024, help_heading = MODEL)]
     #[serde(skip)]

@@ -8,6 +8,7 @@ use tabled::builder::Builder;
 use tabled::settings::{Padding, Style};
 use tempfile::NamedTempFile;
 
+use super::plots;
 use super::{Evaluation, Measurement, Task};
 use crate::{Error, Result};
 
@@ -20,6 +21,9 @@ pub(super) fn write(folder: &Path, evaluation: &Evaluation) -> Result<()> {
     let lines: String = evaluation.lines.iter().map(|line| format!("{line}\n")).collect();
     let [results, items] = OUTPUTS;
     write_whole(&folder.join(items), &lines)?;
+    for (name, plot) in plots::draw(evaluation)? {
+        write_whole(&folder.join(name), &plot)?;
+    }
     write_whole(&folder.join(results), &format!("{:#}\n", evaluation.to_json()))
 }
 
