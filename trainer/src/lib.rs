@@ -25,6 +25,7 @@ pub mod evaluate;
 mod input;
 mod objective;
 mod order;
+pub mod plot;
 pub mod prepare;
 mod publish;
 pub mod recipe;
