@@ -2,8 +2,8 @@
 
 use super::Evaluation;
 use super::measure::{Bin, Measurement};
-use crate::plot::{self, Estimate, Group, Labels, Point, Series};
 use crate::Result;
+use crate::plot::{self, Estimate, Group, Labels, Point, Series};
 
 /// Names and texts of the plots that an evaluation is good for.
 pub(super) fn draw(evaluation: &Evaluation) -> Result<Vec<(String, String)>> {
@@ -82,8 +82,7 @@ fn best_of(evaluation: &Evaluation) -> Result<Option<String>> {
     for score in scores(&measured) {
         for (kind, what) in [("acc", "ranked by"), ("pass", "oracle,")] {
             let own = measured.iter().filter(|m| m.score.as_deref() == score);
-            let points: Vec<Point> =
-                own.filter_map(|m| Some(Point { x: at_k(m, kind)?, y: estimate(m) })).collect();
+            let points: Vec<Point> = own.filter_map(|m| Some(Point { x: at_k(m, kind)?, y: estimate(m) })).collect();
             let name = format!("{what} {}", score.unwrap_or_default());
             curves.push(Series { name, points, band: true, ..Series::default() });
         }

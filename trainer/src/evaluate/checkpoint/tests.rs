@@ -14,7 +14,8 @@ fn fixture(name: &str) -> String {
 }
 
 fn checkpoint(name: &str) -> Checkpoint {
-    let line = ["evaluate", "pairs", "none.jsonl", "--dtype", "f32", "--threads", "1", "--kv-cache-mib", "4"];
+    let line =
+        ["evaluate", "pairs", "none.jsonl", "--model", "m", "--dtype", "f32", "--threads", "1", "--kv-cache-mib", "4"];
     Checkpoint::open(&fixture(name), &Line::parse_from(line).options).unwrap()
 }
 
