@@ -84,7 +84,8 @@ fn reward(line: &Value, side: usize) -> f64 {
 }
 
 fn pair(i: usize) -> Value {
-    json!({"prompt": format!("Is {i} even? "), "chosen": ["Yes.", "No."][i % 2], "rejected": ["No.", "Yes."][i % 2]})
+    let (chosen, rejected) = if i.is_multiple_of(2) { ("Yes.", "No.") } else { ("No.", "Yes.") };
+    json!({"prompt": format!("Is {i} even? "), "chosen": chosen, "rejected": rejected})
 }
 
 #[test]
@@ -223,18 +224,19 @@ fn hhh_by_category_objective_and_prompt() {
         work.write(&format!("{name}.task.json"), json!({"examples": examples}).to_string());
     }
     let files = ["helpful.task.json", "honest.task.json"];
-    // The full prompt does not fit into this model.
-    let prompts = ["--hhh-prompt", "none", "--hhh-prompt", "full"];
-    let (found, items) = work.evaluate("hhh", &files, "qwen3-lm", &prompts);
-    assert_eq!(items.len(), 16);
-    let scores: Vec<&str> = found["results"].as_array().unwrap().iter().map(|m| m["score"].as_str().unwrap()).collect();
+    let prompts = ["--hhh-prompt", "none", "--hhh-prompt", "short"];
+    let (found, items) = work.evaluate("hhh", &files, "../../server/models/lm", &prompts);
+    assert_eq!((items.len(), &found["failed"], found["results"].as_array().unwrap().len()), (16, &json!(0), 2 * 3 * 7));
     for score in ["mutual information", "mean", "sum"] {
-        for name in ["helpful", "honest", "all"] {
-            assert_eq!(result(&found, name, "accuracy", Some(score))["n"], if name == "all" { 8 } else { 4 });
+        for score in [score.to_owned(), format!("{score}, short HHH prompt")] {
+            for (name, n) in [("helpful", 4), ("honest", 4), ("all", 8)] {
+                assert_eq!(result(&found, name, "accuracy", Some(&score))["n"], n);
+            }
         }
-        let prompted = format!("{score}, full HHH prompt");
-        assert!(found["failed"] == 8 || scores.contains(&&prompted[..]), "{scores:?}");
     }
+    // The full prompt does not fit: its items fail, the others are measured.
+    let (found, _) = work.evaluate("hhh", &files, "llama-lm", &["--hhh-prompt", "none", "--hhh-prompt", "full"]);
+    assert_eq!((&found["failed"], found["results"].as_array().unwrap().len()), (&json!(8), 3 * 7));
     let (found, _) = work.evaluate("hhh", &files, "llama-pm", &[]);
     assert_eq!(result(&found, "all", "accuracy", Some("reward"))["n"], 8);
 }

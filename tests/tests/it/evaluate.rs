@@ -48,15 +48,17 @@ async fn a_server_and_its_checkpoint_measure_the_same() {
     let passage = |i: usize| json!({"context": format!("It was {i} in the"), "continuation": "morning"});
     let lambada = write("lambada.jsonl", lines(&(0..3).map(passage).collect::<Vec<_>>()));
 
-    let server = Launch::of(["llama-pm", "llama-lm"]).start().await;
+    // A model with room for an HHH prompt.
+    let lm = fixture("../../server/models/lm");
+    let server = Launch::of(["llama-pm", "llama-lm"]).model("lm", &lm).start().await;
     for (task, file, model, options) in [
         ("pairs", &pairs, "llama-pm", &[][..]),
         ("pairs", &pairs, "llama-pm", &["--auto-truncate"]),
         ("pairs", &pairs, "llama-lm", &["--objective", "mean", "--objective", "sum"]),
-        ("hhh", &hhh, "llama-lm", &["--hhh-prompt", "none", "--hhh-prompt", "short"]),
-        ("lambada", &lambada, "llama-lm", &["--form", "dialogue"]),
+        ("hhh", &hhh, "lm", &["--hhh-prompt", "none", "--hhh-prompt", "short"]),
+        ("lambada", &lambada, "lm", &["--hhh-prompt", "none", "--hhh-prompt", "short"]),
     ] {
-        let (url, checkpoint) = (server.url(), fixture(model));
+        let (url, checkpoint) = (server.url(), if model == "lm" { lm.clone() } else { fixture(model) });
         let of_server = [&["--server", &url, "--name", model], options].concat();
         let of_checkpoint = [&["--model", checkpoint.to_str().unwrap()], options].concat();
         let (served, served_items) = evaluate(task, file, &of_server).await;

@@ -131,6 +131,8 @@ fn what_does_not_fit_fails_alone() {
 fn the_opening_of_a_dialogue() {
     let mut model = checkpoint("llama-lm");
     assert_eq!(model.opening("A story?", HhhPrompt::None).unwrap(), "Human: A story?\n\nAssistant: ");
-    let prompted = model.opening("A story?", HhhPrompt::Short).unwrap();
+    // Tiny models have no room for an HHH prompt.
+    assert!(model.opening("A story?", HhhPrompt::Short).is_err());
+    let prompted = checkpoint("../../server/models/lm").opening("A story?", HhhPrompt::Short).unwrap();
     assert!(prompted.ends_with("-----\n\nHuman:  A story?\n\nAssistant:  "), "{prompted}");
 }
