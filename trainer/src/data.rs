@@ -64,17 +64,19 @@ struct Line {
     rejected: Option<Turns>,
 }
 
+/// A string, or turns.
 #[derive(Clone, Deserialize, PartialEq)]
 #[serde(untagged)]
-enum Turns {
+pub(crate) enum Turns {
     Text(String),
     Conversation(Vec<Turn>),
 }
 
+/// Who says what.
 #[derive(Clone, Deserialize, PartialEq)]
-struct Turn {
-    role: String,
-    content: String,
+pub(crate) struct Turn {
+    pub(crate) role: String,
+    pub(crate) content: String,
 }
 
 /// What a line came to.
@@ -85,7 +87,7 @@ struct Found {
 }
 
 /// Why an example is left out.
-enum Problem {
+pub(crate) enum Problem {
     /// The line makes no sense.
     Bad(String),
     /// It does, and nothing can be learned from it.
@@ -255,7 +257,7 @@ impl Reader<'_> {
 }
 
 /// A side with what stands before it.
-fn input(prompt: Option<Turns>, side: Turns) -> std::result::Result<TextInput, Problem> {
+pub(crate) fn input(prompt: Option<Turns>, side: Turns) -> std::result::Result<TextInput, Problem> {
     let empty = || Problem::Useless("empty response");
     let turns = |turns: Vec<Turn>| turns.into_iter().map(|turn| Message::new(turn.role, turn.content));
     match (prompt, side) {

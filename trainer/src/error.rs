@@ -8,6 +8,9 @@ pub enum Error {
     /// A checkpoint, its text or its decoder.
     #[error(transparent)]
     Model(#[from] plumb_model::Error),
+    /// A server, or the way to it.
+    #[error(transparent)]
+    Server(#[from] plumb_client::Error),
     /// A file could not be read or written.
     #[error("{path}: {source}")]
     Io {
@@ -24,7 +27,7 @@ pub enum Error {
         /// What is wrong with it, with the number of the line where there is one.
         reason: String,
     },
-    /// The recipe asks for something that cannot be.
+    /// A recipe or the options of a command ask for something that cannot be.
     #[error("{0}")]
     Recipe(String),
     /// The processes of a run do not fit together.
@@ -33,6 +36,9 @@ pub enum Error {
     /// A run of several processes failed, and one of them has said why.
     #[error("a process of this run failed")]
     Reported,
+    /// A plot could not be drawn.
+    #[error("a plot could not be drawn: {0}")]
+    Plot(String),
     /// A loss or gradient is not a number.
     #[error("step {step}: {what} is {value}; the batch is in {saved}")]
     NonFinite {

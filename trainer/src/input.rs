@@ -75,6 +75,11 @@ impl BadLines {
         Self { left: most, most }
     }
 
+    /// How many there were so far.
+    pub(crate) fn skipped(&self) -> u64 {
+        self.most - self.left
+    }
+
     /// One more, of a file.
     ///
     /// # Errors

@@ -2,7 +2,7 @@
 //!
 //! [`prepare`](mod@prepare) turns data sets into lines; a [`Recipe`] says what is learned from which data; [`run()`]
 //! follows it, with the decoder that will serve the result, and leaves a checkpoint in Hugging Face layout. [`inspect`]
-//! says what a checkpoint is; [`publish`] makes a version of it. Both load it first: what is missing, extra or misshapen
+//! says what a checkpoint is; [`publish`] makes a version of it. [`evaluate`](mod@evaluate) measures it, or a server. Both load it first: what is missing, extra or misshapen
 //! is found here, not at the next start of a server.
 //!
 //! ```
@@ -21,11 +21,13 @@
 pub mod data;
 mod draft;
 mod error;
+pub mod evaluate;
 pub mod examples;
 mod input;
 mod lora;
 mod objective;
 mod order;
+pub mod plot;
 pub mod prepare;
 mod processes;
 mod publish;

@@ -6,6 +6,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 use plumb_model::checkpoint::Source;
+use plumb_trainer::evaluate;
 use plumb_trainer::prepare::{Dataset, Options, prepare};
 use plumb_trainer::recipe::with_file;
 use plumb_trainer::{Error, Measures, Recipe, Shape, TeachOptions};
@@ -14,6 +15,7 @@ const EXAMPLES: &str = "\
 Examples:
   plumb-train prepare hh-rlhf helpful-base/train.jsonl.gz --output data/helpful
   plumb-train run --config recipe.toml --seed 1
+  plumb-train evaluate pairs dev.jsonl --model run/checkpoint --output run/evaluation
   plumb-train inspect tests/fixtures/llama-pm
   plumb-train publish ./run/checkpoint /checkpoints --name pm
   plumb-server --model-id /checkpoints/pm/1
@@ -94,6 +96,11 @@ enum Command {
         #[arg(long, value_name = "N", default_value_t = 100)]
         max_bad_lines: u64,
     },
+    /// Measure a checkpoint, or a model of a running server
+    Evaluate {
+        #[command(flatten)]
+        options: Box<evaluate::Options>,
+    },
     /// Load a checkpoint, then copy it to ROOT/NAME/VERSION with a manifest: whole, or not at all
     Publish {
         /// Folder of the checkpoint
@@ -169,6 +176,10 @@ fn run(command: Command) -> anyhow::Result<()> {
                 counts.dev,
                 dropped.collect::<String>()
             )
+        }
+        Command::Evaluate { options } => {
+            let evaluation = evaluate::evaluate(&options, &mut |line| eprintln!("{line}"))?;
+            if options.json { format!("{:#}\n", evaluation.to_json()) } else { evaluation.table() }
         }
         Command::Publish { source, root, name, version } => {
             let published = plumb_trainer::publish(&source, &root, &name, version)?;

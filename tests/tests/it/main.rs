@@ -6,6 +6,7 @@
 
 mod command;
 mod errors;
+mod evaluate;
 mod generation;
 mod golden;
 mod invariance;

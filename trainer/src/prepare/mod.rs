@@ -8,7 +8,7 @@ mod drawers;
 mod html;
 mod parts;
 mod reddit;
-mod sets;
+pub(crate) mod sets;
 mod stack_exchange;
 
 use std::collections::BTreeMap;

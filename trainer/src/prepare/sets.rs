@@ -26,31 +26,10 @@ pub(super) fn read(dataset: Dataset, path: &Path, sink: &mut Sink<'_>) -> Result
         Dataset::Webgpt => webgpt(path, sink),
         Dataset::SummarizeFromFeedback => json_lines(path, sink, |line, _| summaries(line)),
         Dataset::Reddit => Err(Error::Recipe("Reddit's files are read together".into())),
-        Dataset::EthicsUtilitarianism => ethics(path, sink, false, |row| match row {
-            [better, worse] => Some(pair(better, String::new(), better, worse)),
-            _ => None,
-        }),
-        Dataset::EthicsJustice => ethics(path, sink, true, |row| match row {
-            [label, scenario] => labelled(&first_words(scenario, 6), label, scenario, ["Bad", "Good"]),
-            _ => None,
-        }),
-        Dataset::EthicsDeontology => ethics(path, sink, true, |row| match row {
-            [label, scenario, excuse] => labelled(scenario, label, &format!("{scenario} {excuse}"), ["Bad", "Good"]),
-            _ => None,
-        }),
-        Dataset::EthicsCommonsense => ethics(path, sink, true, |row| match row {
-            // 1 means clearly wrong.
-            [label, input, ..] => labelled(input, label, input, ["Good", "Bad"]),
-            _ => None,
-        }),
-        Dataset::EthicsVirtue => ethics(path, sink, true, |row| match row {
-            [label, scenario] => {
-                let (scenario, virtue) = scenario.split_once("[SEP]")?;
-                let prompt = format!("{}\n{}", scenario.trim(), virtue.trim());
-                labelled(scenario, label, &prompt, ["False", "True"])
-            }
-            _ => None,
-        }),
+        Dataset::EthicsUtilitarianism => ethics(path, sink, false, |row| ethics_row(dataset, row)),
+        Dataset::EthicsJustice | Dataset::EthicsDeontology | Dataset::EthicsCommonsense | Dataset::EthicsVirtue => {
+            ethics(path, sink, true, |row| ethics_row(dataset, row))
+        }
         Dataset::Text if path.file_name().is_some_and(|name| name.to_string_lossy().contains(".json")) => {
             json_lines(path, sink, |line: TextLine, _| Ok(text(line.text)))
         }
@@ -105,6 +84,27 @@ fn labelled(group: &str, label: &str, prompt: &str, labels: [&str; 2]) -> Option
         _ => return None,
     };
     Some(pair(group, format!("{prompt}\n"), labels[right], labels[1 - right]))
+}
+
+/// A row of one of the Ethics sets as a pair; `None` for other columns, or another label, than the set has.
+pub(crate) fn ethics_row(dataset: Dataset, row: &[&str]) -> Option<Record> {
+    match (dataset, row) {
+        (Dataset::EthicsUtilitarianism, [better, worse]) => Some(pair(better, String::new(), better, worse)),
+        (Dataset::EthicsJustice, [label, scenario]) => {
+            labelled(&first_words(scenario, 6), label, scenario, ["Bad", "Good"])
+        }
+        (Dataset::EthicsDeontology, [label, scenario, excuse]) => {
+            labelled(scenario, label, &format!("{scenario} {excuse}"), ["Bad", "Good"])
+        }
+        // 1 means clearly wrong.
+        (Dataset::EthicsCommonsense, [label, input, ..]) => labelled(input, label, input, ["Good", "Bad"]),
+        (Dataset::EthicsVirtue, [label, scenario]) => {
+            let (scenario, virtue) = scenario.split_once("[SEP]")?;
+            let prompt = format!("{}\n{}", scenario.trim(), virtue.trim());
+            labelled(scenario, label, &prompt, ["False", "True"])
+        }
+        _ => None,
+    }
 }
 
 fn first_words(text: &str, count: usize) -> String {
@@ -186,11 +186,12 @@ fn turns(text: &str, labels: [&str; 2]) -> Vec<Turn> {
     }
 }
 
+/// A context, its endings, and which of them is right.
 #[derive(Deserialize)]
-struct Hellaswag {
-    ctx: String,
-    endings: Vec<String>,
-    label: usize,
+pub(crate) struct Hellaswag {
+    pub(crate) ctx: String,
+    pub(crate) endings: Vec<String>,
+    pub(crate) label: usize,
 }
 
 /// The right ending and one of the wrong ones, drawn (Askell et al. 2021, section 3.2).

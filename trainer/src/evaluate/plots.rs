@@ -1,0 +1,95 @@
+//! Plots of an evaluation: calibration, what was measured by category, and the best of k samples.
+
+use super::Evaluation;
+use super::measure::{Bin, Measurement};
+use crate::Result;
+use crate::plot::{self, Estimate, Group, Labels, Point, Series};
+
+/// Names and texts of the plots that an evaluation is good for.
+pub(super) fn draw(evaluation: &Evaluation) -> Result<Vec<(String, String)>> {
+    let mut plots = Vec::new();
+    let several = evaluation.calibration.len() > 1;
+    for curve in &evaluation.calibration {
+        let score = curve.score.as_deref().unwrap_or_default();
+        let title = format!("Calibration by {score}, expected error {:.3}", curve.error);
+        let name = if several { format!("calibration {score}") } else { "calibration".to_owned() };
+        plots.push((file_name(&name), plot::calibration(&title, &bins(&curve.bins))?));
+    }
+    for metric in ["accuracy", "group accuracy", "section score", "elo"] {
+        plots.extend(by_category(evaluation, metric)?.map(|text| (file_name(metric), text)));
+    }
+    plots.extend(best_of(evaluation)?.map(|text| ("best-of-k.svg".to_owned(), text)));
+    Ok(plots)
+}
+
+fn file_name(name: &str) -> String {
+    let dashed = |c: char| if c.is_ascii_alphanumeric() { c } else { '-' };
+    name.chars().map(dashed).collect::<String>().replace("--", "-") + ".svg"
+}
+
+fn bins(bins: &[Bin]) -> Vec<plot::Bin> {
+    let bin = |bin: &Bin| {
+        // Pairs of a bin are taken for independent.
+        let interval = plumb_client::stats::wilson(bin.observed * bin.n as f64, bin.n);
+        plot::Bin { predicted: bin.predicted, observed: Estimate { value: bin.observed, interval }, count: bin.n }
+    };
+    bins.iter().map(bin).collect()
+}
+
+fn estimate(measured: &Measurement) -> Estimate {
+    Estimate { value: measured.value, interval: measured.low.zip(measured.high) }
+}
+
+/// Scores, in the order of their appearance.
+fn scores<'a>(measured: &[&'a Measurement]) -> Vec<Option<&'a str>> {
+    let mut scores = Vec::new();
+    for score in measured.iter().map(|m| m.score.as_deref()) {
+        if !scores.contains(&score) {
+            scores.push(score);
+        }
+    }
+    scores
+}
+
+/// A metric of every category, a colour for each score. None if there is one category only.
+fn by_category(evaluation: &Evaluation, metric: &str) -> Result<Option<String>> {
+    let measured: Vec<&Measurement> = evaluation.results.iter().filter(|m| m.metric == metric).collect();
+    let mut names: Vec<String> = Vec::new();
+    for name in measured.iter().map(|m| &m.name) {
+        if !names.contains(name) {
+            names.push(name.clone());
+        }
+    }
+    if names.len() < 2 {
+        return Ok(None);
+    }
+    let group = |score: Option<&str>| {
+        let of = |name: &String| measured.iter().find(|m| m.name == *name && m.score.as_deref() == score);
+        let values = names.iter().map(|name| of(name).map(|m| estimate(m))).collect();
+        Group { name: score.unwrap_or_default().to_owned(), values }
+    };
+    let groups: Vec<Group> = scores(&measured).into_iter().map(group).collect();
+    let title = format!("{metric} with 95 % intervals");
+    plot::categories(&Labels { title: &title, x: metric, y: "" }, &names, &groups, None).map(Some)
+}
+
+/// Accuracy of the best of k, and of a choice that knows, over k; the largest scope there is.
+fn best_of(evaluation: &Evaluation) -> Result<Option<String>> {
+    let at_k = |m: &Measurement, kind: &str| m.metric.strip_prefix(kind)?.strip_prefix('@')?.parse::<f64>().ok();
+    let widest = evaluation.results.last().map(|m| m.name.clone()).unwrap_or_default();
+    let measured: Vec<&Measurement> = evaluation.results.iter().filter(|m| m.name == widest).collect();
+    let mut curves = Vec::new();
+    for score in scores(&measured) {
+        for (kind, what) in [("acc", "ranked by"), ("pass", "oracle,")] {
+            let own = measured.iter().filter(|m| m.score.as_deref() == score);
+            let points: Vec<Point> = own.filter_map(|m| Some(Point { x: at_k(m, kind)?, y: estimate(m) })).collect();
+            let name = format!("{what} {}", score.unwrap_or_default());
+            curves.push(Series { name, points, band: true, ..Series::default() });
+        }
+    }
+    if curves.iter().all(|curve| curve.points.len() < 2) {
+        return Ok(None);
+    }
+    let labels = Labels { title: "Accuracy of the best of k samples", x: "samples k", y: "accuracy" };
+    plot::lines(&labels, true, &curves).map(Some)
+}
