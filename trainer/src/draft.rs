@@ -137,7 +137,10 @@ impl Draft {
             Head::Reward(_) => parameters.list().iter().find(|one| parameters.is_untied_language_head(one)).cloned(),
             Head::Language => None,
         };
-        let (trained, values) = Trained::new(recipe, &parameters, values)?;
+        let (trained, mut values) = Trained::new(recipe, &parameters, values)?;
+        if let Some(folder) = &recipe.init_adapter {
+            trained.take(&mut values, &read_tensors(&folder.join(ADAPTER_WEIGHTS))?, folder)?;
+        }
         let weights = match trained.adapter_config(&recipe.init) {
             Some(json) => {
                 files.insert(ADAPTER_CONFIG, pretty(&json));

@@ -4,7 +4,9 @@
 //! a server makes of the adapter when it loads it; so the gradients of `A` and `B` follow from that of the sum, and
 //! nothing else has to know of adapters.
 
+use std::collections::BTreeMap;
 use std::ops::Range;
+use std::path::Path;
 
 use plumb_kernels::gradient::Outer;
 use plumb_kernels::linear::{Linear, Matrix, Rows, Store};
@@ -127,6 +129,27 @@ impl Trained {
     /// Every tensor that is trained, by the name that it is saved under.
     pub(crate) fn list(&self) -> &[Parameter] {
         &self.list
+    }
+
+    /// Takes the values of an adapter that was saved.
+    ///
+    /// # Errors
+    /// If it has other tensors than are trained.
+    pub(crate) fn take(&self, values: &mut [f32], tensors: &BTreeMap<String, Vec<f32>>, folder: &Path) -> Result<()> {
+        let wrong = |name: &str| Error::Malformed {
+            path: folder.to_owned(),
+            reason: format!(
+                "`{name}` is not what the recipe trains: lora-rank and lora-targets have to be the adapter's"
+            ),
+        };
+        for parameter in &self.list {
+            let tensor = tensors.get(&parameter.name).filter(|tensor| tensor.len() == parameter.range.len());
+            values[parameter.range.clone()].copy_from_slice(tensor.ok_or_else(|| wrong(&parameter.name))?);
+        }
+        match tensors.keys().find(|name| self.list.iter().all(|parameter| parameter.name != **name)) {
+            Some(extra) => Err(wrong(extra)),
+            None => Ok(()),
+        }
     }
 
     /// The decoder's weights for trained numbers.

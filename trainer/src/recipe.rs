@@ -112,6 +112,9 @@ pub struct Recipe {
     /// Weight of the language loss on the chosen side (mu)
     #[arg(long, value_name = "X", default_value_t = 1.0)]
     pub language_weight: f32,
+    /// Adapter to go on with, of the rank and matrices that the recipe says: a folder
+    #[arg(long, value_name = "FOLDER")]
+    pub init_adapter: Option<PathBuf>,
     /// Rank of the changes of an adapter (LoRA, in PEFT layout), which is trained instead of all weights; 0 trains these
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub lora_rank: usize,
@@ -188,6 +191,9 @@ impl Recipe {
             ("language-weight", self.language_weight),
             ("lora-alpha", self.lora_alpha),
         ];
+        if self.init_adapter.is_some() && self.lora_rank == 0 {
+            return Err(Error::Recipe("init-adapter: lora-rank has to be the adapter's".into()));
+        }
         match numbers.iter().find(|(_, value)| !value.is_finite() || *value < 0.0) {
             Some((name, value)) => Err(Error::Recipe(format!("{name} is {value}; it has to be a number from 0 on"))),
             None => Ok(()),

@@ -284,6 +284,16 @@ fn an_adapter_learns_and_is_what_a_server_merges() {
     let measured = last["margin"].as_f64().unwrap() as f32;
     assert!((margin - measured).abs() < 0.5 * measured, "{margin} {measured}");
 
+    // It goes on from there, and what the other run ended with is what this one begins with.
+    let adapter = adapter.to_str().unwrap().to_owned();
+    work.run("more", &[&options[..5], &["--init-adapter", &adapter, "--lr", "1e-6", "--max-steps", "1"]].concat());
+    let loss = work.metrics("more").last().unwrap()["loss"].as_f64().unwrap();
+    assert!((loss - last["loss"].as_f64().unwrap()).abs() < 0.01, "{loss} {last}");
+    for rank in ["0", "8"] {
+        let output = work.command("none", &["--lora-rank", rank, "--init-adapter", &adapter]).output().unwrap();
+        assert!(String::from_utf8_lossy(&output.stderr).contains("lora-rank"), "{output:?}");
+    }
+
     let output = work.command("none", &["--lora-rank", "4", "--lora-targets", "qproj"]).output().unwrap();
     assert!(String::from_utf8_lossy(&output.stderr).contains("lora-targets"), "{output:?}");
 }
