@@ -134,8 +134,8 @@ pub struct Recipe {
     /// Tokens that go through the decoder at once; a step's gradient is summed up
     #[arg(long, value_name = "N", default_value_t = 8192)]
     pub micro_batch_tokens: usize,
-    /// Parts of a batch, by its order, whose gradients are added up in that order: of one recipe, as many processes as
-    /// divide it get the bits of one
+    /// Parts that a batch is cut into; their gradients are added up in a fixed order, so that any number of processes that
+    /// divides it gives the same bits
     #[arg(long, value_name = "N", default_value_t = 1)]
     pub shards: usize,
     /// Computes layers again on the way back instead of keeping what they computed

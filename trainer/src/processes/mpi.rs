@@ -61,10 +61,11 @@ impl World {
         let cores = (num_cpus::get_physical() / self.here).max(1);
         // Launchers may tie a process to a few cores; threads beyond them would only wait for each other.
         let allowed = std::thread::available_parallelism().map_or(cores, usize::from);
-        if self.rank == 0 && allowed < wanted.unwrap_or(cores) {
+        let threads = wanted.unwrap_or(cores);
+        if self.rank == 0 && allowed < threads {
             eprintln!(
-                "each process may use {allowed} of the {cores} cores that there are for it: `mpirun --bind-to none` lets \
-                 it use all"
+                "each process could use {threads} threads, but is tied to {allowed} cores: `mpirun --bind-to none` \
+                 unties it"
             );
         }
         wanted.unwrap_or(cores.min(allowed))
