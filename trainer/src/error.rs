@@ -27,6 +27,9 @@ pub enum Error {
     /// The recipe asks for something that cannot be.
     #[error("{0}")]
     Recipe(String),
+    /// A plot could not be drawn.
+    #[error("a plot could not be drawn: {0}")]
+    Plot(String),
     /// A loss or gradient is not a number.
     #[error("step {step}: {what} is {value}; the batch is in {saved}")]
     NonFinite {
