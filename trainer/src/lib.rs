@@ -21,6 +21,7 @@
 pub mod data;
 mod draft;
 mod error;
+mod events;
 mod input;
 mod objective;
 mod order;
@@ -28,6 +29,7 @@ pub mod plot;
 pub mod prepare;
 mod publish;
 pub mod recipe;
+mod record;
 mod run;
 mod scratch;
 mod state;

@@ -4,15 +4,13 @@
 //! interrupted and went on: the order of the data and the sums of gradients depend on the recipe alone.
 
 use std::fs;
-use std::io::Write as _;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use indicatif::{HumanCount, ProgressBar, ProgressDrawTarget, ProgressStyle};
 use plumb_kernels::gradient::{AdamW, sum_of_squares};
 use plumb_model::decoder::DType;
 use plumb_model::decoder::gradient::{Group, TrainOptions, Trainable};
-use serde::Serialize;
 use serde_json::json;
 
 use crate::data::{Counts, Example, Reader};
@@ -20,6 +18,7 @@ use crate::draft::Draft;
 use crate::objective::{Measures, Sums, Weights};
 use crate::order::{Order, micro_batches};
 use crate::recipe::{ComputeType, Objective, Recipe};
+use crate::record::{PairScores, Record, Recorder};
 use crate::state::State;
 use crate::{Error, Result};
 
@@ -32,23 +31,6 @@ pub struct Finished {
     pub dev: Option<Measures>,
     /// Folder of the checkpoint, in Hugging Face layout.
     pub checkpoint: PathBuf,
-}
-
-/// A line of `metrics.jsonl`.
-#[derive(Serialize)]
-struct Record {
-    /// `train` or `dev`.
-    split: &'static str,
-    step: u64,
-    #[serde(flatten)]
-    measures: Measures,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    lr: Option<f32>,
-    /// Before it is scaled down.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    gradient_norm: Option<f64>,
-    tokens: u64,
-    seconds: f64,
 }
 
 /// Trains, or goes on with the run that the output folder holds.
@@ -70,7 +52,7 @@ struct Run<'a> {
     dev: Vec<Example>,
     model: Trainable,
     state: State,
-    metrics: fs::File,
+    recorder: Recorder,
     bar: ProgressBar,
 }
 
@@ -109,8 +91,8 @@ impl<'a> Run<'a> {
         };
         draft.values = Vec::new();
         let model = Trainable::new(&draft.config, &state.weights, dtype, reader.max_tokens, options)?;
-        let metrics = metrics_up_to(&recipe.output.join("metrics.jsonl"), state.step)?;
-        Ok(Self { recipe, draft, train, dev, model, state, metrics, bar })
+        let recorder = Recorder::open(&recipe.output, state.step)?;
+        Ok(Self { recipe, draft, train, dev, model, state, recorder, bar })
     }
 
     fn finish(mut self) -> Result<Finished> {
@@ -184,7 +166,7 @@ impl<'a> Run<'a> {
         self.state.step = step;
 
         let (seconds, tokens) = (start.elapsed().as_secs_f64(), sums.tokens);
-        self.record(&Record {
+        self.recorder.record(&Record {
             split: "train",
             step,
             measures,
@@ -209,22 +191,26 @@ impl<'a> Run<'a> {
         let all: Vec<&Example> = self.dev.iter().collect();
         let weights = Weights::new(recipe, &all);
         let mut sums = Sums::default();
+        let mut scores = PairScores::default();
         for part in micro_batches(all, recipe.micro_batch_tokens) {
             let groups: Vec<Group<'_>> = part.iter().map(|example| weights.measured(example)).collect();
             let outcomes = self.model.evaluate(&groups)?;
             sums.add(recipe.objective, &groups, &outcomes);
+            scores.add(recipe.objective, &part, &groups, &outcomes);
         }
+        self.recorder.pairs(self.state.step, recipe.objective, &scores.in_order(&self.dev))?;
         let (step, tokens, measures) = (self.state.step, sums.tokens, sums.means(recipe));
         let seconds = start.elapsed().as_secs_f64();
-        self.record(&Record { split: "dev", step, measures, lr: None, gradient_norm: None, tokens, seconds })?;
+        self.recorder.record(&Record {
+            split: "dev",
+            step,
+            measures,
+            lr: None,
+            gradient_norm: None,
+            tokens,
+            seconds,
+        })?;
         Ok(Some(measures))
-    }
-
-    fn record(&mut self, record: &Record) -> Result<()> {
-        let path = || self.recipe.output.join("metrics.jsonl");
-        let line = serde_json::to_string(record)
-            .map_err(|error| Error::Malformed { path: path(), reason: error.to_string() })?;
-        writeln!(self.metrics, "{line}").map_err(Error::io(path()))
     }
 
     /// Writes what a step was given, for whoever looks for the reason of a bad number.
@@ -288,21 +274,6 @@ fn keep_recipe(recipe: &Recipe, counts: &[(&str, &Counts)]) -> Result<()> {
     let counts: serde_json::Map<_, _> =
         counts.iter().map(|(split, counts)| ((*split).to_owned(), json!(counts))).collect();
     fs::write(&path, format!("{:#}\n", serde_json::Value::Object(counts))).map_err(Error::io(&path))
-}
-
-/// The file of metrics without the lines of steps that are taken again.
-fn metrics_up_to(path: &Path, step: u64) -> Result<fs::File> {
-    let mut kept = String::new();
-    if path.exists() {
-        let known = |line: &&str| {
-            let value: serde_json::Value = serde_json::from_str(line).unwrap_or_default();
-            value["step"].as_u64().is_some_and(|number| number <= step)
-        };
-        let text = fs::read_to_string(path).map_err(Error::io(path))?;
-        text.lines().filter(known).for_each(|line| kept += &format!("{line}\n"));
-    }
-    fs::write(path, kept).map_err(Error::io(path))?;
-    fs::OpenOptions::new().append(true).open(path).map_err(Error::io(path))
 }
 
 fn style() -> ProgressStyle {

@@ -107,6 +107,13 @@ fn a_preference_model_learns_and_is_what_a_server_loads() {
     assert!(last["language_loss"].as_f64() < dev[0]["language_loss"].as_f64(), "{last}");
     assert!(String::from_utf8_lossy(&output.stdout).contains("accuracy   1.0000"));
 
+    // What each pair got, for who wants to look closer.
+    let pairs = fs::read_to_string(work.path("run").join("dev.jsonl")).unwrap();
+    let pairs: Vec<Value> = pairs.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let margin = |pair: &Value| pair["chosen"].as_f64().unwrap() - pair["rejected"].as_f64().unwrap();
+    let mean = pairs.iter().map(margin).sum::<f64>() / 16.0;
+    assert!(pairs.len() == 16 && (mean - last["margin"].as_f64().unwrap()).abs() < 1e-9, "{mean} {last}");
+
     let model = work.path("run").join("checkpoint").to_str().unwrap().to_owned();
     let options = LoadOptions {
         dtype: DTypeChoice::Auto,
