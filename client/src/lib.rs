@@ -29,10 +29,15 @@
 
 mod client;
 mod error;
+#[cfg(feature = "evaluation")]
+pub mod hhh;
 mod input;
 mod options;
 mod retry;
+#[cfg(feature = "evaluation")]
+pub mod stats;
 mod stream;
+pub mod transcript;
 
 pub use client::{Client, SERVICES};
 pub use error::{CallError, Error, FieldViolation, ItemFailure, reward, score};

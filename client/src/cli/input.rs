@@ -7,8 +7,6 @@ use plumb_client::{text, v1};
 use serde::Deserialize;
 use serde_json::Value;
 
-use super::turns;
-
 /// A line that asks for something.
 #[derive(Clone, Debug)]
 pub(crate) struct Record {
@@ -159,7 +157,7 @@ fn side(prompt: Option<&v1::Input>, words: Words, reading: Reading) -> Result<v1
 
 fn input(words: Words, reading: Reading) -> Result<v1::Input, String> {
     let messages = match words {
-        Words::Text(words) if reading.split_turns => turns::parse(&words),
+        Words::Text(words) if reading.split_turns => plumb_client::transcript::turns(&words),
         Words::Text(words) => return Ok(text(words)),
         Words::Turns(turns) => turns.into_iter().map(message).collect(),
     };

@@ -27,7 +27,6 @@ mod progress;
 mod scoring;
 mod source;
 mod stats;
-mod turns;
 
 use std::fmt;
 use std::process::ExitCode;

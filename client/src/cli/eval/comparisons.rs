@@ -1,15 +1,12 @@
 //! The files: comparisons of a better and a worse answer.
 
-use std::collections::HashMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use plumb_client::v1;
-use serde::Deserialize;
+use plumb_client::{hhh, v1};
 
 use crate::cli::input::{Body, Reading, with_response};
 use crate::cli::source;
-use crate::cli::turns;
 
 /// What kind of files are read.
 #[derive(Clone, Copy, Debug)]
@@ -58,52 +55,19 @@ impl Task {
     }
 }
 
-/// A BIG-bench task file, of which these keys matter here.
-#[derive(Deserialize)]
-struct TaskFile {
-    examples: Vec<Example>,
-}
-
-#[derive(Deserialize)]
-struct Example {
-    input: String,
-    target_scores: HashMap<String, f64>,
-}
-
 fn hhh(file: usize, text: &str) -> Result<ReadFile, String> {
-    let task: TaskFile = serde_json::from_str(text).map_err(|e| format!("not a BIG-bench task file: {e}"))?;
     let mut read = ReadFile::default();
-    for (number, example) in (1..).zip(task.examples) {
-        match comparison(file, number, example) {
-            Ok(comparison) => read.comparisons.push(comparison),
-            Err(reason) => read.broken.push(format!("example {number}: {reason}")),
+    for found in hhh::comparisons(text)? {
+        match found {
+            Ok(hhh::Comparison { number, query, messages, better, worse }) => {
+                let prompt = v1::Input { input: Some(v1::input::Input::Conversation(v1::Conversation { messages })) };
+                let (better, worse) = (with_response(&prompt, &better), with_response(&prompt, &worse));
+                read.comparisons.push(Comparison { file, number, prompt: query, better, worse });
+            }
+            Err(reason) => read.broken.push(reason),
         }
     }
     Ok(read)
-}
-
-fn comparison(file: usize, number: u64, example: Example) -> Result<Comparison, String> {
-    let answer = |score: f64| {
-        let mut answers = example.target_scores.iter().filter(|(_, s)| **s == score);
-        match (answers.next(), answers.next()) {
-            (Some((text, _)), None) => Ok(text),
-            _ => Err(format!("not exactly one answer with score {score}")),
-        }
-    };
-    let (better, worse) = (answer(1.0)?, answer(0.0)?);
-    if example.target_scores.len() != 2 {
-        return Err("not exactly two answers".into());
-    }
-    let messages = turns::parse(&example.input);
-    // A marker inside a quotation would show as a turn out of order.
-    let expected = ["user", "assistant"].iter().cycle();
-    if messages.iter().zip(expected).any(|(m, role)| m.role != *role) || messages.len().is_multiple_of(2) {
-        return Err("turns do not go from the user to the assistant and back, ending with the user".into());
-    }
-    let prompt = v1::Input { input: Some(v1::input::Input::Conversation(v1::Conversation { messages })) };
-    // The files have answers with and without blanks around them; the form decides how a turn begins.
-    let (better, worse) = (with_response(&prompt, better.trim()), with_response(&prompt, worse.trim()));
-    Ok(Comparison { file, number, prompt: example.input, better, worse })
 }
 
 fn pairs(file: usize, path: &Path, reading: Reading) -> ReadFile {
@@ -161,46 +125,7 @@ pub(super) fn names(files: &[PathBuf]) -> Vec<String> {
 mod tests {
     use std::collections::HashSet;
 
-    use plumb_client::{conversation, dialogue};
-
     use super::*;
-
-    fn task(input: &str, answers: &str) -> ReadFile {
-        let input = serde_json::to_string(input).unwrap();
-        hhh(0, &format!(r#"{{"canary": "x", "examples": [{{"input": {input}, "target_scores": {answers}}}]}}"#))
-            .unwrap()
-    }
-
-    #[test]
-    fn the_answer_marked_one_is_the_better() {
-        for answers in [r#"{" good": 1, "bad": 0}"#, r#"{"bad": 0, " good": 1}"#] {
-            let read = task("q", answers);
-            assert_eq!(read.comparisons[0].better, dialogue("q", "good"));
-            assert_eq!(read.comparisons[0].worse, dialogue("q", "bad"));
-        }
-    }
-
-    #[test]
-    fn inputs_of_several_turns() {
-        let read = task("q\n\nAssistant:  a\n\nb \n\nHuman:  r", r#"{"good": 1, "bad": 0}"#);
-        let expect = conversation([("user", "q"), ("assistant", "a\n\nb"), ("user", "r"), ("assistant", "good")]);
-        assert_eq!(read.comparisons[0].better, expect);
-    }
-
-    #[test]
-    fn what_is_not_a_comparison_is_named() {
-        for (input, answers) in [
-            ("q", r#"{"good": 1, "fine": 1}"#),
-            ("q", r#"{"good": 1}"#),
-            ("q", r#"{"good": 1, "bad": 0, "soso": 0.5}"#),
-            ("q\n\nHuman: r", r#"{"good": 1, "bad": 0}"#),
-            ("q\n\nAssistant: a", r#"{"good": 1, "bad": 0}"#),
-        ] {
-            let read = task(input, answers);
-            assert!(read.comparisons.is_empty() && read.broken[0].starts_with("example 1:"), "{input} {answers}");
-        }
-        assert!(hhh(0, r#"{"text": "not a task"}"#).is_err());
-    }
 
     #[test]
     fn short_names() {

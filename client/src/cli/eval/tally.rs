@@ -2,8 +2,9 @@
 
 use std::collections::BTreeMap;
 
+use plumb_client::stats::{cluster_bootstrap, wilson};
+
 use super::comparisons::Comparison;
-use crate::cli::stats::{cluster_bootstrap, wilson};
 
 /// How an interval is made.
 #[derive(Clone, Copy, Debug)]

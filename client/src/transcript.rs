@@ -1,6 +1,6 @@
 //! Transcripts with `Human:` and `Assistant:` markers, read into turns.
 
-use plumb_client::v1;
+use plumb_proto::v1;
 
 const MARKERS: [(&str, &str); 4] =
     [("Human:", "user"), ("HUMAN:", "user"), ("Assistant:", "assistant"), ("ASSISTANT:", "assistant")];
@@ -9,7 +9,7 @@ const MARKERS: [(&str, &str); 4] =
 ///
 /// A marker counts at the start of the text or after a blank line, as in hh-rlhf and in BIG-bench's hhh_alignment; the
 /// same word inside a paragraph is text. What stands before the first marker is the user's.
-pub(crate) fn parse(transcript: &str) -> Vec<v1::Message> {
+pub fn turns(transcript: &str) -> Vec<v1::Message> {
     let mut turns: Vec<(&str, &str)> = Vec::new();
     let mut role = "user";
     let mut start = 0;
@@ -43,7 +43,7 @@ mod tests {
     use super::*;
 
     fn check(transcript: &str, expect: &[(&str, &str)]) {
-        let turns = parse(transcript);
+        let turns = turns(transcript);
         let turns: Vec<_> = turns.iter().map(|m| (m.role.as_str(), m.content.as_str())).collect();
         assert_eq!(turns, expect, "{transcript:?}");
     }
