@@ -213,7 +213,7 @@ mod tests {
     #[test]
     fn a_record_is_the_one_that_tensorboard_writes() {
         let event = Event { wall_time: 1.6e9, file_version: Some(VERSION.to_owned()), ..Event::default() };
-        // By RecordWriter and event_pb2 of tensorboard 2.20.
+        // By RecordWriter and event_pb2 of tensorboard 2.21.
         let theirs = "1800000000000000a37f4b22090000000084d7d7411a0d627261696e2e4576656e743a32253c71d0";
         assert_eq!(hex::encode(frame(&event.encode_to_vec())), theirs);
     }
