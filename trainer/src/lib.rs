@@ -1,8 +1,9 @@
 //! Makes the checkpoints that the server loads.
 //!
 //! [`prepare`](mod@prepare) turns data sets into lines; a [`Recipe`] says what is learned from which data; [`run()`]
-//! follows it, with the decoder that will serve the result, and leaves a checkpoint in Hugging Face layout. [`inspect`]
-//! says what a checkpoint is; [`publish`] makes a version of it. Both load it first: what is missing, extra or misshapen
+//! follows it, with the decoder that will serve the result, and leaves a checkpoint in Hugging Face layout.
+//! [`report()`] shows what became of a run, on [plots](plot). [`inspect`] says what a checkpoint is; [`publish`]
+//! makes a version of it. Both load it first: what is missing, extra or misshapen
 //! is found here, not at the next start of a server.
 //!
 //! ```
@@ -22,6 +23,7 @@ pub mod data;
 mod draft;
 mod error;
 mod events;
+mod history;
 mod input;
 mod objective;
 mod order;
@@ -30,6 +32,7 @@ pub mod prepare;
 mod publish;
 pub mod recipe;
 mod record;
+mod report;
 mod run;
 mod scratch;
 mod state;
@@ -38,5 +41,6 @@ pub use error::{Error, Result};
 pub use objective::Measures;
 pub use publish::{Inspection, Published, inspect, publish};
 pub use recipe::Recipe;
+pub use report::report;
 pub use run::{Finished, run};
 pub use scratch::{Shape, scratch};

@@ -38,6 +38,12 @@ enum Command {
         #[command(flatten)]
         recipe: Box<Recipe>,
     },
+    /// Write report.html into the folder of a run, from what it holds now; a run that ends does so too
+    Report {
+        /// Folder of the run
+        #[arg(value_name = "FOLDER")]
+        run: PathBuf,
+    },
     /// Learn a tokenizer from text, and write a language model of random weights to begin with
     Scratch {
         /// JSONL files whose strings the tokenizer is learned from
@@ -128,6 +134,7 @@ fn run(command: Command) -> anyhow::Result<()> {
             let dev = finished.dev.map(describe).unwrap_or_default();
             format!("steps      {}\n{dev}checkpoint {}\n", finished.steps, finished.checkpoint.display())
         }
+        Command::Report { run } => format!("report     {}\n", plumb_trainer::report(&run)?.display()),
         Command::Scratch { files, output, seed, shape } => {
             plumb_trainer::scratch(&files, &output, shape, seed)?;
             format!("checkpoint {}\n", output.display())

@@ -19,6 +19,7 @@ use crate::objective::{Measures, Sums, Weights};
 use crate::order::{Order, micro_batches};
 use crate::recipe::{ComputeType, Objective, Recipe};
 use crate::record::{PairScores, Record, Recorder};
+use crate::report::report;
 use crate::state::State;
 use crate::{Error, Result};
 
@@ -120,6 +121,7 @@ impl<'a> Run<'a> {
         let dev = self.evaluate()?;
         let checkpoint = recipe.output.join("checkpoint");
         self.draft.save(&self.state.weights, &checkpoint)?;
+        report(&recipe.output)?;
         self.bar.finish_and_clear();
         Ok(Finished { steps: self.state.step, dev, checkpoint })
     }
