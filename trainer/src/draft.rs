@@ -126,6 +126,11 @@ impl Draft {
         })
     }
 
+    /// Adds a file.
+    pub(crate) fn add(&mut self, name: &'static str, content: String) {
+        self.files.insert(name, content);
+    }
+
     /// Writes a folder in Hugging Face layout, whole or not at all.
     pub(crate) fn save(&self, values: &[f32], folder: &Path) -> Result<()> {
         write_folder(folder, |folder| {

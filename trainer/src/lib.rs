@@ -1,8 +1,8 @@
 //! Makes the checkpoints that the server loads.
 //!
 //! [`prepare`](mod@prepare) turns data sets into lines; a [`Recipe`] says what is learned from which data; [`run()`]
-//! follows it, with the decoder that will serve the result, and leaves a checkpoint in Hugging Face layout.
-//! [`report()`] shows what became of a run, on [plots](plot). [`inspect`] says what a checkpoint is; [`publish`]
+//! follows it, with the decoder that will serve the result, and leaves a checkpoint in Hugging Face layout, with a model
+//! card. [`report()`] shows what became of a run, on [plots](plot). [`inspect`] says what a checkpoint is; [`publish`]
 //! makes a version of it. Both load it first: what is missing, extra or misshapen
 //! is found here, not at the next start of a server.
 //!
@@ -19,6 +19,7 @@
 //!
 //! Nothing here knows how models are served.
 
+mod card;
 pub mod data;
 mod draft;
 mod error;

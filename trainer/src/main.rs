@@ -4,7 +4,7 @@ use std::io::Write as _;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use clap::{Parser, Subcommand};
+use clap::{ArgAction, Parser, Subcommand};
 use plumb_model::checkpoint::Source;
 use plumb_trainer::prepare::{Dataset, Options, prepare};
 use plumb_trainer::recipe::with_file;
@@ -82,7 +82,7 @@ enum Command {
         #[arg(long, value_name = "N", default_value_t = 100)]
         max_bad_lines: u64,
     },
-    /// Load a checkpoint, then copy it to ROOT/NAME/VERSION with a manifest: whole, or not at all
+    /// Load a checkpoint, then copy it to ROOT/NAME/VERSION with a model card and a manifest: whole, or not at all
     Publish {
         /// Folder of the checkpoint
         source: PathBuf,
@@ -94,6 +94,9 @@ enum Command {
         /// Its version; one that exists is refused [default: the highest plus one]
         #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
         version: Option<u64>,
+        /// results.json files of `plumb-train evaluate`, for the model card
+        #[arg(long, value_name = "FILE", num_args = 1.., action = ArgAction::Append)]
+        results: Vec<PathBuf>,
     },
     /// Load a checkpoint and tell what it is
     Inspect {
@@ -151,8 +154,8 @@ fn run(command: Command) -> anyhow::Result<()> {
                 dropped.collect::<String>()
             )
         }
-        Command::Publish { source, root, name, version } => {
-            let published = plumb_trainer::publish(&source, &root, &name, version)?;
+        Command::Publish { source, root, name, version, results } => {
+            let published = plumb_trainer::publish(&source, &root, &name, version, &results)?;
             format!("published {}\ndigest    {}\n", published.folder.display(), published.weights_digest)
         }
         Command::Inspect { source } => {

@@ -13,6 +13,7 @@ use plumb_model::decoder::DType;
 use plumb_model::decoder::gradient::{Group, TrainOptions, Trainable};
 use serde_json::json;
 
+use crate::card;
 use crate::data::{Counts, Example, Reader};
 use crate::draft::Draft;
 use crate::objective::{Measures, Sums, Weights};
@@ -120,6 +121,7 @@ impl<'a> Run<'a> {
         }
         let dev = self.evaluate()?;
         let checkpoint = recipe.output.join("checkpoint");
+        card::describe(&recipe.output, &mut self.draft)?;
         self.draft.save(&self.state.weights, &checkpoint)?;
         report(&recipe.output)?;
         self.bar.finish_and_clear();

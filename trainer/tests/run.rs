@@ -114,7 +114,7 @@ fn a_preference_model_learns_and_is_what_a_server_loads() {
     let mean = pairs.iter().map(margin).sum::<f64>() / 16.0;
     assert!(pairs.len() == 16 && (mean - last["margin"].as_f64().unwrap()).abs() < 1e-9, "{mean} {last}");
 
-    // A page for people.
+    // A page for people, and a card that goes with the checkpoint.
     let page = fs::read_to_string(work.path("run").join("report.html")).unwrap();
     for part in
         ["100.0 % (80.6 to 100.0 %) of 16 pairs", "Calibration of sigmoid(margin)", "Gradient norm", "epochs = 8"]
@@ -122,6 +122,9 @@ fn a_preference_model_learns_and_is_what_a_server_loads() {
         assert!(page.contains(part), "{part}");
     }
     assert!(!page.contains("<script") && !page.contains("src=") && !page.contains("href="), "it needs nothing else");
+    let card = fs::read_to_string(work.path("run").join("checkpoint/README.md")).unwrap();
+    assert!(card.contains("| accuracy | 100.0 % (80.6 to 100.0 %) of 16 pairs |"), "{card}");
+    assert!(!card.contains(work.0.path().to_str().unwrap()), "a card tells no places of the machine: {card}");
 
     let model = work.path("run").join("checkpoint").to_str().unwrap().to_owned();
     let options = LoadOptions {
@@ -198,6 +201,8 @@ fn imitation_and_language_models_learn_too() {
         assert_eq!(last["accuracy"], 1.0, "{last}");
         let page = fs::read_to_string(work.path(objective).join("report.html")).unwrap();
         assert!(page.contains("Log-likelihoods") && !page.contains("Calibration"));
+        let card = fs::read_to_string(work.path(objective).join("checkpoint/README.md")).unwrap();
+        assert!(card.contains("pipeline_tag: text-generation") && card.contains("AutoModelForCausalLM"), "{card}");
     }
 }
 
