@@ -18,9 +18,9 @@ use crate::{Error, Result};
 pub(crate) const CARD: &str = "README.md";
 pub(crate) const TRAINING: &str = "training.json";
 
-/// Stands in every card that was written here, and lets the next one take its place.
-const MARK: &str = "<!-- Written by plumb-train, which writes it anew when the checkpoint is published. \
-                    To keep changes, take this line out. -->";
+/// Stands in the card of a run's checkpoint, and lets that of the published version take its place.
+const MARK: &str = "<!-- Written by plumb-train run. plumb-train publish writes it anew: to keep changes, take this line \
+                    out. -->\n\n";
 
 /// How a checkpoint was made: what stays with its weights of the folder of the run.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -88,6 +88,8 @@ pub(crate) struct Card<'a> {
     pub(crate) model: &'a Model,
     pub(crate) training: Option<&'a Training>,
     pub(crate) results: &'a [Results],
+    /// Whether a version that is published gets another one.
+    pub(crate) draft: bool,
 }
 
 impl Training {
@@ -141,9 +143,10 @@ pub(crate) fn describe(run: &Path, draft: &mut Draft) -> Result<()> {
     let training = Training::of(run)?;
     let name = run.file_name().unwrap_or_default().to_string_lossy();
     let model = Model::of(draft, training.text("dtype"));
-    let card = Card { name: &name, model: &model, training: Some(&training), results: &[] }.to_string();
+    let card = Card { name: &name, model: &model, training: Some(&training), results: &[], draft: true };
+    let text = card.to_string();
     draft.add(TRAINING, format!("{:#}\n", json!(training)));
-    draft.add(CARD, card);
+    draft.add(CARD, text);
     Ok(())
 }
 
@@ -155,7 +158,7 @@ pub(crate) fn for_publishing(
     chat_template: bool,
     results: &[PathBuf],
 ) -> Result<Option<String>> {
-    if small(&checkpoint.join(CARD))?.is_some_and(|card| !card.contains(MARK)) {
+    if small(&checkpoint.join(CARD))?.is_some_and(|card| !card.contains(MARK.trim_end())) {
         if let Some(path) = results.first() {
             let reason = format!(
                 "the checkpoint has a {CARD} of its own, which stays as it is: put the results into it by hand, and \
@@ -177,7 +180,7 @@ pub(crate) fn for_publishing(
         dtype: info.dtype.to_owned(),
         chat_template,
     };
-    let card = Card { name, model: &model, training: training.as_ref(), results: &results };
+    let card = Card { name, model: &model, training: training.as_ref(), results: &results, draft: false };
     Ok(Some(card.to_string()))
 }
 
@@ -220,7 +223,8 @@ impl Model {
 
 impl fmt::Display for Card<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        writeln!(f, "---\n{}---\n\n{MARK}\n", front_matter::yaml(self))?;
+        let mark = if self.draft { MARK } else { "" };
+        write!(f, "---\n{}---\n\n{mark}", front_matter::yaml(self))?;
         f.write_str(&sections::markdown(self))
     }
 }

@@ -14,6 +14,7 @@ const EXAMPLES: &str = "\
 Examples:
   plumb-train prepare hh-rlhf helpful-base/train.jsonl.gz --output data/helpful
   plumb-train run --config recipe.toml --seed 1
+  plumb-train report ./run
   plumb-train inspect tests/fixtures/llama-pm
   plumb-train publish ./run/checkpoint /checkpoints --name pm
   plumb-server --model-id /checkpoints/pm/1

@@ -243,4 +243,16 @@ fn a_card_of_somebody_else_stays() {
     assert_eq!(std::fs::read_to_string(root.path().join("pm/1/README.md")).unwrap(), "# Mine\n");
     let (code, _, err) = publish(&["--results", "results.json"]);
     assert!(code == 1 && err.contains("README.md of its own"), "{err}");
+
+    // That of a run gives way, that of a version does not: it may hold scores.
+    let mark =
+        "<!-- Written by plumb-train run. plumb-train publish writes it anew: to keep changes, take this line out. -->";
+    std::fs::write(source.path().join("README.md"), format!("# run\n\n{mark}\n")).unwrap();
+    assert_eq!(publish(&[]).0, 0);
+    let published = std::fs::read_to_string(root.path().join("pm/2/README.md")).unwrap();
+    assert!(published.contains("\n# pm\n") && !published.contains("<!--"), "{published}");
+    let version = root.path().join("pm/2");
+    let again = ["publish", text(&version), text(root.path()), "--name", "other"];
+    assert_eq!(run(&again).0, 0);
+    assert_eq!(std::fs::read_to_string(root.path().join("other/1/README.md")).unwrap(), published);
 }

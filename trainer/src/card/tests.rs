@@ -44,7 +44,7 @@ fn check(card: &Card<'_>, parts: &[&str], absent: &[&str]) {
 #[test]
 fn a_card_tells_where_a_model_comes_from_and_what_it_is_worth() {
     let (training, model) = (training(), model(true, "LlamaForSequenceClassification"));
-    let card = Card { name: "pm: \"1\"\n", model: &model, training: Some(&training), results: &[] };
+    let card = Card { name: "pm: \"1\"\n", model: &model, training: Some(&training), results: &[], draft: false };
     let parts = [
         "base_model: \"org/base\"\ntags:\n- \"plumb\"\n- \"preference-model\"\n- \"reward-model\"\n",
         "datasets:\n- \"Anthropic/hh-rlhf\"\n- \"hendrycks/ethics\"\nmetrics:\n- \"accuracy\"\n",
@@ -69,12 +69,12 @@ fn a_card_tells_where_a_model_comes_from_and_what_it_is_worth() {
 #[test]
 fn a_card_claims_nothing_that_is_not_known() {
     let model = model(false, "LlamaForCausalLM");
-    let card = Card { name: "lm", model: &model, training: None, results: &[] };
+    let card = Card { name: "lm", model: &model, training: None, results: &[], draft: false };
     let absent = ["base_model", "datasets", "metrics", "model-index", "How it was made", "reward"];
     check(&card, &["pipeline_tag: text-generation\n", "Nothing is known", "AutoModelForCausalLM"], &absent);
 
     let headed = Model { preference: true, ..Model { architecture: "RewardModel".to_owned(), ..model } };
-    let card = Card { name: "pm", model: &headed, training: None, results: &[] };
+    let card = Card { name: "pm", model: &headed, training: None, results: &[], draft: false };
     check(&card, &["pipeline_tag: text-classification\n"], &["transformers", "Transformers"]);
 }
 
