@@ -17,6 +17,7 @@ use safetensors::{Dtype, SafeTensorError, SafeTensors};
 use serde_json::{Value, json};
 
 use crate::lora::Trained;
+use crate::output::write_folder;
 use crate::recipe::{ComputeType, Objective, Recipe};
 use crate::{Error, Result};
 
@@ -165,6 +166,16 @@ impl Draft {
         })
     }
 
+    /// Adds a file.
+    pub(crate) fn add(&mut self, name: &'static str, content: String) {
+        self.files.insert(name, content);
+    }
+
+    /// The tensors of the file with the weights.
+    pub(crate) fn served(&self) -> impl Iterator<Item = &Parameter> {
+        self.trained.list().iter().filter(|one| Some(*one) != self.language_head.as_ref())
+    }
+
     /// Writes a folder in Hugging Face layout, whole or not at all.
     pub(crate) fn save(&self, values: &[f32], folder: &Path) -> Result<()> {
         write_folder(folder, |folder| {
@@ -172,12 +183,10 @@ impl Draft {
                 let path = folder.join(name);
                 fs::write(&path, content).map_err(Error::io(&path))?;
             }
-            let (served, kept): (Vec<_>, Vec<_>) =
-                self.trained.list().iter().partition(|one| Some(*one) != self.language_head.as_ref());
-            if !kept.is_empty() {
-                Written { list: kept, values, dtype: self.dtype }.save(&folder.join(LANGUAGE_HEAD))?;
+            if let Some(head) = &self.language_head {
+                Written { list: vec![head], values, dtype: self.dtype }.save(&folder.join(LANGUAGE_HEAD))?;
             }
-            Written { list: served, values, dtype: self.dtype }.save(&folder.join(self.weights))
+            Written { list: self.served().collect(), values, dtype: self.dtype }.save(&folder.join(self.weights))
         })
     }
 }
@@ -214,20 +223,6 @@ impl Written<'_> {
         fs::set_permissions(path, std::os::unix::fs::PermissionsExt::from_mode(0o644)).map_err(Error::io(path))?;
         fs::File::open(path).and_then(|file| file.sync_all()).map_err(Error::io(path))
     }
-}
-
-/// Lets `write` fill a folder, which takes the place of the named one when it is complete.
-pub(crate) fn write_folder(folder: &Path, write: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
-    let unfinished = folder.with_extension("unfinished");
-    if unfinished.exists() {
-        fs::remove_dir_all(&unfinished).map_err(Error::io(&unfinished))?;
-    }
-    fs::create_dir_all(&unfinished).map_err(Error::io(&unfinished))?;
-    write(&unfinished)?;
-    if folder.exists() {
-        fs::remove_dir_all(folder).map_err(Error::io(folder))?;
-    }
-    fs::rename(&unfinished, folder).map_err(Error::io(folder))
 }
 
 /// What a reward model cannot be made into.

@@ -1,8 +1,10 @@
 //! Makes the checkpoints that the server loads.
 //!
 //! [`prepare`](mod@prepare) turns data sets into lines; a [`Recipe`] says what is learned from which data; [`run()`]
-//! follows it, with the decoder that will serve the result, and leaves a checkpoint in Hugging Face layout. [`inspect`]
-//! says what a checkpoint is; [`publish`] makes a version of it. [`evaluate`](mod@evaluate) measures it, or a server. Both load it first: what is missing, extra or misshapen
+//! follows it, with the decoder that will serve the result, and leaves a checkpoint in Hugging Face layout, with a model
+//! card. [`report()`] shows what became of a run, on [plots](plot). [`evaluate`](mod@evaluate) measures a checkpoint or a
+//! server. [`inspect`] says what a checkpoint is; [`publish`] makes a version of it. Both load it first: what is missing,
+//! extra or misshapen
 //! is found here, not at the next start of a server.
 //!
 //! ```
@@ -18,20 +20,26 @@
 //!
 //! Nothing here knows how models are served.
 
+mod card;
 pub mod data;
 mod draft;
 mod error;
 pub mod evaluate;
+mod events;
 pub mod examples;
+mod history;
 mod input;
 mod lora;
 mod objective;
 mod order;
+mod output;
 pub mod plot;
 pub mod prepare;
 mod processes;
 mod publish;
 pub mod recipe;
+mod record;
+mod report;
 mod run;
 mod scratch;
 mod shards;
@@ -43,6 +51,7 @@ pub use error::{Error, Result};
 pub use objective::Measures;
 pub use publish::{Inspection, Published, inspect, publish};
 pub use recipe::Recipe;
+pub use report::report;
 pub use run::{Finished, run};
 pub use scratch::{Shape, scratch};
 pub use teach::{Prompt, TeachOptions, teach};

@@ -4,7 +4,7 @@ use std::io::Write as _;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use clap::{Parser, Subcommand};
+use clap::{ArgAction, Parser, Subcommand};
 use plumb_model::checkpoint::Source;
 use plumb_trainer::evaluate;
 use plumb_trainer::prepare::{Dataset, Options, prepare};
@@ -16,6 +16,7 @@ Examples:
   plumb-train prepare hh-rlhf helpful-base/train.jsonl.gz --output data/helpful
   plumb-train run --config recipe.toml --seed 1
   plumb-train evaluate pairs dev.jsonl --model run/checkpoint --output run/evaluation
+  plumb-train report ./run
   plumb-train inspect tests/fixtures/llama-pm
   plumb-train publish ./run/checkpoint /checkpoints --name pm
   plumb-server --model-id /checkpoints/pm/1
@@ -39,6 +40,12 @@ enum Command {
         config: Option<PathBuf>,
         #[command(flatten)]
         recipe: Box<Recipe>,
+    },
+    /// Write report.html into the folder of a run, from what it holds now; a run that ends does so too
+    Report {
+        /// Folder of the run
+        #[arg(value_name = "FOLDER")]
+        run: PathBuf,
     },
     /// Learn a tokenizer from text, and write a language model of random weights to begin with
     Scratch {
@@ -101,7 +108,7 @@ enum Command {
         #[command(flatten)]
         options: Box<evaluate::Options>,
     },
-    /// Load a checkpoint, then copy it to ROOT/NAME/VERSION with a manifest: whole, or not at all
+    /// Load a checkpoint, then copy it to ROOT/NAME/VERSION with a model card and a manifest: whole, or not at all
     Publish {
         /// Folder of the checkpoint
         source: PathBuf,
@@ -113,6 +120,9 @@ enum Command {
         /// Its version; one that exists is refused [default: the highest plus one]
         #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
         version: Option<u64>,
+        /// results.json files of `plumb-train evaluate`, for the model card
+        #[arg(long, value_name = "FILE", num_args = 1.., action = ArgAction::Append)]
+        results: Vec<PathBuf>,
     },
     /// Load a checkpoint and tell what it is
     Inspect {
@@ -156,6 +166,7 @@ fn run(command: Command) -> anyhow::Result<()> {
             let dev = finished.dev.map(describe).unwrap_or_default();
             format!("steps      {}\n{dev}checkpoint {}\n", finished.steps, finished.checkpoint.display())
         }
+        Command::Report { run } => format!("report     {}\n", plumb_trainer::report(&run)?.display()),
         Command::Scratch { files, output, seed, shape } => {
             plumb_trainer::scratch(&files, &output, shape, seed)?;
             format!("checkpoint {}\n", output.display())
@@ -181,8 +192,8 @@ fn run(command: Command) -> anyhow::Result<()> {
             let evaluation = evaluate::evaluate(&options, &mut |line| eprintln!("{line}"))?;
             if options.json { format!("{:#}\n", evaluation.to_json()) } else { evaluation.table() }
         }
-        Command::Publish { source, root, name, version } => {
-            let published = plumb_trainer::publish(&source, &root, &name, version)?;
+        Command::Publish { source, root, name, version, results } => {
+            let published = plumb_trainer::publish(&source, &root, &name, version, &results)?;
             format!("published {}\ndigest    {}\n", published.folder.display(), published.weights_digest)
         }
         Command::Inspect { source } => {

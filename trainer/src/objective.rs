@@ -5,6 +5,7 @@ use serde::Serialize;
 
 use crate::examples::{Example, Side, Teacher};
 use crate::recipe::{Objective, Recipe};
+use crate::record::Pair;
 
 /// How the examples of a batch count.
 #[derive(Clone, Copy, Debug)]
@@ -139,12 +140,8 @@ impl Sums {
             let Some(first) = own.first() else { continue };
             self.language += first.loss;
             self.rows += first.rows as u64;
-            let Some(second) = own.get(1) else { continue };
-            let mean = |outcome: &Outcome| -outcome.loss / outcome.rows.max(1) as f64;
-            let margin = match objective {
-                Objective::Preference => f64::from(first.reward) - f64::from(second.reward),
-                _ => mean(first) - mean(second),
-            };
+            let Some(Pair { chosen, rejected }) = scores(objective, own) else { continue };
+            let margin = chosen - rejected;
             self.pairs += 1;
             self.margin += margin;
             self.preference += softplus(-margin);
@@ -174,6 +171,16 @@ impl Sums {
         let (accuracy, margin) = (per_pair(self.right), per_pair(self.margin));
         Measures { loss, preference_loss, language_loss, accuracy, margin }
     }
+}
+
+/// What a pair's margin is the difference of: the sides' rewards, or mean log-likelihoods.
+pub(crate) fn scores(objective: Objective, pair: &[Outcome]) -> Option<Pair> {
+    let [chosen, rejected, ..] = pair else { return None };
+    let mean = |outcome: &Outcome| -outcome.loss / outcome.rows.max(1) as f64;
+    Some(match objective {
+        Objective::Preference => Pair { chosen: f64::from(chosen.reward), rejected: f64::from(rejected.reward) },
+        _ => Pair { chosen: mean(chosen), rejected: mean(rejected) },
+    })
 }
 
 /// `ln(1 + e^x)` without overflow.

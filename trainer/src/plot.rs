@@ -11,7 +11,7 @@ use plotters::prelude::IntoDynElement as _;
 use plotters::series::LineSeries;
 use plotters::style::{BLACK, Color as _, RGBColor};
 
-use self::frame::{Chart, Failed, Frame, Mark};
+use self::frame::{Chart, Entry, Failed, Frame, Mark};
 use crate::Result;
 
 /// Told apart by people who see few colours too (Okabe and Ito 2008).
@@ -106,39 +106,42 @@ impl Series {
 /// If the plot cannot be drawn.
 pub fn lines(labels: &Labels<'_>, log_x: bool, series: &[Series]) -> Result<String> {
     let place = |x: f64| if log_x { x.log10() } else { x };
-    let shown: Vec<(&Series, Vec<Point>, Vec<(f64, f64)>)> = series
-        .iter()
-        .map(|series| {
-            let points = series.points.iter().map(|point| Point { x: place(point.x), ..*point });
-            let points = points.filter(|point| point.x.is_finite() && point.y.value.is_finite()).collect();
-            let behind = series.behind.iter().map(|(x, y)| (place(*x), *y));
-            (series, points, thinned(behind.filter(|(x, y)| x.is_finite() && y.is_finite()).collect()))
-        })
-        .collect();
-    let points = || shown.iter().flat_map(|(_, points, _)| points);
-    let behind = || shown.iter().flat_map(|(_, _, behind)| behind.iter().copied());
+    let shown = |series: &Series| {
+        let points = series.points.iter().map(|point| Point { x: place(point.x), ..*point });
+        let behind = series.behind.iter().map(|(x, y)| (place(*x), *y));
+        Series {
+            name: series.name.clone(),
+            points: points.filter(|point| point.x.is_finite() && point.y.value.is_finite()).collect(),
+            behind: thinned(behind.filter(|(x, y)| x.is_finite() && y.is_finite()).collect()),
+            band: series.band,
+        }
+    };
+    let shown: Vec<Series> = series.iter().map(shown).collect();
+    let points = || shown.iter().flat_map(|series| &series.points);
+    let behind = || shown.iter().flat_map(|series| series.behind.iter().copied());
     let xs = points().map(|point| point.x).chain(behind().map(|(x, _)| x));
     let ys = points().flat_map(|point| ends(&point.y)).chain(behind().map(|(_, y)| y));
     let mut frame = Frame::new(labels, xs, ys);
     frame.log_x = log_x;
     frame.legend = legend(series.iter().map(|series| &series.name), Mark::Line);
     frame.draw(|chart| {
-        for (i, (series, points, behind)) in shown.iter().enumerate() {
+        for (i, series) in shown.iter().enumerate() {
             let colour = COLOURS[i % COLOURS.len()];
-            chart.draw_series(LineSeries::new(behind.iter().copied(), colour.mix(0.3).stroke_width(2)))?;
+            chart.draw_series(LineSeries::new(series.behind.iter().copied(), colour.mix(0.3).stroke_width(2)))?;
             if series.band {
-                let with = || points.iter().filter_map(|point| Some((point.x, finite(point.y.interval)?)));
-                let outline = with().map(|(x, (low, _))| (x, low)).collect::<Vec<_>>().into_iter();
-                let outline =
-                    outline.chain(with().map(|(x, (_, high))| (x, high)).collect::<Vec<_>>().into_iter().rev());
-                chart.draw_series([Polygon::new(outline.collect::<Vec<_>>(), colour.mix(0.2).filled())])?;
+                let with = || series.points.iter().filter_map(|point| Some((point.x, finite(point.y.interval)?)));
+                let mut outline: Vec<(f64, f64)> = with().map(|(x, (low, _))| (x, low)).collect();
+                let start = outline.len();
+                outline.extend(with().map(|(x, (_, high))| (x, high)));
+                outline[start..].reverse();
+                chart.draw_series([Polygon::new(outline, colour.mix(0.2).filled())])?;
             }
         }
-        for (i, (series, points, _)) in shown.iter().enumerate() {
+        for (i, Series { points, band, .. }) in shown.iter().enumerate() {
             let colour = COLOURS[i % COLOURS.len()];
             let curve = thinned(points.iter().map(|point| (point.x, point.y.value)).collect());
             chart.draw_series(LineSeries::new(curve, colour.stroke_width(4)))?;
-            for point in points.iter().filter(|_| !series.band) {
+            for point in points.iter().filter(|_| !band) {
                 interval(chart, colour, point.y.interval, |y| (point.x, y))?;
             }
             if points.len() <= MARKED {
@@ -247,9 +250,9 @@ pub fn calibration(title: &str, bins: &[Bin]) -> Result<String> {
 }
 
 /// Colours and names, unless there is only one without a name.
-fn legend<T: ToString>(names: impl Iterator<Item = T>, mark: Mark) -> Vec<(RGBColor, Mark, String)> {
-    let named = names.enumerate().map(|(i, name)| (COLOURS[i % COLOURS.len()], mark, name.to_string()));
-    named.filter(|(_, _, name)| !name.is_empty()).collect()
+fn legend<T: ToString>(names: impl Iterator<Item = T>, mark: Mark) -> Vec<Entry> {
+    let entry = |(i, name): (usize, T)| Entry { colour: COLOURS[i % COLOURS.len()], mark, name: name.to_string() };
+    names.enumerate().map(entry).filter(|entry| !entry.name.is_empty()).collect()
 }
 
 fn finite(interval: Option<(f64, f64)>) -> Option<(f64, f64)> {

@@ -122,6 +122,15 @@ impl Processes {
         }
     }
 
+    /// The lists of all processes, one behind the other. All have to call it.
+    pub(crate) fn gather_list(&self, own: Vec<f64>) -> Vec<f64> {
+        match self {
+            Self::Alone => own,
+            #[cfg(feature = "mpi")]
+            Self::Several(world) => world.gather_list(&own),
+        }
+    }
+
     /// How many numbers of a vector's sum this process keeps.
     pub(crate) fn share(&self, len: usize) -> usize {
         match self {

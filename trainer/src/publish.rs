@@ -7,7 +7,7 @@ use plumb_model::Error;
 use plumb_model::checkpoint::{Source, manifest};
 use plumb_model::loaded::{DTypeChoice, LoadOptions, LoadedModel, ModelInfo, ModelKind};
 
-use crate::Result;
+use crate::{Result, card};
 
 /// What a checkpoint is. Displayed as a table of names and values.
 #[derive(Clone, Debug)]
@@ -46,9 +46,19 @@ pub struct Published {
 /// Copies the folder of a checkpoint that loads to `<root>/<model>/<version>/`, whole or not at all. Without a `version`
 /// it becomes the one after the highest there, or 1.
 ///
+/// A model card is written beside the copies, with the scores of `results`, which are files of `plumb-train evaluate`; a
+/// card that somebody else wrote stays as it is.
+///
 /// # Errors
-/// If the checkpoint does not load, the name is none for a folder, or the version exists; nothing is published then.
-pub fn publish(folder: &Path, root: &Path, model: &str, version: Option<u64>) -> Result<Published> {
+/// If the checkpoint does not load, the name is none for a folder, the version exists, or the results make no sense, are
+/// another model's or have no card to stand in; nothing is published then.
+pub fn publish(
+    folder: &Path,
+    root: &Path,
+    model: &str,
+    version: Option<u64>,
+    results: &[PathBuf],
+) -> Result<Published> {
     // Anything else would be taken for a file or a repository, neither of which has a folder to copy.
     let name = match folder.to_str() {
         Some(name) if folder.is_dir() => name.to_owned(),
@@ -57,8 +67,10 @@ pub fn publish(folder: &Path, root: &Path, model: &str, version: Option<u64>) ->
             return Err(Error::MissingFile { path: folder.to_owned(), what }.into());
         }
     };
-    let Inspection { info, .. } = inspect(&Source { model: name, ..Source::default() })?;
-    let folder = manifest::publish(folder, root, model, version)?;
+    let Inspection { info, chat_template_sha256 } = inspect(&Source { model: name, ..Source::default() })?;
+    let card = card::for_publishing(folder, model, &info, chat_template_sha256.is_some(), results)?;
+    let added: Vec<(&str, &str)> = card.iter().map(|text| (card::CARD, &text[..])).collect();
+    let folder = manifest::publish(folder, root, model, version, &added)?;
     Ok(Published { folder, weights_digest: info.weights_digest })
 }
 

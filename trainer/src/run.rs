@@ -5,7 +5,6 @@
 //! processes, of which the first writes all files.
 
 use std::fs;
-use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -13,16 +12,18 @@ use indicatif::{HumanCount, ProgressBar, ProgressDrawTarget, ProgressStyle};
 use plumb_kernels::gradient::{AdamW, sum_of_squares};
 use plumb_model::decoder::DType;
 use plumb_model::decoder::gradient::{Group, TrainOptions, Trainable};
-use serde::Serialize;
 use serde_json::json;
 
+use crate::card;
 use crate::data::{Counts, Reader};
 use crate::draft::Draft;
 use crate::examples::{Example, Examples, Side};
-use crate::objective::{Measures, Sums, Weights};
+use crate::objective::{Measures, Sums, Weights, scores};
 use crate::order::{Order, micro_batches};
 use crate::processes::{Processes, digest, digest_examples};
 use crate::recipe::{ComputeType, Objective, Recipe};
+use crate::record::{Record, Recorder};
+use crate::report::report;
 use crate::shards::Shards;
 use crate::state::State;
 use crate::{Error, Result, teach};
@@ -39,23 +40,6 @@ pub struct Finished {
     pub dev: Option<Measures>,
     /// Folder of the checkpoint, in Hugging Face layout.
     pub checkpoint: PathBuf,
-}
-
-/// A line of `metrics.jsonl`.
-#[derive(Serialize)]
-struct Record {
-    /// `train` or `dev`.
-    split: &'static str,
-    step: u64,
-    #[serde(flatten)]
-    measures: Measures,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    lr: Option<f32>,
-    /// Before it is scaled down.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    gradient_norm: Option<f64>,
-    tokens: u64,
-    seconds: f64,
 }
 
 /// Trains, or goes on with the run that the output folder holds. Of several processes that were started together, all but
@@ -95,7 +79,7 @@ struct Run<'a> {
     model: Trainable,
     state: State,
     /// In the first process.
-    metrics: Option<fs::File>,
+    recorder: Option<Recorder>,
     bar: ProgressBar,
 }
 
@@ -148,8 +132,8 @@ impl<'a> Run<'a> {
         let shards = Shards::new(processes, recipe.shards, state.weights.len());
         let weights = draft.trained.weights(&state.weights);
         let model = Trainable::new(&draft.config, weights, dtype, reader.max_tokens, options)?;
-        let metrics = first.then(|| metrics_up_to(&recipe.output.join("metrics.jsonl"), state.step)).transpose()?;
-        Ok(Self { recipe, processes, shards, draft, train, dev, model, state, metrics, bar })
+        let recorder = first.then(|| Recorder::open(&recipe.output, state.step)).transpose()?;
+        Ok(Self { recipe, processes, shards, draft, train, dev, model, state, recorder, bar })
     }
 
     /// All processes have to begin alike, or they would learn something else than one.
@@ -193,7 +177,12 @@ impl<'a> Run<'a> {
         let dev = self.evaluate()?;
         let checkpoint = recipe.output.join("checkpoint");
         if self.processes.is_first() {
+            // Of an adapter, the card would have to be that of what it is merged into.
+            if recipe.lora_rank == 0 {
+                card::describe(&recipe.output, &mut self.draft)?;
+            }
             self.draft.save(&self.state.weights, &checkpoint)?;
+            report(&recipe.output)?;
         }
         self.bar.finish_and_clear();
         Ok(Finished { steps: self.state.step, dev, checkpoint })
@@ -215,8 +204,8 @@ impl<'a> Run<'a> {
         let sums = self.shards.gradient(&batch, gradient, |shard, gradient| {
             let mut sums = Sums::default();
             trained.gradient(&self.state.weights, gradient, |gradient| {
-                for part in micro_batches(shard, recipe.micro_batch_tokens) {
-                    let groups: Vec<Group<'_>> = part.iter().map(|example| weights.group(example)).collect();
+                for part in micro_batches(&shard, recipe.micro_batch_tokens) {
+                    let groups: Vec<Group<'_>> = part.iter().map(|i| weights.group(shard[*i])).collect();
                     let outcomes = self.model.gradient(&groups, &mut |rewards| weights.slopes(rewards), gradient)?;
                     sums.add(recipe.objective, &groups, &outcomes);
                 }
@@ -255,15 +244,10 @@ impl<'a> Run<'a> {
         self.state.step = step;
 
         let (seconds, tokens) = (start.elapsed().as_secs_f64(), sums.tokens);
-        self.record(&Record {
-            split: "train",
-            step,
-            measures,
-            lr: Some(lr),
-            gradient_norm: Some(norm),
-            tokens,
-            seconds,
-        })?;
+        let (lr, gradient_norm) = (Some(lr), Some(norm));
+        if let Some(recorder) = &mut self.recorder {
+            recorder.record(&Record { split: "train", step, measures, lr, gradient_norm, tokens, seconds })?;
+        }
         let accuracy = measures.accuracy.map(|share| format!(", {:.0} % right", 100.0 * share)).unwrap_or_default();
         let rate = HumanCount((tokens as f64 / seconds) as u64);
         self.bar.set_message(format!("loss {:.4}{accuracy}, {rate} tok/s", measures.loss));
@@ -278,34 +262,36 @@ impl<'a> Run<'a> {
         }
         let (recipe, start) = (self.recipe, Instant::now());
         let mut sums = Sums::default();
+        let mut pairs = Vec::new();
         for first in (0..self.dev.len()).step_by(DEV_PART) {
             let numbers = first..(first + DEV_PART).min(self.dev.len());
             let examples = numbers.map(|i| self.dev.get(i)).collect::<Result<Vec<Example>>>()?;
             let all: Vec<&Example> = examples.iter().collect();
             let weights = Weights::new(recipe, &all);
-            let found = self.shards.measure(&all, |shard| {
+            let (found, own) = self.shards.measure(&all, |shard| {
                 let mut sums = Sums::default();
-                for part in micro_batches(shard, recipe.micro_batch_tokens) {
-                    let groups: Vec<Group<'_>> = part.iter().map(|example| weights.measured(example)).collect();
+                let mut pairs = vec![None; shard.len()];
+                for part in micro_batches(&shard, recipe.micro_batch_tokens) {
+                    let groups: Vec<Group<'_>> = part.iter().map(|i| weights.measured(shard[*i])).collect();
                     let outcomes = self.model.evaluate(&groups)?;
                     sums.add(recipe.objective, &groups, &outcomes);
+                    let mut rest = &outcomes[..];
+                    for (i, group) in part.iter().zip(&groups) {
+                        let (own, others) = rest.split_at(group.sequences.len());
+                        (pairs[*i], rest) = (scores(recipe.objective, own), others);
+                    }
                 }
-                Ok(sums)
+                Ok((sums, pairs.into_iter().flatten().collect()))
             })?;
             sums.add_all(&[found.to_numbers()]);
+            pairs.extend(own);
         }
         let (step, tokens, measures) = (self.state.step, sums.tokens, sums.means(recipe));
         let seconds = start.elapsed().as_secs_f64();
-        self.record(&Record { split: "dev", step, measures, lr: None, gradient_norm: None, tokens, seconds })?;
+        let Some(recorder) = &mut self.recorder else { return Ok(Some(measures)) };
+        recorder.pairs(step, recipe.objective, &pairs)?;
+        recorder.record(&Record { split: "dev", step, measures, lr: None, gradient_norm: None, tokens, seconds })?;
         Ok(Some(measures))
-    }
-
-    fn record(&mut self, record: &Record) -> Result<()> {
-        let Some(metrics) = &mut self.metrics else { return Ok(()) };
-        let path = || self.recipe.output.join("metrics.jsonl");
-        let line = serde_json::to_string(record)
-            .map_err(|error| Error::Malformed { path: path(), reason: error.to_string() })?;
-        writeln!(metrics, "{line}").map_err(Error::io(path()))
     }
 
     /// Writes what a step was given, for whoever looks for the reason of a bad number.
@@ -365,21 +351,6 @@ fn keep_recipe(recipe: &Recipe, counts: &[(&str, &Counts)]) -> Result<()> {
     let counts: serde_json::Map<_, _> =
         counts.iter().map(|(split, counts)| ((*split).to_owned(), json!(counts))).collect();
     fs::write(&path, format!("{:#}\n", serde_json::Value::Object(counts))).map_err(Error::io(&path))
-}
-
-/// The file of metrics without the lines of steps that are taken again.
-fn metrics_up_to(path: &Path, step: u64) -> Result<fs::File> {
-    let mut kept = String::new();
-    if path.exists() {
-        let known = |line: &&str| {
-            let value: serde_json::Value = serde_json::from_str(line).unwrap_or_default();
-            value["step"].as_u64().is_some_and(|number| number <= step)
-        };
-        let text = fs::read_to_string(path).map_err(Error::io(path))?;
-        text.lines().filter(known).for_each(|line| kept += &format!("{line}\n"));
-    }
-    fs::write(path, kept).map_err(Error::io(path))?;
-    fs::OpenOptions::new().append(true).open(path).map_err(Error::io(path))
 }
 
 fn style() -> ProgressStyle {

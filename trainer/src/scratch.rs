@@ -16,6 +16,7 @@ use tokenizers::{AddedToken, TokenizerBuilder};
 
 use crate::draft::{self, Written};
 use crate::input::Lines;
+use crate::output::write_folder;
 use crate::recipe::ComputeType;
 use crate::{Error, Result};
 
@@ -104,7 +105,7 @@ pub fn scratch(files: &[PathBuf], output: &Path, shape: Shape, seed: u64) -> Res
         (draft::TOKENIZER, tokenizer),
         (draft::TOKENIZER_CONFIG, format!("{tokenizer_config:#}\n")),
     ];
-    draft::write_folder(output, |folder| {
+    write_folder(output, |folder| {
         for (name, content) in &files {
             let path = folder.join(name);
             fs::write(&path, content).map_err(Error::io(&path))?;

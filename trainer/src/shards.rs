@@ -7,6 +7,7 @@
 use crate::examples::Example;
 use crate::objective::Sums;
 use crate::processes::{Processes, part};
+use crate::record::Pair;
 use crate::{Error, Result};
 
 /// How the examples of a run are shared out.
@@ -37,18 +38,23 @@ impl<'a> Shards<'a> {
         Self { processes, count, sum }
     }
 
-    /// Sums over all examples. All processes have to call it.
+    /// Sums over all examples, and what pairs got, in their order. All processes have to call it.
     pub(crate) fn measure<'e>(
         &self,
         examples: &[&'e Example],
-        mut compute: impl FnMut(Vec<&'e Example>) -> Result<Sums>,
-    ) -> Result<Sums> {
-        let mut sums = Sums::default();
+        mut compute: impl FnMut(Vec<&'e Example>) -> Result<(Sums, Vec<Pair>)>,
+    ) -> Result<(Sums, Vec<Pair>)> {
+        let (mut sums, mut pairs) = (Sums::default(), Vec::new());
         for shard in self.own() {
-            let own = self.processes.agree(compute(cut(examples, shard, self.count)))?;
+            let (own, scores) = self.processes.agree(compute(cut(examples, shard, self.count)))?;
             sums.add_all(&self.processes.gather(own.to_numbers()));
+            let scores: Vec<f64> = scores.iter().flat_map(|pair| [pair.chosen, pair.rejected]).collect();
+            let all = self.processes.gather_list(scores);
+            pairs.extend(
+                all.as_chunks::<2>().0.iter().map(|[chosen, rejected]| Pair { chosen: *chosen, rejected: *rejected }),
+            );
         }
-        Ok(sums)
+        Ok((sums, pairs))
     }
 
     /// Sums over all examples, and in `gradient` the sum of the shards' gradients; `compute` adds one of them to the
@@ -144,7 +150,13 @@ mod tests {
         let examples: Vec<&Example> = texts.iter().collect();
         for count in [1, 3, 9] {
             let shards = Shards::new(&Processes::Alone, count, 0);
-            assert_eq!(shards.measure(&examples, |shard| Ok(measured(&shard))).unwrap().tokens, 28);
+            let compute = |shard: Vec<&Example>| {
+                let pair = |tokens: usize| Pair { chosen: tokens as f64, rejected: 0.0 };
+                Ok((measured(&shard), lengths(&shard).into_iter().map(pair).collect()))
+            };
+            let (sums, pairs) = shards.measure(&examples, compute).unwrap();
+            assert_eq!(sums.tokens, 28);
+            assert_eq!(pairs.iter().map(|pair| pair.chosen as usize).collect::<Vec<_>>(), lengths(&examples));
         }
     }
 }

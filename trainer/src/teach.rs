@@ -19,6 +19,7 @@ use plumb_model::text::{
 use crate::data::{Counts, dialogue};
 use crate::examples::{Example, Examples, Side, Teacher};
 use crate::input::{BadLines, Lines};
+use crate::output::unfinished;
 use crate::store::{Store, Writer};
 use crate::{Error, Result};
 
@@ -86,7 +87,7 @@ pub fn teach(source: &Source, files: &[PathBuf], output: &Path, options: &TeachO
     let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr());
     bar.enable_steady_tick(Duration::from_millis(200));
     let (mut class, mut counts) = (Class::new(&model, options)?, Counts::default());
-    let unfinished = output.with_extension("unfinished");
+    let unfinished = unfinished(output);
     let mut writer = Writer::create(&unfinished)?;
     writer.push(&header(&model.text))?;
     let (mut bad, mut waiting, start) = (BadLines::at_most(options.max_bad_lines), Vec::new(), Instant::now());

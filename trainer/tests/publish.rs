@@ -59,8 +59,10 @@ fn a_published_version_loads_and_is_what_was_published() {
         assert_eq!(value(&out, "published"), text(&folder));
         let manifest = Manifest::read(&folder).unwrap().unwrap();
         manifest.verify(&folder).unwrap();
-        let files: Vec<&String> = manifest.files().keys().collect();
-        assert_eq!(files, names(&source).iter().collect::<Vec<_>>());
+        let mut expected = names(&source);
+        expected.push("README.md".to_owned());
+        expected.sort();
+        assert_eq!(manifest.files().keys().cloned().collect::<Vec<_>>(), expected);
 
         let (code, inspected, _) = run(&["inspect", text(&folder)]);
         assert_eq!(code, 0);
@@ -179,4 +181,78 @@ fn a_command_line_that_makes_no_sense_is_64() {
         assert!(err.contains(words), "{arguments:?}: {err}");
     }
     assert_eq!(run(&["--help"]).0, 0);
+}
+
+/// `results.json` of an evaluation.
+fn results(digest: &str) -> String {
+    serde_json::json!({
+        "plumb": "0.1.0",
+        "task": "pairs",
+        "model": {"kind": "preference", "source": "x", "dtype": "bf16", "weights_digest": digest},
+        "results": [
+            {"name": "helpful | <b>", "metric": "accuracy", "score": "reward", "value": 0.75, "low": 0.7, "high": 0.8, "n": 1200},
+            {"name": "all", "metric": "mean margin", "value": -0.25, "low": null, "high": null, "n": 1200},
+        ],
+    })
+    .to_string()
+}
+
+#[test]
+fn a_card_is_published_with_scores() {
+    let root = tempfile::tempdir().unwrap();
+    let source = fixture("llama-pm");
+    let inspection = plumb_trainer::inspect(&Source { model: text(&source).to_owned(), ..Source::default() }).unwrap();
+    let file = root.path().join("results.json");
+    std::fs::write(&file, results(&inspection.info.weights_digest)).unwrap();
+    let arguments = ["publish", text(&source), text(root.path()), "--name", "pm", "--results", text(&file)];
+    let (code, out, err) = run(&arguments);
+    assert_eq!((code, err.as_str()), (0, ""));
+    assert_eq!(value(&out, "digest"), inspection.info.weights_digest, "a card does not change what is scored");
+    let card = std::fs::read_to_string(root.path().join("pm/1/README.md")).unwrap();
+    for part in [
+        "---\nlibrary_name: transformers\npipeline_tag: text-classification\n",
+        "metrics:\n- \"accuracy\"\n- \"mean margin\"\n",
+        "model-index:\n- name: \"pm\"\n",
+        "      name: \"pairs, helpful | <b>, reward\"\n      type: \"pairs-helpful-b-reward\"\n",
+        "    - type: \"accuracy\"\n      value: 0.75\n      name: \"accuracy, 95 % interval 0.7000 to 0.8000, n = 1200\"\n",
+        "| helpful \\| &lt;b&gt; | accuracy | reward | 0.7500 | 0.7000 to 0.8000 | 1,200 |\n",
+        "| all | mean margin |  | -0.2500 |  | 1,200 |\n",
+        "| architecture | LlamaForSequenceClassification |\n",
+        "AutoModelForSequenceClassification",
+    ] {
+        assert!(card.contains(part), "{part} is not in {card}");
+    }
+
+    std::fs::write(&file, results(&"0".repeat(64))).unwrap();
+    let (code, _, err) = run(&arguments);
+    assert!(code == 1 && err.contains("results of another model"), "{err}");
+    std::fs::write(&file, "{\"results\": [{\"name\": \"all\"}]}").unwrap();
+    let (code, _, err) = run(&arguments);
+    assert!(code == 1 && err.contains("missing field `metric`"), "{err}");
+    assert_eq!(names(&root.path().join("pm")), ["1"], "nothing else was published");
+}
+
+#[test]
+fn a_card_of_somebody_else_stays() {
+    let root = tempfile::tempdir().unwrap();
+    let source = copy("llama-pm");
+    std::fs::write(source.path().join("README.md"), "# Mine\n").unwrap();
+    let publish =
+        |more: &[&str]| run(&[&["publish", text(source.path()), text(root.path()), "--name", "pm"], more].concat());
+    assert_eq!(publish(&[]).0, 0);
+    assert_eq!(std::fs::read_to_string(root.path().join("pm/1/README.md")).unwrap(), "# Mine\n");
+    let (code, _, err) = publish(&["--results", "results.json"]);
+    assert!(code == 1 && err.contains("README.md of its own"), "{err}");
+
+    // That of a run gives way, that of a version does not: it may hold scores.
+    let mark =
+        "<!-- Written by plumb-train run. plumb-train publish writes it anew: to keep changes, take this line out. -->";
+    std::fs::write(source.path().join("README.md"), format!("# run\n\n{mark}\n")).unwrap();
+    assert_eq!(publish(&[]).0, 0);
+    let published = std::fs::read_to_string(root.path().join("pm/2/README.md")).unwrap();
+    assert!(published.contains("\n# pm\n") && !published.contains("<!--"), "{published}");
+    let version = root.path().join("pm/2");
+    let again = ["publish", text(&version), text(root.path()), "--name", "other"];
+    assert_eq!(run(&again).0, 0);
+    assert_eq!(std::fs::read_to_string(root.path().join("other/1/README.md")).unwrap(), published);
 }

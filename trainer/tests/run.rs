@@ -111,6 +111,25 @@ fn a_preference_model_learns_and_is_what_a_server_loads() {
     assert!(last["language_loss"].as_f64() < dev[0]["language_loss"].as_f64(), "{last}");
     assert!(String::from_utf8_lossy(&output.stdout).contains("accuracy   1.0000"));
 
+    // What each pair got, for who wants to look closer.
+    let pairs = fs::read_to_string(work.path("run").join("dev.jsonl")).unwrap();
+    let pairs: Vec<Value> = pairs.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let margin = |pair: &Value| pair["chosen"].as_f64().unwrap() - pair["rejected"].as_f64().unwrap();
+    let mean = pairs.iter().map(margin).sum::<f64>() / 16.0;
+    assert!(pairs.len() == 16 && (mean - last["margin"].as_f64().unwrap()).abs() < 1e-9, "{mean} {last}");
+
+    // A page for people, and a card that goes with the checkpoint.
+    let page = fs::read_to_string(work.path("run").join("report.html")).unwrap();
+    for part in
+        ["100.0 % (80.6 to 100.0 %) of 16 pairs", "Calibration of sigmoid(margin)", "Gradient norm", "epochs = 8"]
+    {
+        assert!(page.contains(part), "{part}");
+    }
+    assert!(!page.contains("<script") && !page.contains("src=") && !page.contains("href="), "it needs nothing else");
+    let card = fs::read_to_string(work.path("run").join("checkpoint/README.md")).unwrap();
+    assert!(card.contains("| accuracy | 100.0 % (80.6 to 100.0 %) of 16 pairs |"), "{card}");
+    assert!(!card.contains(work.0.path().to_str().unwrap()), "a card tells no places of the machine: {card}");
+
     let model = work.path("run").join("checkpoint").to_str().unwrap().to_owned();
     let model = LoadedModel::load(&Source { model, ..Source::default() }, &options_of(DTypeChoice::Auto)).unwrap();
     assert_eq!(model.info.kind, ModelKind::Preference);
@@ -126,6 +145,13 @@ fn the_same_recipe_gives_the_same_bits_on_any_number_of_threads_and_after_an_int
     assert!(work.weights("unbroken") == work.weights("again"), "two threads");
     work.run("recomputed", &[&options[..], &["--checkpointing"]].concat());
     assert!(work.weights("unbroken") == work.weights("recomputed"), "layers computed again");
+
+    // What each dev pair got has the order of the data, however they go through the decoder.
+    let still = |output: &str, tokens: &str| {
+        work.run(output, &["--lr", "0", "--max-steps", "1", "--micro-batch-tokens", tokens]);
+        fs::read(work.path(output).join("dev.jsonl")).unwrap()
+    };
+    assert!(still("small", "60") == still("large", "8192"), "parts of other sizes");
 
     // Killed in the middle of an epoch.
     let mut child = work.command("broken", &options).stderr(Stdio::null()).stdout(Stdio::null()).spawn().unwrap();
@@ -178,7 +204,39 @@ fn imitation_and_language_models_learn_too() {
         let first = &metrics[0];
         assert!(last["loss"].as_f64().unwrap() < 0.6 * first["loss"].as_f64().unwrap(), "{first} {last}");
         assert_eq!(last["accuracy"], 1.0, "{last}");
+        let page = fs::read_to_string(work.path(objective).join("report.html")).unwrap();
+        assert!(page.contains("Log-likelihoods") && !page.contains("Calibration"));
+        let card = fs::read_to_string(work.path(objective).join("checkpoint/README.md")).unwrap();
+        assert!(card.contains("pipeline_tag: text-generation") && card.contains("AutoModelForCausalLM"), "{card}");
     }
+}
+
+#[test]
+fn a_report_is_made_of_what_is_there() {
+    let work = Work::new();
+    let report =
+        |folder: &Path| Command::new(env!("CARGO_BIN_EXE_plumb-train")).arg("report").arg(folder).output().unwrap();
+    let folder = work.path("run <1>");
+    fs::create_dir(&folder).unwrap();
+    let output = report(&folder);
+    let error = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(
+        output.status.code() == Some(1) && error.contains("recipe.toml: not there: name the folder of a run"),
+        "{error}"
+    );
+
+    // Of a run that is going on, or was killed: the last line is half a line.
+    fs::write(folder.join("recipe.toml"), "objective = \"preference\"\ninit = \"<script>\"\n").unwrap();
+    let page = || fs::read_to_string(folder.join("report.html")).unwrap();
+    assert!(report(&folder).status.success() && page().contains("0 steps"), "before the first step");
+    let lines = (1..=3).map(|step| format!("{{\"split\":\"train\",\"step\":{step},\"loss\":0.5,\"novel <b>\":1}}\n"));
+    fs::write(folder.join("metrics.jsonl"), lines.collect::<String>() + "{\"split\":\"tr").unwrap();
+    assert!(report(&folder).status.success());
+    for part in ["<title>run &lt;1&gt;</title>", "&lt;script&gt;", "3 steps", "could not be read: 1", "novel &lt;b&gt;"]
+    {
+        assert!(page().contains(part), "{part} is not in {}", page());
+    }
+    assert!(!page().contains("<script") && !page().contains("<b>") && !page().contains("On the dev data"));
 }
 
 #[test]

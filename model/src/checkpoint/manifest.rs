@@ -129,12 +129,19 @@ pub(super) fn verified_digests(folder: &Path, read: &[String]) -> Result<BTreeMa
 /// Copies a checkpoint to `<root>/<model>/<version>/` and returns that folder. Without a `version` it becomes the one
 /// after the highest there, or 1.
 ///
-/// The copy is made in a hidden folder beside the versions, which a crash may leave behind and nothing reads.
+/// The copy is made in a hidden folder beside the versions, which a crash may leave behind and nothing reads. Files of
+/// `added`, by name and content, are written beside the copies, in place of those that have the same name.
 ///
 /// # Errors
 /// [`Error::InvalidInput`] for an unusable model name or a version that exists; [`Error::MissingFile`] if `source`
 /// holds no `config.json`.
-pub fn publish(source: &Path, root: &Path, model: &str, version: Option<u64>) -> Result<PathBuf> {
+pub fn publish(
+    source: &Path,
+    root: &Path,
+    model: &str,
+    version: Option<u64>,
+    added: &[(&str, &str)],
+) -> Result<PathBuf> {
     if !is_file_name(model) || model.starts_with('.') {
         return Err(Error::InvalidInput(format!("`{model}` cannot be the name of a model: it has to name one folder")));
     }
@@ -149,9 +156,18 @@ pub fn publish(source: &Path, root: &Path, model: &str, version: Option<u64>) ->
 
     let draft = Draft::new(&versions)?;
     for (name, path) in files_of(source)? {
-        if name != MANIFEST {
+        if name != MANIFEST && added.iter().all(|(other, _)| name != *other) {
             copy_synced(&path, &draft.0.join(name))?;
         }
+    }
+    for (name, content) in added {
+        let path = draft.0.join(name);
+        let write = || {
+            let mut file = File::create(&path)?;
+            file.write_all(content.as_bytes())?;
+            file.sync_all()
+        };
+        write().map_err(|error| io(&path, error))?;
     }
     Manifest::write(&draft.0)?;
 

@@ -71,7 +71,7 @@ fn the_digest_follows_every_file_that_is_read() {
 #[test]
 fn publishing_numbers_versions_and_never_replaces_one() {
     let root = tempfile::tempdir().unwrap();
-    let publish = |version| publish(&fixture("llama-pm"), root.path(), "pm", version);
+    let publish = |version| publish(&fixture("llama-pm"), root.path(), "pm", version, &[]);
     let versions = root.path().join("pm");
     assert_eq!(publish(None).unwrap(), versions.join("1"));
     assert_eq!(publish(Some(7)).unwrap(), versions.join("7"));
@@ -86,10 +86,25 @@ fn publishing_numbers_versions_and_never_replaces_one() {
 }
 
 #[test]
+fn files_that_are_added_are_listed_and_take_the_place_of_others() {
+    let root = tempfile::tempdir().unwrap();
+    let copy = Copy::of("llama-pm");
+    copy.write("README.md", "old");
+    let added = [("README.md", "new"), ("notes.txt", "added")];
+    let folder = publish(copy.path(), root.path(), "pm", None, &added).unwrap();
+    for (name, content) in added {
+        assert_eq!(std::fs::read_to_string(folder.join(name)).unwrap(), content);
+    }
+    let manifest = Manifest::read(&folder).unwrap().unwrap();
+    assert!(added.iter().all(|(name, _)| manifest.files().contains_key(*name)));
+    manifest.verify(&folder).unwrap();
+}
+
+#[test]
 fn two_that_publish_at_once_get_two_versions() {
     let root = tempfile::tempdir().unwrap();
     let folders: Vec<_> = std::thread::scope(|scope| {
-        let publish = || publish(&fixture("qwen2-pm"), root.path(), "pm", None).unwrap();
+        let publish = || publish(&fixture("qwen2-pm"), root.path(), "pm", None, &[]).unwrap();
         let threads: Vec<_> = (0..4).map(|_| scope.spawn(publish)).collect();
         threads.into_iter().map(|thread| thread.join().unwrap()).collect()
     });
@@ -102,7 +117,7 @@ fn two_that_publish_at_once_get_two_versions() {
 fn what_cannot_be_published_leaves_nothing() {
     let root = tempfile::tempdir().unwrap();
     let refused = |source: &Path, name: &str, word: &str| {
-        let error = publish(source, root.path(), name, None).unwrap_err().to_string();
+        let error = publish(source, root.path(), name, None, &[]).unwrap_err().to_string();
         assert!(error.contains(word), "`{word}` is not in: {error}");
     };
     for name in ["", "..", "a/b", ".hidden"] {

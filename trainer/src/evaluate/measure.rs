@@ -166,7 +166,7 @@ const BINS: usize = 18;
 
 /// The calibration of `sigmoid(margin)` as the probability that the first side is better, each margin being chosen minus
 /// rejected. Which side is first is drawn for every pair, the same for a seed. `None` without pairs.
-pub(super) fn calibration(margins: &[f64], seed: u64) -> Option<Calibration> {
+pub(crate) fn calibration(margins: &[f64], seed: u64) -> Option<Calibration> {
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
     let mut bins = [(0.0, 0.0, 0_u64); BINS];
     for margin in margins {

@@ -31,8 +31,10 @@ use self::scorer::{How, Outcome, Scorer};
 use crate::input::BadLines;
 use crate::{Error, Result};
 
+pub(crate) use measure::calibration;
 pub use measure::{ALL, Bin, Calibration, Measurement};
 pub use options::{ChatFormat, Form, HhhPrompt, Objective, Options, Task};
+pub(crate) use plots::calibration_plot;
 pub use scorer::Model;
 
 /// Texts that are rendered and scored together: so many are in memory as tokens.

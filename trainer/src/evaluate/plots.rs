@@ -1,7 +1,7 @@
 //! Plots of an evaluation: calibration, what was measured by category, and the best of k samples.
 
 use super::Evaluation;
-use super::measure::{Bin, Measurement};
+use super::measure::{Bin, Calibration, Measurement};
 use crate::Result;
 use crate::plot::{self, Estimate, Group, Labels, Point, Series};
 
@@ -13,7 +13,7 @@ pub(super) fn draw(evaluation: &Evaluation) -> Result<Vec<(String, String)>> {
         let score = curve.score.as_deref().unwrap_or_default();
         let title = format!("Calibration by {score}, expected error {:.3}", curve.error);
         let name = if several { format!("calibration {score}") } else { "calibration".to_owned() };
-        plots.push((file_name(&name), plot::calibration(&title, &bins(&curve.bins))?));
+        plots.push((file_name(&name), calibration_plot(&title, curve)?));
     }
     for metric in ["accuracy", "group accuracy", "section score", "elo"] {
         plots.extend(by_category(evaluation, metric)?.map(|text| (file_name(metric), text)));
@@ -27,13 +27,14 @@ fn file_name(name: &str) -> String {
     name.chars().map(dashed).collect::<String>().replace("--", "-") + ".svg"
 }
 
-fn bins(bins: &[Bin]) -> Vec<plot::Bin> {
+/// A calibration curve, with intervals.
+pub(crate) fn calibration_plot(title: &str, curve: &Calibration) -> Result<String> {
     let bin = |bin: &Bin| {
         // Pairs of a bin are taken for independent.
         let interval = plumb_client::stats::wilson(bin.observed * bin.n as f64, bin.n);
         plot::Bin { predicted: bin.predicted, observed: Estimate { value: bin.observed, interval }, count: bin.n }
     };
-    bins.iter().map(bin).collect()
+    plot::calibration(title, &curve.bins.iter().map(bin).collect::<Vec<_>>())
 }
 
 fn estimate(measured: &Measurement) -> Estimate {

@@ -1,15 +1,14 @@
 //! What an evaluation leaves: a table for people, JSON for programs.
 
 use std::fs;
-use std::io::Write as _;
 use std::path::Path;
 
 use tabled::builder::Builder;
 use tabled::settings::{Padding, Style};
-use tempfile::NamedTempFile;
 
 use super::plots;
 use super::{Evaluation, Measurement, Task};
+use crate::output::write_file;
 use crate::{Error, Result};
 
 /// Files of a result.
@@ -20,20 +19,11 @@ pub(super) fn write(folder: &Path, evaluation: &Evaluation) -> Result<()> {
     fs::create_dir_all(folder).map_err(Error::io(folder))?;
     let lines: String = evaluation.lines.iter().map(|line| format!("{line}\n")).collect();
     let [results, items] = OUTPUTS;
-    write_whole(&folder.join(items), &lines)?;
+    write_file(&folder.join(items), &lines)?;
     for (name, plot) in plots::draw(evaluation)? {
-        write_whole(&folder.join(name), &plot)?;
+        write_file(&folder.join(name), &plot)?;
     }
-    write_whole(&folder.join(results), &format!("{:#}\n", evaluation.to_json()))
-}
-
-/// Writes a file whole or not at all.
-fn write_whole(path: &Path, text: &str) -> Result<()> {
-    let folder = path.parent().unwrap_or(Path::new("."));
-    let mut file = NamedTempFile::new_in(folder).map_err(Error::io(folder))?;
-    file.write_all(text.as_bytes()).and_then(|()| file.as_file().sync_all()).map_err(Error::io(path))?;
-    file.persist(path).map_err(|error| Error::io(path)(error.error))?;
-    Ok(())
+    write_file(&folder.join(results), &format!("{:#}\n", evaluation.to_json()))
 }
 
 /// The numbers, and what was left out.

@@ -39,7 +39,7 @@ impl Ranged for Axis {
 
     fn map(&self, value: &f64, (first, last): (i32, i32)) -> i32 {
         let (low, high) = self.range;
-        first + (f64::from(last - first) * (value - low) / (high - low)).round() as i32
+        first.saturating_add((f64::from(last - first) * (value - low) / (high - low)).round() as i32)
     }
 
     fn key_points<Hint: KeyPointHint>(&self, _: Hint) -> Vec<f64> {

@@ -6,6 +6,7 @@ use plotters::coord::Shift;
 use plotters::drawing::{DrawingArea, DrawingAreaErrorKind, IntoDrawingArea as _};
 use plotters::element::{Circle, PathElement, Rectangle, Text};
 use plotters::prelude::Cartesian2d;
+use plotters::style::text_anchor::{HPos, Pos, VPos};
 use plotters::style::{BLACK, Color as _, IntoFont as _, RGBColor, TextStyle, WHITE};
 
 use super::Labels;
@@ -37,6 +38,14 @@ pub(super) enum Mark {
     Area,
 }
 
+/// A line of the legend.
+#[derive(Clone, Debug)]
+pub(super) struct Entry {
+    pub(super) colour: RGBColor,
+    pub(super) mark: Mark,
+    pub(super) name: String,
+}
+
 /// A plot without its data.
 pub(super) struct Frame<'a> {
     labels: Labels<'a>,
@@ -50,7 +59,7 @@ pub(super) struct Frame<'a> {
     pub(super) square: bool,
     /// Names of rows, from top to bottom, in place of a y axis.
     pub(super) rows: Option<&'a [String]>,
-    pub(super) legend: Vec<(RGBColor, Mark, String)>,
+    pub(super) legend: Vec<Entry>,
 }
 
 impl<'a> Frame<'a> {
@@ -119,7 +128,9 @@ impl<'a> Frame<'a> {
     /// Axes a little longer than the data.
     fn axes(&self, x: (f64, f64), y: (f64, f64)) -> (Axis, Axis) {
         let wider = |(low, high): (f64, f64)| {
-            let room = if high > low { 0.04 * (high - low) } else { (0.1 * high.abs()).max(1e-3) };
+            // What differs by rounding only is drawn as if it were equal.
+            let equal = high - low <= 1e-9 * high.abs().max(low.abs()).max(1e-100);
+            let room = if equal { (0.1 * high.abs()).max(1e-3) } else { 0.04 * (high - low) };
             (low - room, high + room)
         };
         let ((left, right), (bottom, top)) = (wider(x), wider(y));
@@ -135,12 +146,12 @@ impl<'a> Frame<'a> {
     }
 
     /// Entries of the legend with where they begin, as many in a row as fit.
-    fn legend_rows(&self, area: &Area<'_>) -> Vec<Vec<(i32, &(RGBColor, Mark, String))>> {
+    fn legend_rows(&self, area: &Area<'_>) -> Vec<Vec<(i32, &Entry)>> {
         let width = area.dim_in_pixel().0 as i32;
         let mut rows: Vec<Vec<_>> = Vec::new();
         let mut at = i32::MAX;
         for entry in &self.legend {
-            let needed = SCALE as i32 * (44 + 7 * shortened(&entry.2).chars().count() as i32);
+            let needed = SCALE as i32 * (44 + 7 * shortened(&entry.name).chars().count() as i32);
             if at.saturating_add(needed) > width {
                 rows.push(Vec::new());
                 at = SCALE as i32 * 76;
@@ -154,7 +165,7 @@ impl<'a> Frame<'a> {
     fn draw_legend(&self, area: &Area<'_>) -> std::result::Result<(), Failed> {
         for (row, entries) in self.legend_rows(area).iter().enumerate() {
             let y = (SCALE * (row as u32 * ROW + ROW / 2)) as i32;
-            for (x, (colour, mark, name)) in entries {
+            for (x, Entry { colour, mark, name }) in entries {
                 match mark {
                     Mark::Line => area.draw(&PathElement::new(vec![(*x, y), (x + 36, y)], colour.stroke_width(5)))?,
                     Mark::Dot => area.draw(&Circle::new((x + 18, y), 9, colour.filled()))?,
@@ -162,12 +173,8 @@ impl<'a> Frame<'a> {
                         area.draw(&Rectangle::new([(x + 6, y - 10), (x + 30, y + 10)], colour.mix(0.6).filled()))?
                     }
                 }
-                let style = font(12, BLACK);
-                let centred = plotters::style::text_anchor::Pos::new(
-                    plotters::style::text_anchor::HPos::Left,
-                    plotters::style::text_anchor::VPos::Center,
-                );
-                area.draw(&Text::new(shortened(name), (x + 46, y), style.pos(centred)))?;
+                let style = font(12, BLACK).pos(Pos::new(HPos::Left, VPos::Center));
+                area.draw(&Text::new(shortened(name), (x + 46, y), style))?;
             }
         }
         Ok(())
@@ -195,5 +202,6 @@ fn shortened(name: &str) -> String {
 
 fn range(numbers: impl Iterator<Item = f64>) -> Option<(f64, f64)> {
     let wider = |range: Option<(f64, f64)>, x: f64| range.map_or((x, x), |(low, high)| (low.min(x), high.max(x)));
-    numbers.filter(|x| x.is_finite()).fold(None, |range, x| Some(wider(range, x)))
+    // Beyond, differences are no numbers any more.
+    numbers.filter(|x| x.abs() < 1e300).fold(None, |range, x| Some(wider(range, x)))
 }

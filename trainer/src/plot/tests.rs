@@ -123,6 +123,25 @@ fn what_is_predicted_right_lies_on_the_diagonal() {
 }
 
 #[test]
+fn no_number_is_too_large_or_too_close_to_another() {
+    let cases = [
+        [1.0, 1.0],
+        [0.0, 5e-324],
+        [-5e-324, 5e-324],
+        [1.0, 1.0 + f64::EPSILON],
+        [f64::MAX, f64::MIN],
+        [1e299, -1e299],
+    ];
+    for [a, b] in cases {
+        for log_x in [false, true] {
+            let series = Series::new("train", [(a, b), (b, a), (1.0, 2.0)]);
+            assert!(lines(&LABELS, log_x, &[series]).unwrap().contains("polyline"), "{a} {b}");
+        }
+        histograms(&LABELS, &[("chosen", &[a, b])]).unwrap();
+    }
+}
+
+#[test]
 fn no_data_is_said() {
     let none = lines(&LABELS, false, &[Series::new("train", [(f64::NAN, 1.0)])]).unwrap();
     let nothing = [histograms(&LABELS, &[]), categories(&LABELS, &[], &[], None)].map(Result::unwrap);

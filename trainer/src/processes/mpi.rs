@@ -98,6 +98,16 @@ impl World {
         all.to_vec()
     }
 
+    pub(super) fn gather_list(&self, own: &[f64]) -> Vec<f64> {
+        let lengths = self.gather([own.len() as f64]).into_iter().map(|[len]| len as Count);
+        let mut start = 0;
+        let (counts, starts): (Vec<Count>, Vec<Count>) = lengths.map(|len| (len, (start, start += len).0)).unzip();
+        let mut all = vec![0.0; start as usize];
+        let mut receive = PartitionMut::new(&mut all[..], &counts[..], &starts[..]);
+        self.all().all_gather_varcount_into(own, &mut receive);
+        all
+    }
+
     pub(super) fn share(&self, len: usize) -> usize {
         let block = self.count * PIECE;
         let blocks = (0..len).step_by(block).map(|start| block.min(len - start));
