@@ -42,6 +42,10 @@ def make(seed):
     good, bad = ranking[: len(ranking) // 2], ranking[len(ranking) // 2 :]
     sets["binary"] = binary(good, bad, rng)
     shared["binary"] = agreement(ranking, {symbol: symbol in bad for symbol in ranking})
+    # Not in the paper: the same pairs in an order that says nothing of the control's.
+    unrelated = {symbol: at for at, symbol in enumerate(rng.sample(SYMBOLS, len(SYMBOLS)))}
+    sets["unrelated"] = texts(sorted(pair, key=unrelated.get) for pair in pretraining)
+    shared["unrelated"] = agreement(ranking, unrelated)
     shared["none"] = 0.5
     return {"sets": sets, "shared": shared}
 

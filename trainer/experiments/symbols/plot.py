@@ -36,7 +36,9 @@ COLOURS = {
     "T4": "#a9cdea",
     "binary": "#d2691e",
     "none": "#555555",
+    "unrelated": "#aaaaaa",
 }
+LINES = {"none": "--", "unrelated": ":"}
 TICKS = {100: "100", 200: "200", 500: "500", 1000: "1k", 2000: "2k", 5000: "5k", 10000: "10k", 18000: "18k"}
 
 
@@ -46,12 +48,13 @@ def main():
         figure, (ours, paper) = pyplot.subplots(ncols=2, sharey=True, figsize=(9.6, 4.2))
         for name, colour in COLOURS.items():
             found = tables.values(results, name)
-            style = {"color": colour, "markersize": 4, "linestyle": "--" if name == "none" else "-", "marker": "o"}
+            style = {"color": colour, "markersize": 4, "linestyle": LINES.get(name, "-"), "marker": "o"}
             points = [found[pairs] for pairs in tables.COUNTS]
             ours.plot(tables.COUNTS, [statistics.mean(point) for point in points], label=name, **style)
             low, high = zip(*((min(point), max(point)) for point in points), strict=True)
             ours.fill_between(tables.COUNTS, low, high, color=colour, alpha=0.18, linewidth=0)
-            paper.plot(tables.COUNTS, [tables.PAPER[name][str(pairs)] for pairs in tables.COUNTS], **style)
+            if name in tables.PAPER:
+                paper.plot(tables.COUNTS, [tables.PAPER[name][str(pairs)] for pairs in tables.COUNTS], **style)
         seeds = len({curve["seed"] for curve in results["curves"]})
         ours.set_title(f"3.1M parameters, mean and range of {seeds} seeds", fontsize=10)
         paper.set_title("13B parameters (Askell et al. 2021, figure 33)", fontsize=10)

@@ -14,6 +14,7 @@ TITLES = {
     "binary": "binary",
     "none": "none",
     "T4": "T4, 640",
+    "unrelated": "unrelated ranking",
 }
 COUNTS = [int(pairs) for pairs in PAPER["none"]]
 # What the paper's figure says of few pairs: (more, less).
@@ -31,13 +32,16 @@ def render(results, path):
 
 
 def accuracies(results):
-    """A row of ours and one of the paper's for every pretraining set."""
+    """For every pretraining set a row of means, one of ranges, and one of the paper's figures."""
     rows = [["pretraining on", "", "shared", "0", *(f"{pairs:,}" for pairs in COUNTS)]]
     for name, title in TITLES.items():
         share = statistics.mean(curve["shared"] for curve in of(results, name))
         found = values(results, name)
-        rows.append([title, "here", f"{share:.3f}", *(cell(found.get(pairs)) for pairs in (0, *COUNTS))])
-        rows.append(["", "paper", "", "", *(f"{PAPER[name][str(pairs)]:.3f}" for pairs in COUNTS)])
+        points = [found.get(pairs) for pairs in (0, *COUNTS)]
+        rows.append([title, "here", f"{share:.3f}", *(f"**{statistics.mean(p):.3f}**" if p else "" for p in points)])
+        rows.append(["", "range", "", *(f"{min(p):.2f} to {max(p):.2f}" if p else "" for p in points)])
+        if name in PAPER:
+            rows.append(["", "paper", "", "", *(f"{PAPER[name][str(pairs)]:.3f}" for pairs in COUNTS)])
     return table(rows)
 
 
@@ -67,13 +71,6 @@ def values(results, name):
 
 def of(results, name):
     return [curve for curve in results["curves"] if curve["pretraining"] == name]
-
-
-def cell(found):
-    """Mean and range."""
-    if not found:
-        return ""
-    return f"**{statistics.mean(found):.3f}** ({min(found):.3f} to {max(found):.3f})"
 
 
 def table(rows):

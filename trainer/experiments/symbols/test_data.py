@@ -33,7 +33,7 @@ class Sets(unittest.TestCase):
 
     def test_scrambled_sets_differ_in_order_alone(self):
         first = [symbols(pair) for pair in self.sets["T1"]]
-        for name in ("T2", "T3", "T4"):
+        for name in ("T2", "T3", "T4", "unrelated"):
             self.assertEqual([symbols(pair) for pair in self.sets[name]], first)
 
     def test_more_transpositions_share_less(self):
@@ -42,6 +42,7 @@ class Sets(unittest.TestCase):
         # An exchange of two symbols d places apart turns 2d - 1 of the 228,150 pairs, about 450 on average.
         self.assertAlmostEqual(shares[0], 1 - 10 * 450 / 228150, delta=0.01)
         self.assertLess(shares[3], 0.6)
+        self.assertAlmostEqual(self.made["shared"]["unrelated"], 0.5, delta=0.06)
 
     def test_halves_share_three_quarters(self):
         # All pairs across the middle, and half of the others.
