@@ -1,7 +1,7 @@
 """Runs the symbol experiment: pretraining on each set, then fine-tuning on T0, for every seed.
 
 Needs Python 3.11 or newer, and `plumb-train`. What is done is not done again, and a run that was interrupted goes on.
-At the end results.json holds the figures of all seeds, and README.md the tables.
+At the end results.json holds the figures of the seeds that were named, and README.md the tables.
 """
 
 import argparse
@@ -20,6 +20,8 @@ HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE.parents[2]
 MODEL = ROOT / "server/models/lm"
 RECIPE = HERE / "recipe.toml"
+OPTIONS = tomllib.loads(RECIPE.read_text())
+BATCH = OPTIONS["batch"]
 # The first two suffice to see whether something is wrong. The last is not in the paper.
 CONDITIONS = ("none", "T1", "binary", "T2", "T3", "T4", "unrelated")
 # Fine-tuning up to so many pairs, measured every so many. A shorter run is the beginning of the longer ones.
@@ -76,9 +78,9 @@ class Experiment:
     def train(self, seed, name, init, train, *options):
         """The folder of a run, which is made if it is not there."""
         folder = self.work / f"seed-{seed}"
-        run, files = folder / name, folder / "data"
+        run = folder / name
         if not (run / "checkpoint").is_dir():
-            files = ("--train", files / f"{train}.jsonl", "--dev", files / "test.jsonl")
+            files = ("--train", folder / f"data/{train}.jsonl", "--dev", folder / "data/test.jsonl")
             where = ("--init", init, "--output", run, "--seed", seed, "--threads", self.threads)
             argv = [*self.program, "run", "--config", RECIPE, *where, *files, *options]
             subprocess.run([str(word) for word in argv], check=True, stdout=subprocess.DEVNULL)
@@ -103,12 +105,9 @@ def describe():
     return {
         "model": str(MODEL.relative_to(ROOT)),
         "sha256": hashlib.sha256(weights).hexdigest(),
-        "recipe": tomllib.loads(RECIPE.read_text()),
+        "recipe": OPTIONS,
         "pairs": {"test": data.TEST_PAIRS, "pretraining": data.PRETRAINING_PAIRS, "finetuning": data.FINETUNING_PAIRS},
     }
-
-
-BATCH = tomllib.loads(RECIPE.read_text())["batch"]
 
 
 def keep(path, content):
