@@ -226,7 +226,7 @@ fn hhh_by_category_objective_and_prompt() {
     let files = ["helpful.task.json", "honest.task.json"];
     let prompts = ["--hhh-prompt", "none", "--hhh-prompt", "short"];
     let (found, items) = work.evaluate("hhh", &files, "../../server/models/lm", &prompts);
-    assert_eq!((items.len(), &found["failed"], found["results"].as_array().unwrap().len()), (16, &json!(0), 2 * 3 * 7));
+    assert_eq!((items.len(), &found["failed"], found["results"].as_array().unwrap().len()), (16, &json!(0), 2 * 3 * 6));
     for score in ["mutual information", "mean", "sum"] {
         for score in [score.to_owned(), format!("{score}, short HHH prompt")] {
             for (name, n) in [("helpful", 4), ("honest", 4), ("all", 8)] {
@@ -236,7 +236,7 @@ fn hhh_by_category_objective_and_prompt() {
     }
     // The full prompt does not fit: its items fail, the others are measured.
     let (found, _) = work.evaluate("hhh", &files, "llama-lm", &["--hhh-prompt", "none", "--hhh-prompt", "full"]);
-    assert_eq!((&found["failed"], found["results"].as_array().unwrap().len()), (&json!(8), 3 * 7));
+    assert_eq!((&found["failed"], found["results"].as_array().unwrap().len()), (&json!(8), 3 * 6));
     let (found, _) = work.evaluate("hhh", &files, "llama-pm", &[]);
     assert_eq!(result(&found, "all", "accuracy", Some("reward"))["n"], 8);
 }

@@ -269,14 +269,11 @@ fn solve(mut matrix: Vec<Vec<f64>>, mut right: Vec<Vec<f64>>, anchor: usize) -> 
         }
     }
     for i in (0..n).rev() {
-        for j in i + 1..n {
-            let factor = matrix[i][j];
-            if factor != 0.0 {
-                subtract(&mut right, i, j, factor);
-            }
+        let row = &matrix[i];
+        for (j, factor) in row.iter().enumerate().skip(i + 1).filter(|(_, factor)| **factor != 0.0) {
+            subtract(&mut right, i, j, *factor);
         }
-        let pivot = matrix[i][i];
-        right[i].iter_mut().for_each(|x| *x /= pivot);
+        right[i].iter_mut().for_each(|x| *x /= row[i]);
     }
     Ok(right)
 }

@@ -57,7 +57,7 @@ pub struct Evaluation {
     pub options: Options,
     /// The numbers.
     pub results: Vec<Measurement>,
-    /// Calibration curves, where pairs are compared.
+    /// Calibration curves, where pairs are compared by rewards.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub calibration: Vec<Calibration>,
     /// Items that were read.
@@ -202,7 +202,7 @@ impl<'a> Comparing<'a> {
                     items.iter().zip(&outcomes).map(|(item, outcomes)| tally::View::new(item, outcomes, objective));
                 let views: Vec<_> = views.collect();
                 let name = setting(preference, objective, hhh_prompt);
-                let (results, calibration) = tally::measure(self.options, &views);
+                let (results, calibration) = tally::measure(self.options, preference, &views);
                 let named = results.into_iter().map(|m| Measurement { score: Some(name.clone()), ..m });
                 self.evaluation.results.extend(named);
                 let curve = calibration.map(|curve| Calibration { score: Some(name.clone()), ..curve });

@@ -79,15 +79,16 @@ fn best_of(evaluation: &Evaluation) -> Result<Option<String>> {
     let at_k = |m: &Measurement, kind: &str| m.metric.strip_prefix(kind)?.strip_prefix('@')?.parse::<f64>().ok();
     let widest = evaluation.results.last().map(|m| m.name.clone()).unwrap_or_default();
     let measured: Vec<&Measurement> = evaluation.results.iter().filter(|m| m.name == widest).collect();
-    let mut curves = Vec::new();
-    for score in scores(&measured) {
-        for (kind, what) in [("acc", "ranked by"), ("pass", "oracle,")] {
-            let own = measured.iter().filter(|m| m.score.as_deref() == score);
-            let points: Vec<Point> = own.filter_map(|m| Some(Point { x: at_k(m, kind)?, y: estimate(m) })).collect();
-            let name = format!("{what} {}", score.unwrap_or_default());
-            curves.push(Series { name, points, band: true, ..Series::default() });
-        }
-    }
+    let curve = |name: String, kind: &str, score: Option<&str>| {
+        let own = measured.iter().filter(|m| m.score.as_deref() == score);
+        let points = own.filter_map(|m| Some(Point { x: at_k(m, kind)?, y: estimate(m) })).collect();
+        Series { name, points, band: true, ..Series::default() }
+    };
+    let scores = scores(&measured);
+    let ranked = scores.iter().map(|&score| curve(format!("ranked by {}", score.unwrap_or_default()), "acc", score));
+    // What a choice that knows would reach is the same whatever ranks.
+    let oracle = scores.first().map(|&score| curve("oracle".to_owned(), "pass", score));
+    let curves: Vec<Series> = ranked.chain(oracle).collect();
     if curves.iter().all(|curve| curve.points.len() < 2) {
         return Ok(None);
     }

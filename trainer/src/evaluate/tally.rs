@@ -25,8 +25,8 @@ impl<'a> View<'a> {
     }
 }
 
-/// The numbers of a task, and the calibration curve if it compares pairs.
-pub(super) fn measure(options: &Options, views: &[View<'_>]) -> (Vec<Measurement>, Option<Calibration>) {
+/// The numbers of a task, and the calibration curve if it compares pairs by rewards.
+pub(super) fn measure(options: &Options, rewards: bool, views: &[View<'_>]) -> (Vec<Measurement>, Option<Calibration>) {
     let intervals = Intervals { resamples: options.resamples, seed: options.seed };
     let scored = views.iter().filter_map(|view| Some((view.item, view.scores.as_deref()?)));
     let scored: Vec<Scored<'_>> = scored.collect();
@@ -50,7 +50,7 @@ pub(super) fn measure(options: &Options, views: &[View<'_>]) -> (Vec<Measurement
         _ => {
             let mut results = accuracy(intervals, &scored);
             results.extend(grouped(intervals, &scored));
-            let calibration = pairs(intervals, &scored, &mut results);
+            let calibration = pairs(intervals, &scored, rewards, &mut results);
             (results, calibration)
         }
     }
@@ -85,15 +85,21 @@ fn grouped(intervals: Intervals, scored: &[Scored<'_>]) -> Vec<Measurement> {
     intervals.means("group accuracy", Range::Share, &shares.collect::<Vec<_>>())
 }
 
-/// By how much the better side is found better, and whether that is calibrated; nothing where items are no pairs.
-fn pairs(intervals: Intervals, scored: &[Scored<'_>], results: &mut Vec<Measurement>) -> Option<Calibration> {
+/// By how much the better side is found better, and for rewards whether that is calibrated: log-probabilities are not meant
+/// to be. Nothing where items are no pairs.
+fn pairs(
+    intervals: Intervals,
+    scored: &[Scored<'_>],
+    rewards: bool,
+    results: &mut Vec<Measurement>,
+) -> Option<Calibration> {
     if !scored.iter().all(|(item, _)| item.is_pair()) {
         return None;
     }
     let margins: Vec<_> = scored.iter().map(|&(item, scores)| observe(item, scores[0] - scores[1])).collect();
     results.extend(intervals.means("margin", Range::Any, &margins));
     let margins: Vec<f64> = margins.iter().map(|margin| margin.value).collect();
-    let calibration = measure::calibration(&margins, intervals.seed)?;
+    let calibration = measure::calibration(&margins, intervals.seed).filter(|_| rewards)?;
     results.push(Measurement {
         name: ALL.to_owned(),
         metric: "calibration error".to_owned(),
