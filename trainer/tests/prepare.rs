@@ -213,6 +213,78 @@ fn summaries_are_chosen_between() {
 }
 
 #[test]
+fn reverts_of_vandalism_become_pairs_of_sections() {
+    let revision = |id: u32, comment: &str, text: &str| {
+        let parent = if id > 1 { format!("<parentid>{}</parentid>", id - 1) } else { String::new() };
+        let comment = if comment.is_empty() { String::new() } else { format!("<comment>{comment}</comment>") };
+        format!(
+            "<revision><id>{id}</id>{parent}<contributor><id>7</id></contributor>{comment}<text bytes=\"9\" \
+             xml:space=\"preserve\">{text}</text></revision>"
+        )
+    };
+    let page = |title: &str, space: u32, revisions: &[String]| {
+        format!("<page><title>{title}</title><ns>{space}</ns><id>3</id>{}</page>", revisions.concat())
+    };
+    let good = "'''Tea''' is a [[drink]] &amp; &lt;b&gt;hot&lt;/b&gt;.\n== History ==\nOld.\n== Use ==\nIn cups.\n\
+                == References ==\n* A book.";
+    let bad = good.replace("Old.", "Tea is for losers.").replace("is a", "is not a").replace("A book.", "lol");
+    let revert = "Reverting suspected vandalism";
+    let deleted = "<revision><id>3</id><parentid>2</parentid><text deleted=\"deleted\" /></revision>".to_owned();
+    let pages = [
+        page("Tea &amp; co", 0, &[revision(1, "", good), revision(2, "lol", &bad), revision(3, revert, good)]),
+        page("Talk:Tea", 1, &[revision(1, "", "Bad."), revision(2, revert, "Good.")]),
+        page("Jam", 0, &[revision(1, revert, "First.")]),
+        page("Ham", 0, &[revision(1, "", "A."), revision(2, "", "B."), deleted, revision(4, revert, "A.")]),
+        page("Bun", 0, &[revision(1, "", "[[A]]."), revision(2, revert, "A.")]),
+        page("Rye", 0, &[revision(1, "", "A.\n== B =="), revision(2, revert, "A.\n== C ==\nD.")]),
+        page("Ale", 0, &[revision(1, "", "Good."), revision(2, "a typo", "Better.")]),
+    ];
+    let xml = format!("<mediawiki><siteinfo><sitename>W</sitename></siteinfo>{}</mediawiki>", pages.concat());
+    let expected = [
+        ("Introduction", "Tea is a drink & hot.", "Tea is not a drink & hot."),
+        ("History", "Old.", "Tea is for losers."),
+    ]
+    .map(|(section, chosen, rejected)| {
+        let prompt = format!("PAGE TITLE: Tea & co\nSECTION TITLE: {section}\nSECTION BODY: ");
+        json!({"prompt": prompt, "chosen": chosen, "rejected": rejected})
+    });
+    let dropped = [
+        ("not an article", 1),
+        ("the revision before is not there", 2),
+        ("only markup differs", 1),
+        ("no section is in both and differs", 1),
+    ];
+    check(Dataset::Wikipedia, "history.xml", &xml, &expected, &dropped);
+    let files = Files::new();
+    for broken in [&xml[..xml.len() / 2], "<page><title>&nothing;</title></page>", "<page></revision>"] {
+        let error = run(Dataset::Wikipedia, &[files.write("broken.xml", broken)], &OPTIONS).err().unwrap();
+        assert!(error.to_string().contains("broken.xml: byte"), "{error}");
+    }
+}
+
+#[test]
+fn edits_become_pairs() {
+    let edit = |comment: &str, is_revert: bool, before: &str, after: &str| {
+        json!({"ind": 1, "comment": comment, "is_revert": is_revert, "before": before, "after": after}).to_string()
+    };
+    let lines = [
+        edit("/* Use */ Undid revision 1", true, "In [[cup]]s lol.", "In [[cup]]s."),
+        edit("spelling", false, "Ina cup.", "In a cup."),
+        json!({"title": "Tea", "comment": "rvv", "before": "Cold.", "after": "Hot."}).to_string(),
+    ];
+    let pair =
+        |prompt: &str, chosen: &str, rejected: &str| json!({"prompt": prompt, "chosen": chosen, "rejected": rejected});
+    let expected = [
+        pair("SECTION TITLE: Use\nSECTION BODY: ", "In cups.", "In cups lol."),
+        pair("PAGE TITLE: Tea\nSECTION BODY: ", "Hot.", "Cold."),
+    ];
+    check(Dataset::WikiEdits, "a.jsonl", &lines.join("\n"), &expected, &[("no revert", 1)]);
+    let tsv = "It is hot , and it is wet .\tIt is hot . <::::> It is wet .\nno tab\n";
+    let expected = [json!({"chosen": "It is hot . It is wet .", "rejected": "It is hot , and it is wet ."})];
+    check(Dataset::WikiEdits, "a.tsv", tsv, &expected, &[("bad line", 1)]);
+}
+
+#[test]
 fn the_order_of_the_files_does_not_matter_and_questions_stay_together() {
     let files = Files::new();
     let line = |i: usize| {

@@ -10,6 +10,8 @@ mod parts;
 mod reddit;
 mod sets;
 mod stack_exchange;
+mod wikipedia;
+mod wikitext;
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -31,6 +33,10 @@ pub enum Dataset {
     StackExchange,
     /// Reddit: Pushshift's JSONL of submissions and of comments, all files at once
     Reddit,
+    /// Wikipedia: MediaWiki XML with all revisions; a section before and after a revert of vandalism
+    Wikipedia,
+    /// Edits: JSONL with before, after and is_revert or comment, or WikiSplit's TSV
+    WikiEdits,
     /// Summaries of posts: JSONL of OpenAI's comparisons, with info, summaries and choice
     SummarizeFromFeedback,
     /// Anthropic's helpful and harmless dialogues: JSONL with chosen and rejected transcripts
