@@ -24,6 +24,7 @@ mod error;
 mod input;
 mod objective;
 mod order;
+mod parquet;
 pub mod prepare;
 mod publish;
 pub mod recipe;

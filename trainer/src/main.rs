@@ -57,7 +57,7 @@ enum Command {
         /// What the files are
         #[arg(value_enum)]
         dataset: Dataset,
-        /// Files, plain or packed by gzip, bzip2 or zstd
+        /// Files, plain or packed by gzip, bzip2 or zstd; Parquet wherever JSONL is read
         #[arg(value_name = "FILE", required = true)]
         files: Vec<PathBuf>,
         /// Folder for the result

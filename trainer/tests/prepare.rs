@@ -349,6 +349,32 @@ fn packed_files_and_plain_texts_are_read() {
     assert_eq!(texts, ["Four.", "One.", "Three.", "Two."]);
 }
 
+/// Files that pyarrow wrote: `tests/fixtures/make_parquet.py`.
+#[test]
+fn rows_of_parquet_are_lines() {
+    let read = |dataset: Dataset, name: &str| {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures/parquet").join(name);
+        let prepared = run(dataset, &[path], &OPTIONS).unwrap();
+        assert_eq!((prepared.counts.read, prepared.warnings.len()), (2, 0), "{:?}", prepared.warnings);
+        let mut train = prepared.train;
+        train.sort_by_key(Value::to_string);
+        train
+    };
+    let texts = [
+        json!({"chosen": "Yes.", "rejected": "No."}),
+        json!({"prompt": "Tea or coffee?", "chosen": "Tea.", "rejected": "N\u{f6}."}),
+    ];
+    for codec in ["snappy", "zstd", "gzip", "none", "binary"] {
+        assert_eq!(read(Dataset::Pairs, &format!("pairs-{codec}.parquet")), texts, "{codec}");
+    }
+    let turn = |role: &str, content: &str| json!([{"role": role, "content": content}]);
+    let dialogue = |prompt: &str, chosen: &str, rejected: &str| json!({"prompt": turn("user", prompt), "chosen": turn("assistant", chosen), "rejected": turn("assistant", rejected)});
+    let dialogues = [dialogue("Tea or coffee?", "Tea.", "N\u{f6}."), dialogue("Well?", "Yes.", "No.")];
+    assert_eq!(read(Dataset::Pairs, "dialogues.parquet"), dialogues);
+    assert_eq!(read(Dataset::HhRlhf, "hh-rlhf.parquet"), dialogues);
+    assert_eq!(read(Dataset::Text, "text.parquet"), [json!({"text": "One."}), json!({"text": "Two."})]);
+}
+
 #[test]
 fn what_cannot_be_done_is_said() {
     let files = Files::new();

@@ -8,7 +8,7 @@ use serde::de::DeserializeOwned;
 
 use super::{Body, Dataset, Record, Sink, Turn};
 use super::{stack_exchange, wikipedia};
-use crate::input::{Lines, open};
+use crate::input::{Lines, is_parquet, open};
 use crate::{Error, Result};
 
 /// What a line came to: a record, or why there is none.
@@ -54,7 +54,7 @@ pub(super) fn read(dataset: Dataset, path: &Path, sink: &mut Sink<'_>) -> Result
             }
             _ => None,
         }),
-        Dataset::Text if path.file_name().is_some_and(|name| name.to_string_lossy().contains(".json")) => {
+        Dataset::Text if is_parquet(path) || unpacked_name(path).contains(".json") => {
             json_lines(path, sink, |line: TextLine, _| Ok(text(line.text)))
         }
         Dataset::Text => {
