@@ -29,6 +29,7 @@ pub mod prepare;
 mod publish;
 pub mod recipe;
 mod run;
+pub mod sandbox;
 mod scratch;
 mod state;
 

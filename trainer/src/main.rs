@@ -1,5 +1,6 @@
 //! `plumb-train`: see `plumb-train --help`.
 
+use std::ffi::OsString;
 use std::io::Write as _;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -8,6 +9,7 @@ use clap::{Parser, Subcommand};
 use plumb_model::checkpoint::Source;
 use plumb_trainer::prepare::{Dataset, Options, prepare};
 use plumb_trainer::recipe::with_file;
+use plumb_trainer::sandbox::Confinement;
 use plumb_trainer::{Measures, Recipe, Shape};
 
 const EXAMPLES: &str = "\
@@ -89,6 +91,15 @@ enum Command {
         #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
         version: Option<u64>,
     },
+    /// Become a program that may do next to nothing: what the sandbox starts
+    #[command(hide = true)]
+    Confined {
+        #[command(flatten)]
+        confinement: Confinement,
+        /// The program with its arguments
+        #[arg(last = true, required = true)]
+        command: Vec<OsString>,
+    },
     /// Load a checkpoint and tell what it is
     Inspect {
         /// A folder, a .gguf file or a Hugging Face repository
@@ -148,6 +159,7 @@ fn run(command: Command) -> anyhow::Result<()> {
             let published = plumb_trainer::publish(&source, &root, &name, version)?;
             format!("published {}\ndigest    {}\n", published.folder.display(), published.weights_digest)
         }
+        Command::Confined { confinement, command } => anyhow::bail!(confinement.become_program(&command)),
         Command::Inspect { source } => {
             plumb_trainer::inspect(&Source { model: source, ..Source::default() })?.to_string()
         }
