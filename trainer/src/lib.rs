@@ -18,6 +18,7 @@
 //!
 //! Nothing here knows how models are served.
 
+mod code;
 pub mod data;
 mod draft;
 mod error;
@@ -26,6 +27,7 @@ mod objective;
 mod order;
 mod parquet;
 pub mod prepare;
+mod progress;
 mod publish;
 pub mod recipe;
 mod run;
@@ -33,6 +35,7 @@ pub mod sandbox;
 mod scratch;
 mod state;
 
+pub use code::{Graded, grade};
 pub use error::{Error, Result};
 pub use objective::Measures;
 pub use publish::{Inspection, Published, inspect, publish};

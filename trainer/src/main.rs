@@ -5,11 +5,11 @@ use std::io::Write as _;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use clap::{Parser, Subcommand};
+use clap::{Args, Parser, Subcommand};
 use plumb_model::checkpoint::Source;
 use plumb_trainer::prepare::{Dataset, Options, prepare};
 use plumb_trainer::recipe::with_file;
-use plumb_trainer::sandbox::Confinement;
+use plumb_trainer::sandbox::{Confinement, Limits, Sandbox};
 use plumb_trainer::{Measures, Recipe, Shape};
 
 const EXAMPLES: &str = "\
@@ -77,6 +77,25 @@ enum Command {
         /// Bad lines after which to stop
         #[arg(long, value_name = "N", default_value_t = 100)]
         max_bad_lines: u64,
+        #[command(flatten)]
+        programs: Programs,
+    },
+    /// Run samples of programs with the tests of their problems, and mark them as correct or not
+    Grade {
+        /// Problems: JSONL of HumanEval, MBPP or QuixBugs
+        #[arg(value_name = "FILE", required = true)]
+        problems: Vec<PathBuf>,
+        /// Samples: JSONL with response, and prompt or id
+        #[arg(long, value_name = "FILE", required = true, num_args = 1..)]
+        samples: Vec<PathBuf>,
+        /// File for the samples with `correct` and `outcome`
+        #[arg(long, value_name = "FILE")]
+        output: PathBuf,
+        /// Bad lines after which to stop
+        #[arg(long, value_name = "N", default_value_t = 100)]
+        max_bad_lines: u64,
+        #[command(flatten)]
+        programs: Programs,
     },
     /// Load a checkpoint, then copy it to ROOT/NAME/VERSION with a manifest: whole, or not at all
     Publish {
@@ -105,6 +124,31 @@ enum Command {
         /// A folder, a .gguf file or a Hugging Face repository
         source: String,
     },
+}
+
+/// How programs are run to see whether they are right.
+#[derive(Args)]
+#[command(next_help_heading = "Programs")]
+struct Programs {
+    /// Python 3 that runs them, without its site packages
+    #[arg(long, value_name = "PATH", default_value = "python3")]
+    python: PathBuf,
+    /// Processor time of a program; on the clock it may take four times as long
+    #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=3600))]
+    cpu_seconds: u32,
+    /// Memory of a program
+    #[arg(long, value_name = "N", default_value_t = 512, value_parser = clap::value_parser!(u32).range(64..))]
+    memory_mib: u32,
+    /// Run them even where the kernel cannot take files and network away from them
+    #[arg(long)]
+    weak_sandbox: bool,
+}
+
+impl Programs {
+    fn sandbox(&self) -> anyhow::Result<Sandbox> {
+        let limits = Limits { cpu_seconds: self.cpu_seconds, memory_mib: self.memory_mib };
+        Ok(Sandbox::new(std::env::current_exe()?, &self.python, limits, self.weak_sandbox)?)
+    }
 }
 
 fn main() -> ExitCode {
@@ -143,8 +187,9 @@ fn run(command: Command) -> anyhow::Result<()> {
             plumb_trainer::scratch(&files, &output, shape, seed)?;
             format!("checkpoint {}\n", output.display())
         }
-        Command::Prepare { dataset, files, output, dev_share, seed, binarise, max_bad_lines } => {
-            let options = Options { dev_share, seed, binarise, max_bad_lines };
+        Command::Prepare { dataset, files, output, dev_share, seed, binarise, max_bad_lines, programs } => {
+            let sandbox = if dataset == Dataset::Code { Some(programs.sandbox()?) } else { None };
+            let options = Options { dev_share, seed, binarise, max_bad_lines, sandbox };
             let counts = prepare(dataset, &files, &output, &options, &mut |line| eprintln!("{line}"))?;
             let dropped = counts.dropped.iter().map(|(reason, count)| format!("left out  {count} {reason}\n"));
             format!(
@@ -154,6 +199,12 @@ fn run(command: Command) -> anyhow::Result<()> {
                 counts.dev,
                 dropped.collect::<String>()
             )
+        }
+        Command::Grade { problems, samples, output, max_bad_lines, programs } => {
+            let sandbox = programs.sandbox()?;
+            let mut warn = |line: &str| eprintln!("{line}");
+            let graded = plumb_trainer::grade(&problems, &samples, &output, &sandbox, max_bad_lines, &mut warn)?;
+            format!("samples   {}\ncorrect   {}\n", graded.samples, graded.correct)
         }
         Command::Publish { source, root, name, version } => {
             let published = plumb_trainer::publish(&source, &root, &name, version)?;

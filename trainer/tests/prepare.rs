@@ -11,7 +11,7 @@ use plumb_trainer::prepare::{Counts, Dataset, Options, prepare};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-const OPTIONS: Options = Options { dev_share: 0.0, seed: 1, binarise: false, max_bad_lines: 10 };
+const OPTIONS: Options = Options { dev_share: 0.0, seed: 1, binarise: false, max_bad_lines: 10, sandbox: None };
 
 struct Prepared {
     counts: Counts,

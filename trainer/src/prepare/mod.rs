@@ -4,6 +4,7 @@
 //! that hash, and written: the order of a file never reaches the model, equal records meet and one of them stays, and no
 //! more than a drawer is ever in memory. Whole questions go to the dev side, by a hash of the question.
 
+mod code;
 mod drawers;
 mod html;
 mod parts;
@@ -23,6 +24,7 @@ use serde_json::json;
 
 use crate::data::TAGS;
 use crate::input::BadLines;
+use crate::sandbox::Sandbox;
 use crate::{Error, Result};
 use drawers::Drawers;
 
@@ -57,6 +59,8 @@ pub enum Dataset {
     Webgpt,
     /// Solutions marked right or wrong: JSONL of GSM8K's example model solutions
     Gsm8kSolutions,
+    /// Code: JSONL of HumanEval, MBPP or QuixBugs, and of samples with response and prompt or id; all files at once
+    Code,
     /// Anything: JSONL with chosen and rejected, with or without a prompt
     Pairs,
     /// Plain text: a document a file, or JSONL with text
@@ -74,6 +78,8 @@ pub struct Options {
     pub binarise: bool,
     /// Bad lines after which to stop.
     pub max_bad_lines: u64,
+    /// Where programs are run, for `code`.
+    pub sandbox: Option<Sandbox>,
 }
 
 /// What was read and written.
@@ -151,6 +157,8 @@ pub fn prepare(
     match dataset {
         // A comment and its post may lie in different files.
         Dataset::Reddit => reddit::read(files, &mut sink)?,
+        // So may a sample and its problem.
+        Dataset::Code => code::read(files, &mut sink)?,
         _ => files.iter().try_for_each(|file| sets::read(dataset, file, &mut sink))?,
     }
     let is_dev = |group: &str| drawers::share(options.seed, "dev", group) < options.dev_share;

@@ -28,7 +28,7 @@ pub(super) fn read(dataset: Dataset, path: &Path, sink: &mut Sink<'_>) -> Result
         Dataset::Pairs => json_lines(path, sink, |line, _| pairs(line)),
         Dataset::Webgpt => webgpt(path, sink),
         Dataset::SummarizeFromFeedback => json_lines(path, sink, |line, _| summaries(line)),
-        Dataset::Reddit => Err(Error::Recipe("Reddit's files are read together".into())),
+        Dataset::Reddit | Dataset::Code => Err(Error::Recipe("these files are read together".into())),
         Dataset::EthicsUtilitarianism => ethics(path, sink, false, |row| match row {
             [better, worse] => Some(pair(better, String::new(), better, worse)),
             _ => None,
