@@ -8,6 +8,9 @@ pub enum Error {
     /// A checkpoint, its text or its decoder.
     #[error(transparent)]
     Model(#[from] plumb_model::Error),
+    /// A server that was asked for samples.
+    #[error("the server: {0}")]
+    Server(#[from] plumb_client::Error),
     /// A file could not be read or written.
     #[error("{path}: {source}")]
     Io {

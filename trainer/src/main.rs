@@ -10,7 +10,7 @@ use plumb_model::checkpoint::Source;
 use plumb_trainer::prepare::{Dataset, Options, prepare};
 use plumb_trainer::recipe::with_file;
 use plumb_trainer::sandbox::{Confinement, Limits, Sandbox};
-use plumb_trainer::{Measures, Recipe, Shape};
+use plumb_trainer::{Measures, Recipe, Sampling, Shape};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -79,6 +79,17 @@ enum Command {
         max_bad_lines: u64,
         #[command(flatten)]
         programs: Programs,
+    },
+    /// Sample from prompts: pairs with a language model's samples as rejected sides, or samples to be ranked
+    Sample {
+        /// JSONL with prompt and chosen, or with prompt alone and --samples
+        #[arg(value_name = "FILE", required = true)]
+        files: Vec<PathBuf>,
+        /// File for the result; what was interrupted is gone on with
+        #[arg(long, value_name = "FILE")]
+        output: PathBuf,
+        #[command(flatten)]
+        sampling: Sampling,
     },
     /// Run samples of programs with the tests of their problems, and mark them as correct or not
     Grade {
@@ -199,6 +210,10 @@ fn run(command: Command) -> anyhow::Result<()> {
                 counts.dev,
                 dropped.collect::<String>()
             )
+        }
+        Command::Sample { files, output, sampling } => {
+            let sampled = plumb_trainer::sample(&files, &output, &sampling, &mut |line| eprintln!("{line}"))?;
+            format!("lines     {}\nkept      {}\n", sampled.lines, sampled.kept)
         }
         Command::Grade { problems, samples, output, max_bad_lines, programs } => {
             let sandbox = programs.sandbox()?;
