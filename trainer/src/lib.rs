@@ -35,6 +35,7 @@ mod sample;
 pub mod sandbox;
 mod scratch;
 mod state;
+mod whole;
 
 pub use code::{Graded, grade};
 pub use error::{Error, Result};

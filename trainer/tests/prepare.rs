@@ -5,6 +5,7 @@
 use std::fs;
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use plumb_trainer::Error;
 use plumb_trainer::prepare::{Counts, Dataset, Options, prepare};
@@ -391,4 +392,27 @@ fn what_cannot_be_done_is_said() {
     fs::write(output.path().join("train.jsonl"), "kept").unwrap();
     let error = prepare(Dataset::Pairs, &[], output.path(), &OPTIONS, &mut |_| ()).unwrap_err().to_string();
     assert!(error.contains("exists") && fs::read_to_string(output.path().join("train.jsonl")).unwrap() == "kept");
+}
+
+/// A limit of every file's size stands in for a disk that is full.
+#[test]
+fn a_full_disk_leaves_nothing_behind() {
+    let files = Files::new();
+    let line = |i: usize| json!({"chosen": format!("{i} {}", "x".repeat(200)), "rejected": "y"}).to_string();
+    let input = files.write("a.jsonl", &(0..400).map(line).collect::<Vec<_>>().join("\n"));
+    // Blocks of 512 or 1024 bytes, as the shell has it: no room for a drawer; for drawers, but not for all lines.
+    for (blocks, named) in [("0", "/.drawers-"), ("20", "/train.jsonl")] {
+        let output = tempfile::tempdir().unwrap();
+        let limited = Command::new("sh")
+            .args(["-c", "trap '' XFSZ; ulimit -f \"$1\"; shift; exec \"$@\"", "sh", blocks])
+            .args([env!("CARGO_BIN_EXE_plumb-train"), "prepare", "pairs"])
+            .arg(&input)
+            .arg("--output")
+            .arg(output.path())
+            .output()
+            .unwrap();
+        let said = String::from_utf8(limited.stderr).unwrap();
+        assert!(limited.status.code() == Some(1) && said.contains(named), "{said}");
+        assert_eq!(fs::read_dir(output.path()).unwrap().count(), 0);
+    }
 }

@@ -1,7 +1,5 @@
 //! Samples of a model, marked as right or wrong.
 
-use std::fs::File;
-use std::io::{BufWriter, Write as _};
 use std::path::{Path, PathBuf};
 
 use rayon::prelude::*;
@@ -11,6 +9,7 @@ use super::problem::{Problems, Sample};
 use crate::input::{BadLines, Lines};
 use crate::progress;
 use crate::sandbox::{Outcome, Sandbox};
+use crate::whole::Whole;
 use crate::{Error, Result};
 
 /// What was marked.
@@ -62,18 +61,13 @@ pub fn grade(
         samples: outcomes.len() as u64,
         correct: outcomes.iter().filter(|outcome| **outcome == Outcome::Passed).count() as u64,
     };
-    let unfinished = output.with_extension("unfinished");
-    let write = || {
-        let mut file = BufWriter::new(File::create(&unfinished)?);
-        for ((mut line, ..), outcome) in found.into_iter().zip(outcomes) {
-            line.insert("correct".to_owned(), json!(outcome == Outcome::Passed));
-            line.insert("outcome".to_owned(), json!(outcome.to_string()));
-            writeln!(file, "{}", Value::Object(line))?;
-        }
-        file.into_inner().map_err(std::io::IntoInnerError::into_error)?.sync_all()
-    };
-    write().map_err(Error::io(&unfinished))?;
-    std::fs::rename(&unfinished, output).map_err(Error::io(output))?;
+    let mut file = Whole::create(output)?;
+    for ((mut line, ..), outcome) in found.into_iter().zip(outcomes) {
+        line.insert("correct".to_owned(), json!(outcome == Outcome::Passed));
+        line.insert("outcome".to_owned(), json!(outcome.to_string()));
+        file.line(&Value::Object(line).to_string())?;
+    }
+    file.written()?.publish()?;
     Ok(counts)
 }
 

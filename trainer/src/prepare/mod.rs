@@ -25,6 +25,7 @@ use serde_json::json;
 use crate::data::TAGS;
 use crate::input::BadLines;
 use crate::sandbox::Sandbox;
+use crate::whole::{Whole, Written};
 use crate::{Error, Result};
 use drawers::Drawers;
 
@@ -162,7 +163,9 @@ pub fn prepare(
         _ => files.iter().try_for_each(|file| sets::read(dataset, file, &mut sink))?,
     }
     let is_dev = |group: &str| drawers::share(options.seed, "dev", group) < options.dev_share;
-    let [written_train, written_dev, twice] = drawers.write(&train, &dev, is_dev)?;
+    let mut outputs = [Whole::create(&train)?, Whole::create(&dev)?];
+    let [train, dev] = &mut outputs;
+    let [written_train, written_dev, twice] = drawers.write([train, dev], is_dev)?;
     (counts.train, counts.dev) = (written_train, written_dev);
     if twice > 0 {
         counts.dropped.insert("exact duplicate".to_owned(), twice);
@@ -176,7 +179,12 @@ pub fn prepare(
         "binarise": options.binarise,
         "counts": counts,
     });
-    fs::write(&counted, format!("{about:#}\n")).map_err(Error::io(&counted))?;
+    let [train, dev] = outputs;
+    let mut about_file = Whole::create(&counted)?;
+    about_file.line(&format!("{about:#}"))?;
+    // All are on the disk before any has its name.
+    let written = [train, dev, about_file].map(Whole::written);
+    written.into_iter().collect::<Result<Vec<_>>>()?.into_iter().try_for_each(Written::publish)?;
     Ok(counts)
 }
 
