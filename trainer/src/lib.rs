@@ -16,7 +16,8 @@
 //! # }
 //! ```
 //!
-//! Nothing here knows how models are served.
+//! [`sample()`] asks a server for what a language model says, through its client; [`grade`] runs programs in a
+//! [`sandbox`] to see which are right. Nothing here knows how models are served.
 
 mod code;
 pub mod data;

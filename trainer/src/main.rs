@@ -15,7 +15,9 @@ use plumb_trainer::{Measures, Recipe, Sampling, Shape};
 const EXAMPLES: &str = "\
 Examples:
   plumb-train prepare hh-rlhf helpful-base/train.jsonl.gz --output data/helpful
+  plumb-train prepare code HumanEval.jsonl.gz samples.jsonl --output data/code
   plumb-train run --config recipe.toml --seed 1
+  plumb-train sample data/reddit/train.jsonl --output human-model.jsonl --model lm
   plumb-train inspect tests/fixtures/llama-pm
   plumb-train publish ./run/checkpoint /checkpoints --name pm
   plumb-server --model-id /checkpoints/pm/1

@@ -88,9 +88,9 @@ pub(super) fn read_history(path: &Path, sink: &mut Sink<'_>) -> Result<()> {
                 open.push(element.name().as_ref().to_vec());
             }
             Event::End(_) => {
-                if open.pop().is_some_and(|name| name == b"revision") {
-                    let revision = std::mem::take(&mut revision);
-                    end_revision(&mut page, revision, sink)?;
+                let ended = open.pop();
+                if ended.as_deref() == Some(b"revision") {
+                    end_revision(&mut page, std::mem::take(&mut revision), sink)?;
                 }
             }
             Event::Empty(element) if matches!(element.name().as_ref(), b"text" | b"comment") => {

@@ -1,7 +1,7 @@
 //! Programs that nobody has read, run to see whether they pass their tests.
 //!
 //! A program is Python that a model wrote. It runs in a process of its own, which begins as this program, takes every
-//! right from itself ([`confine`]) and then becomes Python: it can read the interpreter's own library and compute, and
+//! right from itself ([`Confinement`]) and then becomes Python: it can read the interpreter's own library and compute, and
 //! nothing else. It has no files of its own, no network, no other processes, little memory and little time.
 //!
 //! A program shares its interpreter with its tests. What it does by accident, such as ending early, does not pass; one
