@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 
 use flate2::read::MultiGzDecoder;
 
+use crate::parquet::Rows;
 use crate::{Error, Result};
 
 /// Most bytes of a line.
@@ -27,16 +28,30 @@ pub(crate) fn open(path: &Path) -> Result<Box<dyn BufRead>> {
     })
 }
 
-/// Lines that are not empty, with their numbers.
+/// Whether a file is a table of rows rather than text.
+pub(crate) fn is_parquet(path: &Path) -> bool {
+    path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("parquet"))
+}
+
+/// Lines that are not empty, with their numbers; the rows of a Parquet file are lines of JSON.
 pub(crate) struct Lines {
     path: PathBuf,
-    reader: Box<dyn BufRead>,
+    reader: Format,
     number: u64,
+}
+
+enum Format {
+    Text(Box<dyn BufRead>),
+    Parquet(Box<Rows>),
 }
 
 impl Lines {
     pub(crate) fn open(path: &Path) -> Result<Self> {
-        Ok(Self { path: path.to_owned(), reader: open(path)?, number: 0 })
+        let reader = match is_parquet(path) {
+            true => Format::Parquet(Box::new(Rows::open(path)?)),
+            false => Format::Text(open(path)?),
+        };
+        Ok(Self { path: path.to_owned(), reader, number: 0 })
     }
 
     /// The next line, without the spaces around it.
@@ -44,10 +59,16 @@ impl Lines {
     /// # Errors
     /// If the file cannot be read or a line is too long to be one.
     pub(crate) fn next(&mut self) -> Result<Option<(u64, Vec<u8>)>> {
+        let reader = match &mut self.reader {
+            Format::Text(reader) => reader,
+            Format::Parquet(rows) => {
+                self.number += 1;
+                return Ok(rows.next()?.map(|row| (self.number, row)));
+            }
+        };
         loop {
             let mut line = Vec::new();
-            let read =
-                self.reader.by_ref().take(MAX_LINE).read_until(b'\n', &mut line).map_err(Error::io(&self.path))?;
+            let read = reader.by_ref().take(MAX_LINE).read_until(b'\n', &mut line).map_err(Error::io(&self.path))?;
             if read == 0 {
                 return Ok(None);
             }

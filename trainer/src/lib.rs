@@ -18,9 +18,11 @@
 //! # }
 //! ```
 //!
-//! Nothing here knows how models are served.
+//! [`sample()`] asks a server for what a language model says, through its client; [`grade`] runs programs in a
+//! [`sandbox`] to see which are right. Nothing here knows how models are served.
 
 mod card;
+mod code;
 pub mod data;
 mod draft;
 mod error;
@@ -33,25 +35,31 @@ mod lora;
 mod objective;
 mod order;
 mod output;
+mod parquet;
 pub mod plot;
 pub mod prepare;
 mod processes;
+mod progress;
 mod publish;
 pub mod recipe;
 mod record;
 mod report;
 mod run;
+mod sample;
+pub mod sandbox;
 mod scratch;
 mod shards;
 mod state;
 mod store;
 mod teach;
 
+pub use code::{Graded, grade};
 pub use error::{Error, Result};
 pub use objective::Measures;
 pub use publish::{Inspection, Published, inspect, publish};
 pub use recipe::Recipe;
 pub use report::report;
 pub use run::{Finished, run};
+pub use sample::{Sampled, Sampling, sample};
 pub use scratch::{Shape, scratch};
 pub use teach::{Prompt, TeachOptions, teach};

@@ -1,20 +1,24 @@
 //! `plumb-train`: see `plumb-train --help`.
 
+use std::ffi::OsString;
 use std::io::Write as _;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use clap::{ArgAction, Parser, Subcommand};
+use clap::{ArgAction, Args, Parser, Subcommand};
 use plumb_model::checkpoint::Source;
 use plumb_trainer::evaluate;
 use plumb_trainer::prepare::{Dataset, Options, prepare};
 use plumb_trainer::recipe::with_file;
-use plumb_trainer::{Error, Measures, Recipe, Shape, TeachOptions};
+use plumb_trainer::sandbox::{Confinement, Limits, Sandbox};
+use plumb_trainer::{Error, Measures, Recipe, Sampling, Shape, TeachOptions};
 
 const EXAMPLES: &str = "\
 Examples:
   plumb-train prepare hh-rlhf helpful-base/train.jsonl.gz --output data/helpful
+  plumb-train prepare code HumanEval.jsonl.gz samples.jsonl --output data/code
   plumb-train run --config recipe.toml --seed 1
+  plumb-train sample data/reddit/train.jsonl --output human-model.jsonl --model lm
   plumb-train evaluate pairs dev.jsonl --model run/checkpoint --output run/evaluation
   plumb-train report ./run
   plumb-train inspect tests/fixtures/llama-pm
@@ -84,7 +88,7 @@ enum Command {
         /// What the files are
         #[arg(value_enum)]
         dataset: Dataset,
-        /// Files, plain or packed by gzip, bzip2 or zstd
+        /// Files, plain or packed by gzip, bzip2 or zstd; Parquet wherever JSONL is read
         #[arg(value_name = "FILE", required = true)]
         files: Vec<PathBuf>,
         /// Folder for the result
@@ -102,6 +106,36 @@ enum Command {
         /// Bad lines after which to stop
         #[arg(long, value_name = "N", default_value_t = 100)]
         max_bad_lines: u64,
+        #[command(flatten)]
+        programs: Programs,
+    },
+    /// Sample from prompts: pairs with a language model's samples as rejected sides, or samples to be ranked
+    Sample {
+        /// JSONL with prompt and chosen, or with prompt alone and --samples
+        #[arg(value_name = "FILE", required = true)]
+        files: Vec<PathBuf>,
+        /// File for the result; what was interrupted is gone on with
+        #[arg(long, value_name = "FILE")]
+        output: PathBuf,
+        #[command(flatten)]
+        sampling: Sampling,
+    },
+    /// Run samples of programs with the tests of their problems, and mark them as correct or not
+    Grade {
+        /// Problems: JSONL of HumanEval, MBPP or QuixBugs
+        #[arg(value_name = "FILE", required = true)]
+        problems: Vec<PathBuf>,
+        /// Samples: JSONL with response, and prompt or id
+        #[arg(long, value_name = "FILE", required = true, num_args = 1..)]
+        samples: Vec<PathBuf>,
+        /// File for the samples with `correct` and `outcome`
+        #[arg(long, value_name = "FILE")]
+        output: PathBuf,
+        /// Bad lines after which to stop
+        #[arg(long, value_name = "N", default_value_t = 100)]
+        max_bad_lines: u64,
+        #[command(flatten)]
+        programs: Programs,
     },
     /// Measure a checkpoint, or a model of a running server
     Evaluate {
@@ -124,11 +158,45 @@ enum Command {
         #[arg(long, value_name = "FILE", num_args = 1.., action = ArgAction::Append)]
         results: Vec<PathBuf>,
     },
+    /// Become a program that may do next to nothing: what the sandbox starts
+    #[command(hide = true)]
+    Confined {
+        #[command(flatten)]
+        confinement: Confinement,
+        /// The program with its arguments
+        #[arg(last = true, required = true)]
+        command: Vec<OsString>,
+    },
     /// Load a checkpoint and tell what it is
     Inspect {
         /// A folder, a .gguf file or a Hugging Face repository
         source: String,
     },
+}
+
+/// How programs are run to see whether they are right.
+#[derive(Args)]
+#[command(next_help_heading = "Programs")]
+struct Programs {
+    /// Python 3 that runs them, without its site packages
+    #[arg(long, value_name = "PATH", default_value = "python3")]
+    python: PathBuf,
+    /// Processor time of a program; on the clock it may take four times as long
+    #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=3600))]
+    cpu_seconds: u32,
+    /// Memory of a program
+    #[arg(long, value_name = "N", default_value_t = 512, value_parser = clap::value_parser!(u32).range(64..))]
+    memory_mib: u32,
+    /// Run them even where the kernel cannot take files and network away from them
+    #[arg(long)]
+    weak_sandbox: bool,
+}
+
+impl Programs {
+    fn sandbox(&self) -> anyhow::Result<Sandbox> {
+        let limits = Limits { cpu_seconds: self.cpu_seconds, memory_mib: self.memory_mib };
+        Ok(Sandbox::new(std::env::current_exe()?, &self.python, limits, self.weak_sandbox)?)
+    }
 }
 
 fn main() -> ExitCode {
@@ -176,8 +244,9 @@ fn run(command: Command) -> anyhow::Result<()> {
             let counts = plumb_trainer::teach(&source, &files, &output, &options)?;
             format!("{counts}\ntaught    {}\n", output.display())
         }
-        Command::Prepare { dataset, files, output, dev_share, seed, binarise, max_bad_lines } => {
-            let options = Options { dev_share, seed, binarise, max_bad_lines };
+        Command::Prepare { dataset, files, output, dev_share, seed, binarise, max_bad_lines, programs } => {
+            let sandbox = if dataset == Dataset::Code { Some(programs.sandbox()?) } else { None };
+            let options = Options { dev_share, seed, binarise, max_bad_lines, sandbox };
             let counts = prepare(dataset, &files, &output, &options, &mut |line| eprintln!("{line}"))?;
             let dropped = counts.dropped.iter().map(|(reason, count)| format!("left out  {count} {reason}\n"));
             format!(
@@ -188,6 +257,16 @@ fn run(command: Command) -> anyhow::Result<()> {
                 dropped.collect::<String>()
             )
         }
+        Command::Sample { files, output, sampling } => {
+            let sampled = plumb_trainer::sample(&files, &output, &sampling, &mut |line| eprintln!("{line}"))?;
+            format!("lines     {}\nkept      {}\n", sampled.lines, sampled.kept)
+        }
+        Command::Grade { problems, samples, output, max_bad_lines, programs } => {
+            let sandbox = programs.sandbox()?;
+            let mut warn = |line: &str| eprintln!("{line}");
+            let graded = plumb_trainer::grade(&problems, &samples, &output, &sandbox, max_bad_lines, &mut warn)?;
+            format!("samples   {}\ncorrect   {}\n", graded.samples, graded.correct)
+        }
         Command::Evaluate { options } => {
             let evaluation = evaluate::evaluate(&options, &mut |line| eprintln!("{line}"))?;
             if options.json { format!("{:#}\n", evaluation.to_json()) } else { evaluation.table() }
@@ -196,6 +275,7 @@ fn run(command: Command) -> anyhow::Result<()> {
             let published = plumb_trainer::publish(&source, &root, &name, version, &results)?;
             format!("published {}\ndigest    {}\n", published.folder.display(), published.weights_digest)
         }
+        Command::Confined { confinement, command } => anyhow::bail!(confinement.become_program(&command)),
         Command::Inspect { source } => {
             plumb_trainer::inspect(&Source { model: source, ..Source::default() })?.to_string()
         }

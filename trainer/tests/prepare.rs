@@ -5,13 +5,14 @@
 use std::fs;
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use plumb_trainer::Error;
 use plumb_trainer::prepare::{Counts, Dataset, Options, prepare};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-const OPTIONS: Options = Options { dev_share: 0.0, seed: 1, binarise: false, max_bad_lines: 10 };
+const OPTIONS: Options = Options { dev_share: 0.0, seed: 1, binarise: false, max_bad_lines: 10, sandbox: None };
 
 struct Prepared {
     counts: Counts,
@@ -213,6 +214,78 @@ fn summaries_are_chosen_between() {
 }
 
 #[test]
+fn reverts_of_vandalism_become_pairs_of_sections() {
+    let revision = |id: u32, comment: &str, text: &str| {
+        let parent = if id > 1 { format!("<parentid>{}</parentid>", id - 1) } else { String::new() };
+        let comment = if comment.is_empty() { String::new() } else { format!("<comment>{comment}</comment>") };
+        format!(
+            "<revision><id>{id}</id>{parent}<contributor><id>7</id></contributor>{comment}<text bytes=\"9\" \
+             xml:space=\"preserve\">{text}</text></revision>"
+        )
+    };
+    let page = |title: &str, space: u32, revisions: &[String]| {
+        format!("<page><title>{title}</title><ns>{space}</ns><id>3</id>{}</page>", revisions.concat())
+    };
+    let good = "'''Tea''' is a [[drink]] &amp; &lt;b&gt;hot&lt;/b&gt;.\n== History ==\nOld.\n== Use ==\nIn cups.\n\
+                == References ==\n* A book.";
+    let bad = good.replace("Old.", "Tea is for losers.").replace("is a", "is not a").replace("A book.", "lol");
+    let revert = "Reverting suspected vandalism";
+    let deleted = "<revision><id>3</id><parentid>2</parentid><text deleted=\"deleted\" /></revision>".to_owned();
+    let pages = [
+        page("Tea &amp; co", 0, &[revision(1, "", good), revision(2, "lol", &bad), revision(3, revert, good)]),
+        page("Talk:Tea", 1, &[revision(1, "", "Bad."), revision(2, revert, "Good.")]),
+        page("Jam", 0, &[revision(1, revert, "First.")]),
+        page("Ham", 0, &[revision(1, "", "A."), revision(2, "", "B."), deleted, revision(4, revert, "A.")]),
+        page("Bun", 0, &[revision(1, "", "[[A]]."), revision(2, revert, "A.")]),
+        page("Rye", 0, &[revision(1, "", "A.\n== B =="), revision(2, revert, "A.\n== C ==\nD.")]),
+        page("Ale", 0, &[revision(1, "", "Good."), revision(2, "a typo", "Better.")]),
+    ];
+    let xml = format!("<mediawiki><siteinfo><sitename>W</sitename></siteinfo>{}</mediawiki>", pages.concat());
+    let expected = [
+        ("Introduction", "Tea is a drink & hot.", "Tea is not a drink & hot."),
+        ("History", "Old.", "Tea is for losers."),
+    ]
+    .map(|(section, chosen, rejected)| {
+        let prompt = format!("PAGE TITLE: Tea & co\nSECTION TITLE: {section}\nSECTION BODY: ");
+        json!({"prompt": prompt, "chosen": chosen, "rejected": rejected})
+    });
+    let dropped = [
+        ("not an article", 1),
+        ("the revision before is not there", 2),
+        ("only markup differs", 1),
+        ("no section is in both and differs", 1),
+    ];
+    check(Dataset::Wikipedia, "history.xml", &xml, &expected, &dropped);
+    let files = Files::new();
+    for broken in [&xml[..xml.len() / 2], "<page><title>&nothing;</title></page>", "<page></revision>"] {
+        let error = run(Dataset::Wikipedia, &[files.write("broken.xml", broken)], &OPTIONS).err().unwrap();
+        assert!(error.to_string().contains("broken.xml: byte"), "{error}");
+    }
+}
+
+#[test]
+fn edits_become_pairs() {
+    let edit = |comment: &str, is_revert: bool, before: &str, after: &str| {
+        json!({"ind": 1, "comment": comment, "is_revert": is_revert, "before": before, "after": after}).to_string()
+    };
+    let lines = [
+        edit("/* Use */ Undid revision 1", true, "In [[cup]]s lol.", "In [[cup]]s."),
+        edit("spelling", false, "Ina cup.", "In a cup."),
+        json!({"title": "Tea", "comment": "rvv", "before": "Cold.", "after": "Hot."}).to_string(),
+    ];
+    let pair =
+        |prompt: &str, chosen: &str, rejected: &str| json!({"prompt": prompt, "chosen": chosen, "rejected": rejected});
+    let expected = [
+        pair("SECTION TITLE: Use\nSECTION BODY: ", "In cups.", "In cups lol."),
+        pair("PAGE TITLE: Tea\nSECTION BODY: ", "Hot.", "Cold."),
+    ];
+    check(Dataset::WikiEdits, "a.jsonl", &lines.join("\n"), &expected, &[("no revert", 1)]);
+    let tsv = "It is hot , and it is wet .\tIt is hot . <::::> It is wet .\nno tab\n";
+    let expected = [json!({"chosen": "It is hot . It is wet .", "rejected": "It is hot , and it is wet ."})];
+    check(Dataset::WikiEdits, "a.tsv", tsv, &expected, &[("bad line", 1)]);
+}
+
+#[test]
 fn the_order_of_the_files_does_not_matter_and_questions_stay_together() {
     let files = Files::new();
     let line = |i: usize| {
@@ -277,6 +350,32 @@ fn packed_files_and_plain_texts_are_read() {
     assert_eq!(texts, ["Four.", "One.", "Three.", "Two."]);
 }
 
+/// Files that pyarrow wrote: `tests/fixtures/make_parquet.py`.
+#[test]
+fn rows_of_parquet_are_lines() {
+    let read = |dataset: Dataset, name: &str| {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures/parquet").join(name);
+        let prepared = run(dataset, &[path], &OPTIONS).unwrap();
+        assert_eq!((prepared.counts.read, prepared.warnings.len()), (2, 0), "{:?}", prepared.warnings);
+        let mut train = prepared.train;
+        train.sort_by_key(Value::to_string);
+        train
+    };
+    let texts = [
+        json!({"chosen": "Yes.", "rejected": "No."}),
+        json!({"prompt": "Tea or coffee?", "chosen": "Tea.", "rejected": "N\u{f6}."}),
+    ];
+    for codec in ["snappy", "zstd", "gzip", "none", "binary"] {
+        assert_eq!(read(Dataset::Pairs, &format!("pairs-{codec}.parquet")), texts, "{codec}");
+    }
+    let turn = |role: &str, content: &str| json!([{"role": role, "content": content}]);
+    let dialogue = |prompt: &str, chosen: &str, rejected: &str| json!({"prompt": turn("user", prompt), "chosen": turn("assistant", chosen), "rejected": turn("assistant", rejected)});
+    let dialogues = [dialogue("Tea or coffee?", "Tea.", "N\u{f6}."), dialogue("Well?", "Yes.", "No.")];
+    assert_eq!(read(Dataset::Pairs, "dialogues.parquet"), dialogues);
+    assert_eq!(read(Dataset::HhRlhf, "hh-rlhf.parquet"), dialogues);
+    assert_eq!(read(Dataset::Text, "text.parquet"), [json!({"text": "One."}), json!({"text": "Two."})]);
+}
+
 #[test]
 fn what_cannot_be_done_is_said() {
     let files = Files::new();
@@ -293,4 +392,27 @@ fn what_cannot_be_done_is_said() {
     fs::write(output.path().join("train.jsonl"), "kept").unwrap();
     let error = prepare(Dataset::Pairs, &[], output.path(), &OPTIONS, &mut |_| ()).unwrap_err().to_string();
     assert!(error.contains("exists") && fs::read_to_string(output.path().join("train.jsonl")).unwrap() == "kept");
+}
+
+/// A limit of every file's size stands in for a disk that is full.
+#[test]
+fn a_full_disk_leaves_nothing_behind() {
+    let files = Files::new();
+    let line = |i: usize| json!({"chosen": format!("{i} {}", "x".repeat(200)), "rejected": "y"}).to_string();
+    let input = files.write("a.jsonl", &(0..400).map(line).collect::<Vec<_>>().join("\n"));
+    // Blocks of 512 or 1024 bytes, as the shell has it: no room for a drawer; for drawers, but not for all lines.
+    for (blocks, named) in [("0", "/.drawers-"), ("20", "/train.jsonl")] {
+        let output = tempfile::tempdir().unwrap();
+        let limited = Command::new("sh")
+            .args(["-c", "trap '' XFSZ; ulimit -f \"$1\"; shift; exec \"$@\"", "sh", blocks])
+            .args([env!("CARGO_BIN_EXE_plumb-train"), "prepare", "pairs"])
+            .arg(&input)
+            .arg("--output")
+            .arg(output.path())
+            .output()
+            .unwrap();
+        let said = String::from_utf8(limited.stderr).unwrap();
+        assert!(limited.status.code() == Some(1) && said.contains(named), "{said}");
+        assert_eq!(fs::read_dir(output.path()).unwrap().count(), 0);
+    }
 }

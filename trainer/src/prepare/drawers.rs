@@ -1,6 +1,6 @@
 //! Records on disk, sorted by a hash of their content.
 
-use std::fs::{self, File};
+use std::fs::File;
 use std::io::{BufRead, BufReader, BufWriter, Write};
 use std::path::{Path, PathBuf};
 
@@ -9,6 +9,7 @@ use sha2::{Digest, Sha256};
 use tempfile::TempDir;
 
 use super::{Body, Record, Turn};
+use crate::output::Whole;
 use crate::{Error, Result};
 
 /// Files that records go into. Of a hundred gigabytes, a drawer holds half of one.
@@ -41,21 +42,18 @@ impl Drawers {
     pub(super) fn put(&mut self, record: &Record) -> Result<()> {
         let line = line(&record.body).to_string();
         let hash = hash(self.seed, "order", &line);
-        let drawer = usize::from(hash[0]);
+        let i = usize::from(hash[0]);
         let group = Value::String(record.group.clone());
-        writeln!(self.files[drawer], "{}\t{group}\t{line}", hex::encode(hash)).map_err(Error::io(self.folder.path()))
+        writeln!(self.files[i], "{}\t{group}\t{line}", hex::encode(hash))
+            .map_err(|error| Error::io(drawer(&self.folder, i))(error))
     }
 
-    /// Writes all records into the two files, each whole or not at all; answers how many went into each, and how many were
-    /// there twice.
-    pub(super) fn write(self, train: &Path, dev: &Path, is_dev: impl Fn(&str) -> bool) -> Result<[u64; 3]> {
+    /// Writes all records into the two files; answers how many went into each, and how many were there twice.
+    pub(super) fn write(self, outputs: [&mut Whole; 2], is_dev: impl Fn(&str) -> bool) -> Result<[u64; 3]> {
         let Self { folder, files, .. } = self;
-        for file in files {
-            file.into_inner().map_err(|error| Error::io(folder.path())(error.into_error()))?;
+        for (i, file) in files.into_iter().enumerate() {
+            file.into_inner().map_err(|error| Error::io(drawer(&folder, i))(error.into_error()))?;
         }
-        let unfinished = [train, dev].map(|path| path.with_extension("unfinished"));
-        let create = |path: &PathBuf| File::create(path).map(BufWriter::new).map_err(Error::io(path));
-        let mut outputs = [create(&unfinished[0])?, create(&unfinished[1])?];
         let mut counts = [0; 3];
         for i in 0..DRAWERS {
             let path = drawer(&folder, i);
@@ -76,14 +74,9 @@ impl Drawers {
                 }
                 let group: String = serde_json::from_str(group).unwrap_or_default();
                 let side = usize::from(is_dev(&group));
-                writeln!(outputs[side], "{line}").map_err(Error::io(&unfinished[side]))?;
+                outputs[side].line(line)?;
                 counts[side] += 1;
             }
-        }
-        for (output, (unfinished, path)) in outputs.into_iter().zip(unfinished.iter().zip([train, dev])) {
-            let file = output.into_inner().map_err(|error| Error::io(unfinished)(error.into_error()))?;
-            file.sync_all().map_err(Error::io(unfinished))?;
-            fs::rename(unfinished, path).map_err(Error::io(path))?;
         }
         Ok(counts)
     }

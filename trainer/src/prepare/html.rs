@@ -46,7 +46,7 @@ fn push(text: &mut String, html: &str, code: bool) {
 }
 
 /// No spaces at the ends of lines, and no more than one empty line.
-fn tidy(text: &str) -> String {
+pub(super) fn tidy(text: &str) -> String {
     let mut lines: Vec<&str> = Vec::new();
     for line in text.lines().map(str::trim_end) {
         let line = if line.trim().is_empty() { "" } else { line };

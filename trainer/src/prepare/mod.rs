@@ -4,12 +4,15 @@
 //! that hash, and written: the order of a file never reaches the model, equal records meet and one of them stays, and no
 //! more than a drawer is ever in memory. Whole questions go to the dev side, by a hash of the question.
 
+mod code;
 mod drawers;
 mod html;
 mod parts;
 mod reddit;
 pub(crate) mod sets;
 mod stack_exchange;
+mod wikipedia;
+mod wikitext;
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -21,6 +24,8 @@ use serde_json::json;
 
 use crate::data::TAGS;
 use crate::input::BadLines;
+use crate::output::{Whole, Written};
+use crate::sandbox::Sandbox;
 use crate::{Error, Result};
 use drawers::Drawers;
 
@@ -31,6 +36,10 @@ pub enum Dataset {
     StackExchange,
     /// Reddit: Pushshift's JSONL of submissions and of comments, all files at once
     Reddit,
+    /// Wikipedia: MediaWiki XML with all revisions; a section before and after a revert of vandalism
+    Wikipedia,
+    /// Edits: JSONL with before, after and is_revert or comment, or WikiSplit's TSV
+    WikiEdits,
     /// Summaries of posts: JSONL of OpenAI's comparisons, with info, summaries and choice
     SummarizeFromFeedback,
     /// Anthropic's helpful and harmless dialogues: JSONL with chosen and rejected transcripts
@@ -51,6 +60,8 @@ pub enum Dataset {
     Webgpt,
     /// Solutions marked right or wrong: JSONL of GSM8K's example model solutions
     Gsm8kSolutions,
+    /// Code: JSONL of HumanEval, MBPP or QuixBugs, and of samples with response and prompt or id; all files at once
+    Code,
     /// Anything: JSONL with chosen and rejected, with or without a prompt
     Pairs,
     /// Plain text: a document a file, or JSONL with text
@@ -68,6 +79,8 @@ pub struct Options {
     pub binarise: bool,
     /// Bad lines after which to stop.
     pub max_bad_lines: u64,
+    /// Where programs are run, for `code`.
+    pub sandbox: Option<Sandbox>,
 }
 
 /// What was read and written.
@@ -145,10 +158,14 @@ pub fn prepare(
     match dataset {
         // A comment and its post may lie in different files.
         Dataset::Reddit => reddit::read(files, &mut sink)?,
+        // So may a sample and its problem.
+        Dataset::Code => code::read(files, &mut sink)?,
         _ => files.iter().try_for_each(|file| sets::read(dataset, file, &mut sink))?,
     }
     let is_dev = |group: &str| drawers::share(options.seed, "dev", group) < options.dev_share;
-    let [written_train, written_dev, twice] = drawers.write(&train, &dev, is_dev)?;
+    let mut outputs = [Whole::create(&train)?, Whole::create(&dev)?];
+    let [train, dev] = &mut outputs;
+    let [written_train, written_dev, twice] = drawers.write([train, dev], is_dev)?;
     (counts.train, counts.dev) = (written_train, written_dev);
     if twice > 0 {
         counts.dropped.insert("exact duplicate".to_owned(), twice);
@@ -162,7 +179,12 @@ pub fn prepare(
         "binarise": options.binarise,
         "counts": counts,
     });
-    fs::write(&counted, format!("{about:#}\n")).map_err(Error::io(&counted))?;
+    let [train, dev] = outputs;
+    let mut about_file = Whole::create(&counted)?;
+    about_file.line(&format!("{about:#}"))?;
+    // All are on the disk before any has its name.
+    let written = [train, dev, about_file].map(Whole::written);
+    written.into_iter().collect::<Result<Vec<_>>>()?.into_iter().try_for_each(Written::publish)?;
     Ok(counts)
 }
 

@@ -6,9 +6,9 @@ use std::path::Path;
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 
-use super::stack_exchange;
 use super::{Body, Dataset, Record, Sink, Turn};
-use crate::input::{Lines, open};
+use super::{stack_exchange, wikipedia};
+use crate::input::{Lines, is_parquet, open};
 use crate::{Error, Result};
 
 /// What a line came to: a record, or why there is none.
@@ -17,20 +17,23 @@ type Found = std::result::Result<Record, String>;
 /// Reads a file into the sink.
 pub(super) fn read(dataset: Dataset, path: &Path, sink: &mut Sink<'_>) -> Result<()> {
     match dataset {
-        Dataset::StackExchange if is_xml(path) => stack_exchange::read_dump(path, sink),
+        Dataset::StackExchange if unpacked_name(path).ends_with(".xml") => stack_exchange::read_dump(path, sink),
         Dataset::StackExchange => json_lines(path, sink, stack_exchange::question),
+        Dataset::Wikipedia => wikipedia::read_history(path, sink),
+        Dataset::WikiEdits if unpacked_name(path).ends_with(".tsv") => wiki_split(path, sink),
+        Dataset::WikiEdits => json_lines(path, sink, |line, _| wikipedia::edit(line)),
         Dataset::HhRlhf => json_lines(path, sink, |line, _| hh_rlhf(line)),
         Dataset::Hellaswag => json_lines(path, sink, hellaswag),
         Dataset::Gsm8kSolutions => json_lines(path, sink, gsm8k),
         Dataset::Pairs => json_lines(path, sink, |line, _| pairs(line)),
         Dataset::Webgpt => webgpt(path, sink),
         Dataset::SummarizeFromFeedback => json_lines(path, sink, |line, _| summaries(line)),
-        Dataset::Reddit => Err(Error::Recipe("Reddit's files are read together".into())),
+        Dataset::Reddit | Dataset::Code => Err(Error::Recipe("these files are read together".into())),
         Dataset::EthicsUtilitarianism => ethics(path, sink, false, |row| ethics_row(dataset, row)),
         Dataset::EthicsJustice | Dataset::EthicsDeontology | Dataset::EthicsCommonsense | Dataset::EthicsVirtue => {
             ethics(path, sink, true, |row| ethics_row(dataset, row))
         }
-        Dataset::Text if path.file_name().is_some_and(|name| name.to_string_lossy().contains(".json")) => {
+        Dataset::Text if is_parquet(path) || unpacked_name(path).contains(".json") => {
             json_lines(path, sink, |line: TextLine, _| Ok(text(line.text)))
         }
         Dataset::Text => {
@@ -42,12 +45,11 @@ pub(super) fn read(dataset: Dataset, path: &Path, sink: &mut Sink<'_>) -> Result
     }
 }
 
-fn is_xml(path: &Path) -> bool {
+/// The name of a file in lower case, without the ending that says how it is packed.
+fn unpacked_name(path: &Path) -> String {
     let name = path.file_name().unwrap_or_default().to_string_lossy().to_lowercase();
-    ["gz", "bz2", "zst"]
-        .iter()
-        .fold(&name[..], |name, packed| name.trim_end_matches(&format!(".{packed}")[..]))
-        .ends_with(".xml")
+    let packed = [".gz", ".bz2", ".zst"].into_iter().find_map(|ending| name.strip_suffix(ending));
+    packed.map(str::to_owned).unwrap_or(name)
 }
 
 /// Reads JSONL; what `found` says no to is dropped with its reason.
@@ -162,6 +164,22 @@ fn dialogue(chosen: Vec<Turn>, rejected: Vec<Turn>) -> Found {
         false => Body::Dialogue { prompt: Vec::new(), chosen, rejected },
     };
     Ok(Record { group, body })
+}
+
+/// WikiSplit: a sentence, and the two that an editor made of it.
+fn wiki_split(path: &Path, sink: &mut Sink<'_>) -> Result<()> {
+    let mut lines = Lines::open(path)?;
+    while let Some((number, line)) = lines.next()? {
+        sink.read();
+        match std::str::from_utf8(&line).ok().and_then(|line| line.split_once('\t')) {
+            Some((before, after)) => {
+                let after = after.replace(" <::::> ", " ");
+                sink.record(pair(before, String::new(), &after, before))?;
+            }
+            None => sink.bad(path, number, "not two columns of UTF-8")?,
+        }
+    }
+    Ok(())
 }
 
 /// Takes a transcript apart at the labels of user and assistant.
