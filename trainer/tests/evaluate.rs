@@ -264,7 +264,7 @@ fn truthfulqa_in_the_form_that_fits_the_model() {
 #[test]
 fn samples_are_ranked_by_problem() {
     let work = Work::new();
-    let sample = |i: usize| json!({"id": i % 2, "prompt": format!("{}: ", i % 2), "response": format!("sample {i}"), "correct": i % 3 == 0});
+    let sample = |i: usize| json!({"id": i % 2, "prompt": format!("{}: ", i % 2), "response": format!("sample {i}"), "correct": i.is_multiple_of(3)});
     work.lines("samples.jsonl", &(0..10).map(sample).collect::<Vec<_>>());
     let (found, items) = work.evaluate("rerank", &["samples.jsonl"], "llama-pm", &["--dtype", "f32"]);
     assert_eq!((items.len(), &items[0]["id"], items[1]["scores"].as_array().unwrap().len()), (2, &json!("0"), 5));
