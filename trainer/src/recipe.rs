@@ -51,14 +51,14 @@ pub struct Recipe {
     /// What is learned
     #[arg(long, value_enum)]
     pub objective: Objective,
-    /// Checkpoint to begin with: a folder or a Hugging Face repository. Its chat template gives way to the
-    /// Human:/Assistant: form of the paper
+    /// Checkpoint to begin with: a folder, a Hugging Face repository or, for an adapter, a .gguf file. Its chat template
+    /// gives way to the Human:/Assistant: form of the paper
     #[arg(long, value_name = "SOURCE")]
     pub init: String,
-    /// JSONL files to learn from; for distillation, what `teach` wrote
+    /// JSONL or Parquet files to learn from; for distillation, what `teach` wrote
     #[arg(long, value_name = "FILE", required = true, num_args = 1.., action = ArgAction::Append)]
     pub train: Vec<PathBuf>,
-    /// JSONL files to measure on
+    /// Files to measure on, of the same kinds
     #[arg(long, value_name = "FILE", num_args = 1.., action = ArgAction::Append)]
     pub dev: Vec<PathBuf>,
     /// Folder of the run; one that holds a run goes on with it
