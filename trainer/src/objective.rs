@@ -184,7 +184,7 @@ pub(crate) fn scores(objective: Objective, pair: &[Outcome]) -> Option<Pair> {
 }
 
 /// `ln(1 + e^x)` without overflow.
-fn softplus(x: f64) -> f64 {
+pub(crate) fn softplus(x: f64) -> f64 {
     x.max(0.0) + (-x.abs()).exp().ln_1p()
 }
 

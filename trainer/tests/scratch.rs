@@ -65,40 +65,16 @@ fn a_language_model_and_then_a_preference_model_come_out_of_text() {
     // ln 300 = 5.7 nats without having learned anything.
     assert!(learned["loss"].as_f64().unwrap() < 1.5, "{learned}");
 
-    let init = format!("{language}/checkpoint");
-    let second = [
-        "run",
-        "--objective",
-        "preference",
-        "--init",
-        &init,
-        "--train",
-        &pairs,
-        "--dev",
-        &pairs,
-        "--output",
-        &preference,
-    ];
-    train(&[&second[..], &options].concat());
-    assert_eq!(last_metrics(preference.as_ref())["accuracy"], 1.0);
-
+    // Trains a preference model out of a run's checkpoint.
+    let prefer = |run: &str, output: &str, options: &[&str]| {
+        let init = format!("{run}/checkpoint");
+        let fixed = ["run", "--objective", "preference", "--init", &init, "--train", &pairs, "--dev", &pairs];
+        train(&[&fixed[..], &["--output", output], options].concat());
+        assert_eq!(last_metrics(output.as_ref())["accuracy"], 1.0);
+    };
+    prefer(&language, &preference, &options);
     // What was trained can be trained further: preference pre-training comes first, fine-tuning after it.
-    let init = format!("{preference}/checkpoint");
-    let third = [
-        "run",
-        "--objective",
-        "preference",
-        "--init",
-        &init,
-        "--train",
-        &pairs,
-        "--dev",
-        &pairs,
-        "--output",
-        &path("pm2"),
-    ];
-    train(&[&third[..], &options[2..]].concat());
-    assert_eq!(last_metrics(path("pm2").as_ref())["accuracy"], 1.0);
+    prefer(&preference, &path("pm2"), &options[2..]);
     let published = train(&["publish", &format!("{}/checkpoint", path("pm2")), &path("versions"), "--name", "pm"]);
     assert!(published.contains("versions/pm/1"), "{published}");
 }

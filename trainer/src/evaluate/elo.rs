@@ -9,6 +9,7 @@ use serde_json::{Value, json};
 
 use super::measure::{Measurement, sigmoid};
 use crate::input::{BadLines, Lines};
+use crate::objective::softplus;
 use crate::{Error, Result};
 
 /// Elo points of a nat: a win is 1 / (1 + 10^(-difference / 400)).
@@ -208,7 +209,6 @@ impl Comparisons {
     }
 
     fn loss(&self, rewards: &[f64]) -> f64 {
-        let softplus = |x: f64| x.max(0.0) + (-x.abs()).exp().ln_1p();
         let of = |c: &Comparison| {
             let d = rewards[c.a] - rewards[c.b];
             c.games * (c.win_rate * softplus(-d) + (1.0 - c.win_rate) * softplus(d))

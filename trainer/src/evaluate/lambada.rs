@@ -7,9 +7,9 @@ use super::measure::{Intervals, Observation, Range};
 use super::options::{Form, HhhPrompt, Options};
 use super::scorer::{How, Scorer};
 use super::sets::{self, Passage};
-use super::{Evaluation, Measurement, items, open, progress, prompt_name, usual_form};
+use super::{Evaluation, Measurement, items, open, prompt_name, usual_form};
 use crate::input::BadLines;
-use crate::{Error, Result};
+use crate::{Error, Result, progress};
 
 /// What the passage stands in, in a dialogue.
 const SAID: &str = "Can you tell me a story?";
@@ -29,7 +29,7 @@ pub(super) fn evaluate(options: &Options, warn: &mut dyn FnMut(&str)) -> Result<
     let mut evaluation = Evaluation::new(options, Some(scorer.model().clone()));
     (evaluation.items, evaluation.bad_lines) = (passages.len() as u64, bad.skipped());
     let intervals = Intervals { resamples: options.resamples, seed: options.seed };
-    let bar = progress((passages.len() * options.hhh_prompt.len()) as u64);
+    let bar = progress::bar((passages.len() * options.hhh_prompt.len()) as u64, "passages");
     for &hhh_prompt in &options.hhh_prompt {
         let found = continued(&mut *scorer, options, hhh_prompt, &passages, &mut |done| bar.inc(done))?;
         let mut observations = Vec::new();

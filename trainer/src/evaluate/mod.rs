@@ -19,9 +19,7 @@ mod server;
 mod sets;
 mod tally;
 
-use std::time::Duration;
-
-use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use indicatif::ProgressBar;
 use plumb_model::text::TextInput;
 use serde::Serialize;
 use serde_json::{Value, json};
@@ -29,7 +27,7 @@ use serde_json::{Value, json};
 use self::items::Item;
 use self::scorer::{How, Outcome, Scorer};
 use crate::input::BadLines;
-use crate::{Error, Result};
+use crate::{Error, Result, progress};
 
 pub(crate) use measure::calibration;
 pub use measure::{ALL, Bin, Calibration, Measurement};
@@ -186,7 +184,7 @@ impl<'a> Comparing<'a> {
 
     fn run(mut self) -> Result<Evaluation> {
         let texts: usize = self.items.iter().map(|item| item.texts.len()).sum();
-        let bar = progress((texts * self.options.hhh_prompt.len()) as u64);
+        let bar = progress::bar((texts * self.options.hhh_prompt.len()) as u64, "texts");
         let preference = self.scorer.model().is_preference();
         let objectives = objectives(self.options, preference);
         for &hhh_prompt in &self.options.hhh_prompt {
@@ -303,13 +301,4 @@ fn prompt_name(hhh_prompt: HhhPrompt) -> Option<&'static str> {
         HhhPrompt::Short => Some("short HHH prompt"),
         HhhPrompt::Full => Some("full HHH prompt"),
     }
-}
-
-/// A bar on standard error, hidden where nobody looks.
-fn progress(total: u64) -> ProgressBar {
-    let bar = ProgressBar::with_draw_target(Some(total), ProgressDrawTarget::stderr());
-    let style = ProgressStyle::with_template("{elapsed_precise} {wide_bar} {human_pos}/{human_len} {eta} left");
-    bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
-    bar.enable_steady_tick(Duration::from_millis(200));
-    bar
 }
