@@ -15,6 +15,10 @@ use crate::config::{Access, Secret};
 use crate::error::{Error, Result};
 use crate::telemetry::events::Rejected;
 
+/// Whose key a call came with; not there if the server asks for none.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct KeyName(pub(crate) Arc<str>);
+
 /// Keys of a server. Their hashes are compared, so that the time tells nothing about lengths either.
 pub(crate) struct Keys {
     client: Vec<[u8; 32]>,
