@@ -24,7 +24,7 @@ use crate::layers;
 use crate::layers::admission::Gate;
 use crate::layers::auth::Keys;
 use crate::pool::CpuPool;
-use crate::registry::Registry;
+use crate::registry::{Registry, Root};
 use crate::services::{Context, GenerationService, ModelsService, PreferenceService, TokensService};
 use crate::shutdown::{self, Shutdown};
 use crate::telemetry::events::{ConfigLoaded, Fatal, Listening, Serving};
@@ -163,7 +163,8 @@ impl Server {
             prefix_cache: config.engine.prefix_cache,
             threads: config.engine.threads,
         })?;
-        let registry = Registry::new(engine.clone(), load_options(&config, hhh), config.defaults.clone());
+        let registry =
+            Registry::new(engine.clone(), load_options(&config, hhh), config.defaults.clone(), &config.versions);
         let (reporter, health_service) = tonic_health::server::health_reporter();
         let health = Health::new(reporter).await;
         let gate = Gate::new(config.limits.max_concurrent_requests);
@@ -240,10 +241,15 @@ impl Server {
         if let Err(error) = self.load_models().await {
             return Failure::Start(error);
         }
+        let watcher = match self.watch_root().await {
+            Ok(watcher) => watcher,
+            Err(error) => return Failure::Start(error),
+        };
         self.registry.finish_start();
         self.shutdown.health.set_phase(Phase::Serving).await;
         Serving { models: &self.registry.statuses() }.emit();
         self.shutdown.health.engine_died().await;
+        drop(watcher);
         Failure::Engine
     }
 
@@ -257,6 +263,13 @@ impl Server {
             self.registry.load(load).await?;
         }
         Ok(())
+    }
+
+    /// Brings in what lies in the watched folder, and answers the task that follows it from then on.
+    async fn watch_root(&self) -> Result<Option<AbortOnDropHandle<()>>> {
+        let Some(mut root) = Root::new(&self.config.versions, Arc::clone(&self.registry)) else { return Ok(None) };
+        root.settle().await?;
+        Ok(Some(AbortOnDropHandle::new(tokio::spawn(root.follow()))))
     }
 }
 

@@ -7,6 +7,7 @@ use clap::builder::{BoolishValueParser, RangedU64ValueParser, TypedValueParser};
 use clap::{Args, Parser};
 
 use super::secret::Secret;
+use super::versions::SwapPolicy;
 
 const EXAMPLES: &str = "\
 Examples:
@@ -18,6 +19,9 @@ Examples:
 
   # A preference model and a language model, reachable from outside, with a key
   plumb-server --model pm=org/reward-model --model lm=./smollm2.gguf --hostname 0.0.0.0 --api-key-file /run/key
+
+  # Every version that is published below a folder takes over from the one before it
+  plumb-server --model-root ./checkpoints
 
   # Free ports for a test, written to a file once they are bound
   plumb-server --model-id tests/fixtures/llama-pm --port 0 --prometheus-port 0 --port-file ports.json
@@ -75,6 +79,30 @@ pub(crate) struct ModelFlags {
     /// Branch, tag or commit of a Hugging Face repository: plain for --model-id, NAME=REVISION for a --model.
     #[arg(long, env = "PLUMB_REVISION", value_name = "[NAME=]REVISION", value_delimiter = ',')]
     pub(crate) revision: Vec<String>,
+    /// Folder that is watched: a version MODEL/N/ in it is loaded once its manifest.json is there, as `plumb-train publish`
+    /// writes it. Changes are noticed at once where the system tells, else by polling.
+    #[arg(long, env = "PLUMB_MODEL_ROOT", value_name = "FOLDER")]
+    pub(crate) model_root: Option<PathBuf>,
+    /// Which versions of a watched model are served: latest:N, all, or specific:N+N; for one model with its name in front
+    /// [default: latest:1].
+    #[arg(long, env = "PLUMB_VERSION_POLICY", value_name = "[NAME=]POLICY", value_delimiter = ',')]
+    pub(crate) version_policy: Vec<String>,
+    /// What is first when a version takes the place of another one.
+    #[arg(long, env = "PLUMB_SWAP_POLICY", default_value = "availability")]
+    pub(crate) swap_policy: SwapPolicy,
+    /// How often the watched folder is read when nothing tells of a change, as on network file systems.
+    #[arg(long, env = "PLUMB_POLL_INTERVAL_SECS", default_value = "10", value_parser = seconds, value_name = "SECS")]
+    pub(crate) poll_interval_secs: Duration,
+    /// A new version that computes NaN within this time is taken back, and its callers get the version before, which stays
+    /// in memory for so long.
+    #[arg(long, env = "PLUMB_ROLLBACK_WINDOW_SECS", default_value = "60", value_parser = seconds, value_name = "SECS")]
+    pub(crate) rollback_window_secs: Duration,
+    /// A label that is set once its version is available; repeat for several.
+    #[arg(long, env = "PLUMB_LABEL", value_name = "MODEL:LABEL=VERSION", value_delimiter = ',')]
+    pub(crate) label: Vec<String>,
+    /// Splits calls that name neither version nor label, by a hash of the request: pm:stable=95,pm:canary=5.
+    #[arg(long, env = "PLUMB_TRAFFIC", value_name = "MODEL:LABEL=WEIGHT", value_delimiter = ',')]
+    pub(crate) traffic: Vec<String>,
     /// Type in which weights are held; auto takes the checkpoint's.
     #[arg(long, env = "PLUMB_DTYPE", default_value = "auto")]
     pub(crate) dtype: DType,

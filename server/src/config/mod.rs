@@ -1,13 +1,14 @@
 //! Configuration: flags, environment, a TOML file and defaults become a [`Config`] that cannot be wrong in itself.
 //!
 //! `args` says what the options are; `file` puts a file's values in the place of defaults; `models` reads
-//! `NAME=SOURCE` lists; here the result is checked and turned into what the rest of the server asks for. Nothing is
+//! `NAME=SOURCE` lists, `versions` what is said of versions; here the result is checked and turned into what the rest of the server asks for. Nothing is
 //! opened or bound on the way, apart from the files of options.
 
 mod args;
 mod file;
 mod models;
 mod secret;
+mod versions;
 
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
@@ -22,12 +23,16 @@ use self::file::FileValues;
 pub use self::models::ModelConfig;
 pub(crate) use self::models::check_name;
 pub use self::secret::Secret;
+pub(crate) use self::versions::WantedLabel;
+pub use self::versions::{SwapPolicy, VersionPolicy, Versions};
 
 /// Everything that is decided before the server starts.
 #[derive(Clone, Debug)]
 pub struct Config {
-    /// What is served; at least one, if only what comes with the program.
+    /// What is loaded at start; without a watched folder at least one, if only what comes with the program.
     pub models: Vec<ModelConfig>,
+    /// How versions come and go.
+    pub versions: Versions,
     /// Which models an empty name means.
     pub defaults: Defaults,
     /// Type in which weights are held.
@@ -215,12 +220,16 @@ impl Config {
     fn from_flags(flags: Flags, origins: Vec<Origin>) -> Result<Self, String> {
         let Flags { config: _, print_config: _, models, engine, limits, network, access, telemetry } = flags;
         let served = models::resolve(&models)?;
+        let versions = versions::resolve(&models)?;
         let defaults =
             Defaults { preference: models.default_preference_model, language: models.default_language_model };
         for (option, name) in
             [("preference", defaults.preference.as_deref()), ("language", defaults.language.as_deref())]
         {
-            if let Some(name) = name.filter(|name| served.iter().all(|model| model.name != **name)) {
+            // What a watched folder will hold is not known yet.
+            if versions.root.is_none()
+                && let Some(name) = name.filter(|name| served.iter().all(|model| model.name != **name))
+            {
                 return Err(format!("--default-{option}-model {name}: no model has this name"));
             }
         }
@@ -233,6 +242,7 @@ impl Config {
         let logical_cores = std::thread::available_parallelism().map_or(1, usize::from);
         Ok(Self {
             models: served,
+            versions,
             defaults,
             dtype: models.dtype,
             hhh_prompt_file: models.hhh_prompt_file,

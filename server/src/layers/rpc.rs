@@ -21,7 +21,7 @@ pub(crate) enum Class {
     Infrastructure,
 }
 
-const RPCS: [(&str, Rpc); 12] = [
+const RPCS: [(&str, Rpc); 13] = [
     ("/plumb.v1.Preference/Score", Rpc { name: "Preference/Score", class: Class::Client }),
     ("/plumb.v1.Preference/ScoreStream", Rpc { name: "Preference/ScoreStream", class: Class::Client }),
     ("/plumb.v1.Preference/Rank", Rpc { name: "Preference/Rank", class: Class::Client }),
@@ -32,6 +32,7 @@ const RPCS: [(&str, Rpc); 12] = [
     ("/plumb.v1.Models/LoadVersion", Rpc { name: "Models/LoadVersion", class: Class::Admin }),
     ("/plumb.v1.Models/UnloadVersion", Rpc { name: "Models/UnloadVersion", class: Class::Admin }),
     ("/plumb.v1.Models/SetLabel", Rpc { name: "Models/SetLabel", class: Class::Admin }),
+    ("/plumb.v1.Models/SetTraffic", Rpc { name: "Models/SetTraffic", class: Class::Admin }),
     ("/plumb.v1.Tokens/Tokenize", Rpc { name: "Tokens/Tokenize", class: Class::Client }),
     ("/plumb.v1.Tokens/Render", Rpc { name: "Tokens/Render", class: Class::Client }),
 ];

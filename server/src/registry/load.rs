@@ -7,9 +7,10 @@ use std::time::{Duration, Instant};
 use plumb_model::checkpoint::Source;
 use plumb_model::loaded::{LoadedModel, ModelInfo, ModelKind};
 use plumb_proto::v1;
+use tokio::task::JoinHandle;
 
 use super::catalog::Facts;
-use super::{Registry, Served, bundled};
+use super::{Registry, Served, bundled, warm};
 use crate::error::{Error, Result};
 use crate::telemetry::events::ModelLoaded;
 
@@ -58,20 +59,31 @@ impl Registry {
     /// # Errors
     /// If there is no such version, it is still loading, or a label points at it.
     pub(crate) fn unload(self: &Arc<Self>, name: &str, version: u64) -> Result<v1::ModelStatus> {
-        let handle = self.change(|catalog| catalog.drain(name, version))?;
-        if let Some(served) = handle {
-            let (registry, name, memory) = (Arc::clone(self), name.to_owned(), served.memory.clone());
-            tokio::spawn(async move {
-                while memory.strong_count() > 0 {
-                    tokio::time::sleep(DRAIN_POLL).await;
-                }
-                registry.change(|catalog| catalog.ended(&name, version));
-            });
-        }
+        self.drain(name, version)?;
         self.status_of(name, version)
     }
 
-    async fn bring_in(&self, name: &str, version: u64, source: Source) -> Result<()> {
+    /// As [`Registry::unload`], and answers a task that ends when the memory is given back; none if the version is out
+    /// already.
+    pub(super) fn drain(self: &Arc<Self>, name: &str, version: u64) -> Result<Option<JoinHandle<()>>> {
+        let served = self.change(|catalog| catalog.drain(name, version))?;
+        Ok(served.map(|served| self.see_out(served)))
+    }
+
+    /// Waits until nobody holds a draining version any more.
+    pub(super) fn see_out(self: &Arc<Self>, served: Arc<Served>) -> JoinHandle<()> {
+        let (registry, name, version) = (Arc::clone(self), served.name().to_owned(), served.version());
+        let memory = served.memory();
+        drop(served);
+        tokio::spawn(async move {
+            while memory.strong_count() > 0 {
+                tokio::time::sleep(DRAIN_POLL).await;
+            }
+            registry.change(|catalog| catalog.ended(&name, version));
+        })
+    }
+
+    async fn bring_in(self: &Arc<Self>, name: &str, version: u64, source: Source) -> Result<()> {
         let turn = self.loads.acquire().await.map_err(|_| Error::Draining)?;
         self.change(|catalog| catalog.loading(name, version));
         let options = self.options.clone();
@@ -84,8 +96,10 @@ impl Registry {
         let model = Arc::new(model);
         let memory = Arc::downgrade(&model);
         let identity = v1::ModelIdentity { name: name.to_owned(), version, weights_digest };
+        let lengths = self.lengths(name);
         let handle = self.engine.attach(model, name, version).await?;
-        let served = Arc::new(Served { identity, handle, memory });
+        warm::warm(&self.engine, &handle, &lengths).await?;
+        let served = Arc::new(Served::new(identity, handle, memory, lengths, Arc::downgrade(self)));
         self.change(|catalog| catalog.available(name, version, served));
         drop(turn);
         Ok(())

@@ -15,7 +15,7 @@ use super::best_of::{self, Ranking};
 use super::sample::{Piece, Sample};
 use super::scoring::{count, timings};
 use super::stop::StopStrings;
-use super::{CallTimes, Context, input};
+use super::{CallTimes, Context, input, split_hash};
 use crate::engine::sampling::{Sampler, SamplingParams};
 use crate::engine::{GenerateJob, JobMeta, Priority};
 use crate::error::{Error, Result};
@@ -75,6 +75,7 @@ impl Plan {
     fn check(context: &Context, request: v1::GenerateRequest, times: CallTimes) -> Result<Self> {
         record_request_id(&request.request_id);
         let limits = &context.limits;
+        let hash = || split_hash(&request.request_id, &request);
         let n = request.n.unwrap_or(1) as usize;
         context.check_count("n", n)?;
         let (ranker, samples) = match &request.best_of {
@@ -85,9 +86,10 @@ impl Plan {
                     return Err(Error::invalid("best_of.samples", format!("{samples} are fewer than n, which is {n}")));
                 }
                 context.check_count("best_of.samples", samples)?;
-                (Some(context.registry.resolve(best_of.ranker.as_ref(), Need::Preference)?), samples)
+                (Some(context.registry.resolve(best_of.ranker.as_ref(), Need::Preference, hash)?), samples)
             }
         };
+        let model = context.registry.resolve(request.model.as_ref(), Need::Language, hash)?;
         let prompt = input::text_input(&request.prompt.unwrap_or_default()).map_err(|error| error.within("prompt"))?;
         if ranker.is_some() && matches!(prompt, TextInput::TokenIds { .. }) {
             return Err(Error::invalid("prompt", "best_of needs text: the ranker has a tokenizer of its own"));
@@ -100,7 +102,6 @@ impl Plan {
             return Err(Error::invalid("stopping.max_new_tokens", message));
         }
         let sampling = sampling(request.sampling.unwrap_or_default())?;
-        let model = context.registry.resolve(request.model.as_ref(), Need::Language)?;
         let mut text = input::render_options(request.text.as_ref(), model.info.max_input_tokens, limits.auto_truncate)?;
         // Truncation makes room for the new tokens. Without it, a long prompt leaves less room than was asked for.
         let reserved = if text.truncation == Truncation::Refuse { 1 } else { max_new_tokens };

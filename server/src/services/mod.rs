@@ -18,6 +18,8 @@ use std::future::Future;
 use std::sync::Arc;
 use std::time::Instant;
 
+use prost::Message;
+use sha2::{Digest as _, Sha256};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
@@ -87,6 +89,16 @@ impl CallTimes {
             deadline: extensions.get().map(|&Deadline(deadline)| deadline),
         }
     }
+}
+
+/// Decides which version a call gets where calls are split: equal requests get equal versions, here and on every other
+/// replica.
+fn split_hash(request_id: &str, request: &impl Message) -> u64 {
+    let digest = match request_id {
+        "" => Sha256::digest(request.encode_to_vec()),
+        id => Sha256::digest(id),
+    };
+    digest.iter().take(8).fold(0, |hash, byte| hash << 8 | u64::from(*byte))
 }
 
 /// A stream that `drive` feeds, in a task that ends when the stream is dropped: then `drive` is dropped with all the

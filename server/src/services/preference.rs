@@ -10,7 +10,7 @@ use tonic::{Request, Response, Status, Streaming};
 
 use super::input::{self, Objective};
 use super::scoring::{ScoreCall, Scored};
-use super::{CallTimes, Context, rank};
+use super::{CallTimes, Context, rank, split_hash};
 use crate::error::{Error, Result};
 use crate::layers::trace::record_request_id;
 use crate::registry::Need;
@@ -80,10 +80,11 @@ async fn answer(
 }
 
 async fn score(context: &Context, request: v1::ScoreRequest, times: CallTimes) -> Result<v1::ScoreResponse> {
-    let v1::ScoreRequest { model, items, text, objective, per_token, request_id, priority } = request;
-    record_request_id(&request_id);
-    context.check_count("items", items.len())?;
-    let model = context.registry.resolve(model.as_ref(), Need::Any)?;
+    record_request_id(&request.request_id);
+    context.check_count("items", request.items.len())?;
+    let hash = || split_hash(&request.request_id, &request);
+    let model = context.registry.resolve(request.model.as_ref(), Need::Any, hash)?;
+    let v1::ScoreRequest { model: _, items, text, objective, per_token, request_id, priority } = request;
     let call = ScoreCall {
         text: input::render_options(text.as_ref(), model.info.max_input_tokens, context.limits.auto_truncate)?,
         objective: Objective::parse(objective)?,
@@ -112,11 +113,12 @@ async fn score(context: &Context, request: v1::ScoreRequest, times: CallTimes) -
 }
 
 async fn rank_candidates(context: &Context, request: v1::RankRequest, times: CallTimes) -> Result<v1::RankResponse> {
-    let v1::RankRequest { model, prompt, candidates, text, objective, request_id, priority } = request;
-    record_request_id(&request_id);
-    context.check_count("candidates", candidates.len())?;
+    record_request_id(&request.request_id);
+    context.check_count("candidates", request.candidates.len())?;
+    let hash = || split_hash(&request.request_id, &request);
+    let model = context.registry.resolve(request.model.as_ref(), Need::Any, hash)?;
+    let v1::RankRequest { model: _, prompt, candidates, text, objective, request_id, priority } = request;
     let prompt = input::text_input(&prompt.unwrap_or_default()).map_err(|error| error.within("prompt"))?;
-    let model = context.registry.resolve(model.as_ref(), Need::Any)?;
     let call = ScoreCall {
         text: input::render_options(text.as_ref(), model.info.max_input_tokens, context.limits.auto_truncate)?,
         objective: Objective::parse(objective)?,

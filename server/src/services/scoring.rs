@@ -95,6 +95,7 @@ impl Context {
                         truncated: prepared.truncated,
                     }
                     .emit();
+                    model.record_length(prepared.sequence.tokens.len());
                     let outputs = outputs.next().unwrap_or_else(|| Err(Error::internal("an answer is missing")));
                     outputs
                         .inspect(|outputs| clock.add(outputs))
@@ -103,6 +104,7 @@ impl Context {
                 Err(error) => Err(error),
             };
             let result = result.map_err(|error| error.within(&format!("{field}[{i}]")));
+            model.observe(&result);
             match &result {
                 Err(error) => ItemFailed { model: model.name(), version: model.version(), error }.emit(),
                 Ok(score) if model.info.kind == ModelKind::Preference => {

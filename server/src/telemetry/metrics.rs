@@ -93,6 +93,7 @@ metrics! {
     MODEL_RESIDENT_BYTES = "plumb_model_resident_bytes", Kind::Gauge, Bytes, "Memory of a version: weights, keys and values, buffers of a batch.";
     MODEL_ACTIVE_VERSION = "plumb_model_active_version", Kind::Gauge, Count, "The version that a call gets which names none.";
     MODEL_SWAPS = "plumb_model_swaps_total", Kind::Counter, Count, "Times that a call which names no version began to get another one.";
+    MODEL_ROLLBACKS = "plumb_model_rollbacks_total", Kind::Counter, Count, "Versions that were taken out of service because they were bad.";
     MODEL_LOADS = "plumb_model_loads_total", Kind::Counter, Count, "Loads that ended, by status code.";
     MODEL_LOAD_DURATION = "plumb_model_load_duration_seconds", Kind::Histogram(LOAD_SECONDS), Seconds, "From the request for a version until it was available.";
     READY = "plumb_ready", Kind::Gauge, Count, "1 while the server as a whole is SERVING.";
