@@ -100,13 +100,12 @@ impl Watched {
             SwapPolicy::Availability => self.keep_serving(&wanted, &missing, &extra, standing, now),
         };
         for action in &actions {
-            match action {
-                Action::Load { version, make_room } => {
-                    self.known.insert(*version, Known::Ours);
-                    make_room.iter().for_each(|version| drop(self.known.remove(version)));
-                }
-                Action::Unload(version) => drop(self.known.remove(version)),
-            }
+            let (come, gone) = match action {
+                Action::Load { version, make_room } => (Some(version), make_room.as_slice()),
+                Action::Unload(version) => (None, std::slice::from_ref(version)),
+            };
+            self.known.retain(|version, _| !gone.contains(version));
+            self.known.extend(come.map(|version| (*version, Known::Ours)));
         }
         (actions, retry.into_iter().chain(settled).min())
     }
