@@ -1,9 +1,11 @@
 //! How versions come and go: read, checked, warmed, and only then visible; out of sight first, and gone when the last
 //! caller is done.
 
+use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use futures::FutureExt as _;
 use plumb_model::checkpoint::Source;
 use plumb_model::loaded::{LoadedModel, ModelInfo, ModelKind};
 use plumb_proto::v1;
@@ -43,7 +45,9 @@ impl Registry {
         let registry = Arc::clone(self);
         let task = tokio::spawn(async move {
             let Load { name, version, source, asked } = load;
-            let result = registry.bring_in(&name, version, source).await;
+            // A version must not be on its way for ever.
+            let result = AssertUnwindSafe(registry.bring_in(&name, version, source)).catch_unwind().await;
+            let result = result.unwrap_or_else(|_| Err(Error::internal("the load panicked; the log has the details")));
             if let Err(error) = &result {
                 registry.change(|catalog| catalog.failed(&name, version, error.to_string()));
             }

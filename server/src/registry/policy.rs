@@ -34,7 +34,7 @@ pub(super) enum Standing {
 /// What has to be done.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Action {
-    /// Load a version, after these have gone and given back their memory.
+    /// Load a version, once these have gone and given back their memory.
     Load { version: u64, make_room: Vec<u64> },
     /// Take a version out of service.
     Unload(u64),
@@ -180,10 +180,11 @@ impl Watched {
             (0, _) => (0, None),
             (n, _) => (n, None),
         };
-        let mut actions: Vec<_> = extra.iter().skip(stay).map(|version| Action::Unload(*version)).collect();
-        if let Some(&version) = missing.first() {
-            actions.push(Action::Load { version, make_room: Vec::new() });
-        }
+        let gone = extra.iter().skip(stay).copied();
+        let actions = match missing.first() {
+            Some(&version) => vec![Action::Load { version, make_room: gone.collect() }],
+            None => gone.map(Action::Unload).collect(),
+        };
         (actions, settled)
     }
 }
@@ -279,7 +280,10 @@ mod tests {
         assert_eq!(server.pass(WINDOW).settle(), [2]);
         // The last but one does not wait for a third.
         assert_eq!(server.publish([3]).settle(), [2, 3]);
-        assert_eq!(server.publish([4]).settle(), [3, 4]);
+        server.publish([4]);
+        assert_eq!(server.look(), [Action::Load { version: 4, make_room: vec![2] }]);
+        server.finish_loads();
+        assert_eq!(server.settle(), [3, 4]);
     }
 
     #[test]

@@ -22,6 +22,8 @@ use crate::telemetry::events::{RootUnreadable, RootWatched};
 
 /// A publishing trainer causes several events; they are looked at together.
 const SETTLE: Duration = Duration::from_millis(50);
+/// How long a load waits for the memory of versions that go: a stream may hold one for as long as its reader likes.
+const MAKE_ROOM: Duration = Duration::from_secs(30);
 /// Most versions of a model that are looked at, those with the highest numbers.
 const MAX_VERSIONS: usize = 4096;
 /// Most models.
@@ -165,9 +167,9 @@ fn start(
     let (registry, model) = (Arc::clone(registry), model.to_owned());
     Ok(async move {
         for old in make_room {
-            // One that cannot go, because a label has come to it, stays.
+            // One that cannot go, because a label has come to it, stays; one that somebody holds for long goes later.
             if let Ok(Some(gone)) = registry.drain(&model, old) {
-                let _ = gone.await;
+                let _ = tokio::time::timeout(MAKE_ROOM, gone).await;
             }
         }
         let result = registry.load(load).await.map(drop);
