@@ -100,10 +100,10 @@ impl Registry {
         let model = Arc::new(model);
         let memory = Arc::downgrade(&model);
         let identity = v1::ModelIdentity { name: name.to_owned(), version, weights_digest };
-        let lengths = self.lengths(name);
+        let usage = self.usage(name);
         let handle = self.engine.attach(model, name, version).await?;
-        warm::warm(&self.engine, &handle, &lengths).await?;
-        let served = Arc::new(Served::new(identity, handle, memory, lengths, Arc::downgrade(self)));
+        warm::warm(&self.engine, &handle, &usage).await?;
+        let served = Arc::new(Served::new(identity, handle, memory, usage, Arc::downgrade(self)));
         self.change(|catalog| catalog.available(name, version, served));
         drop(turn);
         Ok(())

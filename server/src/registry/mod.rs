@@ -24,7 +24,7 @@ use self::catalog::Catalog;
 pub(crate) use self::catalog::{MAX_LABELS, Need, Share, check_shares};
 use self::policy::Standing;
 pub(crate) use self::served::Served;
-use self::warm::Lengths;
+use self::warm::Usage;
 pub(crate) use self::watch::Root;
 use crate::config::{Defaults, Versions};
 use crate::engine::Engine;
@@ -50,8 +50,8 @@ pub(crate) struct Registry {
     options: LoadOptions,
     /// For so long a new version may be taken back.
     rollback_window: Duration,
-    /// Lengths of inputs, by model: a new version is warmed with those of the ones before.
-    lengths: Mutex<HashMap<String, Arc<Lengths>>>,
+    /// Usage of inputs, by model: a new version is warmed with those of the ones before.
+    usage: Mutex<HashMap<String, Arc<Usage>>>,
     /// One load at a time: it has the disk and the memory for its copies to itself.
     loads: Semaphore,
 }
@@ -65,7 +65,7 @@ impl Registry {
             engine,
             options,
             rollback_window: versions.rollback_window,
-            lengths: Mutex::default(),
+            usage: Mutex::default(),
             loads: Semaphore::new(1),
         })
     }
@@ -133,10 +133,10 @@ impl Registry {
         self.read(|catalog| catalog.standing(name, |served| served.since()))
     }
 
-    /// Lengths of a model's inputs.
-    fn lengths(&self, name: &str) -> Arc<Lengths> {
-        let mut lengths = self.lengths.lock().unwrap_or_else(PoisonError::into_inner);
-        Arc::clone(lengths.entry(name.to_owned()).or_default())
+    /// Usage of a model's inputs.
+    fn usage(&self, name: &str) -> Arc<Usage> {
+        let mut usage = self.usage.lock().unwrap_or_else(PoisonError::into_inner);
+        Arc::clone(usage.entry(name.to_owned()).or_default())
     }
 
     fn read<T>(&self, read: impl FnOnce(&Catalog<Arc<Served>>) -> T) -> T {

@@ -6,10 +6,11 @@ use std::sync::{Arc, Weak};
 use std::time::Instant;
 
 use plumb_model::loaded::LoadedModel;
+use plumb_model::text::HhhPrompt;
 use plumb_proto::v1;
 
 use super::Registry;
-use super::warm::Lengths;
+use super::warm::Usage;
 use crate::engine::ModelHandle;
 use crate::error::{Error, Result};
 
@@ -24,7 +25,7 @@ pub(crate) struct Served {
     /// Tells when its memory is given back.
     memory: Weak<LoadedModel>,
     since: Instant,
-    lengths: Arc<Lengths>,
+    usage: Arc<Usage>,
     finite: AtomicU64,
     non_finite: AtomicU64,
     registry: Weak<Registry>,
@@ -35,11 +36,11 @@ impl Served {
         identity: v1::ModelIdentity,
         handle: ModelHandle,
         memory: Weak<LoadedModel>,
-        lengths: Arc<Lengths>,
+        usage: Arc<Usage>,
         registry: Weak<Registry>,
     ) -> Self {
         let (finite, non_finite) = (AtomicU64::new(0), AtomicU64::new(0));
-        Self { identity, handle, memory, since: Instant::now(), lengths, finite, non_finite, registry }
+        Self { identity, handle, memory, since: Instant::now(), usage, finite, non_finite, registry }
     }
 
     pub(crate) fn name(&self) -> &str {
@@ -68,9 +69,9 @@ impl Served {
         self.memory.clone()
     }
 
-    /// Remembers the length of an input.
-    pub(crate) fn record_length(&self, tokens: usize) {
-        self.lengths.record(tokens);
+    /// Remembers an input: the next version is warmed with its like.
+    pub(crate) fn record_input(&self, tokens: usize, prompt: HhhPrompt) {
+        self.usage.record(tokens, prompt);
     }
 
     /// Takes notice of an answer. A new version that computes no numbers is taken back.

@@ -1,10 +1,11 @@
-//! What a version goes through between being loaded and being visible: the shapes in use.
+//! What a version goes through between being loaded and being visible: what its callers will ask for.
 
 use std::collections::BTreeMap;
-use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
 use std::time::Instant;
 
 use plumb_model::loaded::ModelKind;
+use plumb_model::text::{HhhPrompt, Message, RenderMode, RenderOptions, TextInput};
 
 use crate::engine::{Engine, JobMeta, ModelHandle, Priority, Sequence, Want};
 use crate::error::{Error, Result};
@@ -16,29 +17,50 @@ const MAX_TOKENS: usize = 2048;
 /// Lengths that are tried where nothing is known: a sentence and a dialogue.
 const USUAL: [u32; 2] = [32, 256];
 
-/// Lengths of a model's recent inputs, over all its versions.
+/// The prompts that may stand before an input.
+const PROMPTS: [HhhPrompt; 2] = [HhhPrompt::Short, HhhPrompt::Full];
+
+/// What is asked of a model, over all its versions.
 #[derive(Debug)]
-pub(crate) struct Lengths {
-    recent: [AtomicU32; REMEMBERED],
+pub(crate) struct Usage {
+    /// Lengths of recent inputs.
+    lengths: [AtomicU32; REMEMBERED],
     next: AtomicUsize,
+    /// Which of [`PROMPTS`] have been asked for.
+    prompts: [AtomicBool; PROMPTS.len()],
 }
 
-impl Default for Lengths {
+impl Default for Usage {
     fn default() -> Self {
-        Self { recent: [const { AtomicU32::new(0) }; REMEMBERED], next: AtomicUsize::new(0) }
+        Self {
+            lengths: [const { AtomicU32::new(0) }; REMEMBERED],
+            next: AtomicUsize::new(0),
+            prompts: [const { AtomicBool::new(false) }; PROMPTS.len()],
+        }
     }
 }
 
-impl Lengths {
+impl Usage {
     /// Remembers an input.
-    pub(super) fn record(&self, tokens: usize) {
+    pub(super) fn record(&self, tokens: usize, prompt: HhhPrompt) {
         let place = self.next.fetch_add(1, Ordering::Relaxed) % REMEMBERED;
-        self.recent[place].store(u32::try_from(tokens).unwrap_or(u32::MAX), Ordering::Relaxed);
+        self.lengths[place].store(u32::try_from(tokens).unwrap_or(u32::MAX), Ordering::Relaxed);
+        if let Some(place) = PROMPTS.iter().position(|known| *known == prompt) {
+            self.prompts[place].store(true, Ordering::Relaxed);
+        }
+    }
+
+    fn prompts(&self) -> impl Iterator<Item = HhhPrompt> {
+        PROMPTS
+            .into_iter()
+            .zip(&self.prompts)
+            .filter(|(_, asked)| asked.load(Ordering::Relaxed))
+            .map(|(prompt, _)| prompt)
     }
 
     /// The longest of each power of two, the shortest first, up to `limit` tokens each and [`MAX_TOKENS`] in all.
     fn shapes(&self, limit: usize) -> Vec<usize> {
-        let mut recent: Vec<_> = self.recent.iter().map(|length| length.load(Ordering::Relaxed)).collect();
+        let mut recent: Vec<_> = self.lengths.iter().map(|length| length.load(Ordering::Relaxed)).collect();
         if recent.iter().all(|length| *length == 0) {
             recent.splice(.., USUAL);
         }
@@ -58,26 +80,31 @@ impl Lengths {
     }
 }
 
-/// Runs made-up inputs of the lengths in use, so that the first caller finds the version as fast as the last one of the
-/// version before.
-pub(super) async fn warm(engine: &Engine, model: &ModelHandle, lengths: &Lengths) -> Result<()> {
-    let run = |(first, length): (usize, usize)| {
-        // The first token differs, so that each is computed; the next ones are those of the trial that it has passed.
+/// Computes the prompts in use, which stay, and made-up inputs of the lengths in use, so that the first caller finds the
+/// version as fast as the last one found the version before.
+pub(super) async fn warm(engine: &Engine, model: &ModelHandle, usage: &Usage) -> Result<()> {
+    let lengths = usage.shapes(model.info.max_input_tokens).into_iter().filter(|length| *length > 1);
+    let made_up = lengths.enumerate().map(|(first, length)| {
+        // The first token differs, so that each is computed; the others are those of the trial that it has passed.
         let mut tokens = vec![0; length];
         tokens[0] = (first % model.info.vocab_size) as u32;
-        let want = match model.info.kind {
-            ModelKind::Preference => Want::Reward,
-            ModelKind::Language => Want::LogProbs(1..length),
-        };
-        score(engine, model, tokens, want)
-    };
-    let shapes = lengths.shapes(model.info.max_input_tokens);
+        (tokens, 0)
+    });
+    let prompts = usage.prompts().filter_map(|prompt| behind(model, prompt));
     // All are queued before the first is awaited: the step is as large as usual.
-    let answers = shapes.into_iter().filter(|length| *length > 1).enumerate().map(run).collect::<Result<Vec<_>>>()?;
-    for answer in answers {
+    let queued = made_up.chain(prompts).map(|(tokens, pinned)| score(engine, model, tokens, pinned));
+    for answer in queued.collect::<Result<Vec<_>>>()? {
         answer.await?;
     }
     Ok(())
+}
+
+/// A short dialogue behind a prompt, and the prompt's length; `None` where that does not fit the model.
+fn behind(model: &ModelHandle, prompt: HhhPrompt) -> Option<(Vec<u32>, usize)> {
+    let dialogue = TextInput::Conversation(vec![Message::new("user", "Hello."), Message::new("assistant", "Hello.")]);
+    let options = RenderOptions { hhh_prompt: prompt, ..RenderOptions::default() };
+    let rendered = model.text.render(&dialogue, &options, RenderMode::Score).ok()?;
+    Some((rendered.ids, rendered.prefix_len))
 }
 
 /// Queues a sequence, and answers its values when it is awaited.
@@ -85,10 +112,14 @@ fn score(
     engine: &Engine,
     model: &ModelHandle,
     tokens: Vec<u32>,
-    want: Want,
+    pinned_prefix: usize,
 ) -> Result<impl Future<Output = Result<Vec<f32>>> + use<>> {
-    let meta =
-        JobMeta { priority: Priority::Normal, deadline: None, arrived: Instant::now(), pinned_prefix: 0, permit: None };
+    let want = match model.info.kind {
+        ModelKind::Preference => Want::Reward,
+        ModelKind::Language => Want::LogProbs(tokens.len() - 1..tokens.len()),
+    };
+    let priority = Priority::Normal;
+    let meta = JobMeta { priority, deadline: None, arrived: Instant::now(), pinned_prefix, permit: None };
     let answer = engine.submit(Sequence { model: model.clone(), tokens, want, meta })?;
     Ok(async move { answer.await.unwrap_or(Err(Error::DeviceLost)).map(|output| output.values) })
 }
@@ -100,8 +131,8 @@ mod tests {
     #[test]
     fn the_longest_of_each_size_is_tried_within_bounds() {
         let check = |lengths: &[usize], limit: usize, expected: &[usize]| {
-            let recent = Lengths::default();
-            lengths.iter().for_each(|length| recent.record(*length));
+            let recent = Usage::default();
+            lengths.iter().for_each(|length| recent.record(*length, HhhPrompt::None));
             assert_eq!(recent.shapes(limit), expected, "{lengths:?}");
         };
         check(&[], 1000, &[32, 256]);
@@ -111,5 +142,14 @@ mod tests {
         check(&[10, 5000], 600, &[10, 600]);
         check(&[1000, 1900, 500, 300], 8192, &[500, 1000]);
         check(&[7; 2 * REMEMBERED], 1000, &[7]);
+    }
+
+    #[test]
+    fn prompts_are_remembered() {
+        let usage = Usage::default();
+        usage.record(10, HhhPrompt::None);
+        assert_eq!(usage.prompts().count(), 0);
+        usage.record(10, HhhPrompt::Full);
+        assert_eq!(usage.prompts().collect::<Vec<_>>(), [HhhPrompt::Full]);
     }
 }

@@ -185,6 +185,7 @@ async fn start(context: Arc<Context>, plan: Plan) -> Result<Run> {
         return Err(Error::invalid("prompt", message));
     }
     InputAccepted { model: plan.model.name(), tokens: prompt_tokens, truncated: rendered.truncated }.emit();
+    plan.model.record_input(prompt_tokens, plan.text.hhh_prompt);
     let max_new_tokens = plan.max_new_tokens.min(room);
     let truncated = rendered.truncated;
     let samples = start_samples(&context, &plan, rendered, max_new_tokens).await?;
