@@ -4,7 +4,7 @@
 
 use std::path::Path;
 use std::sync::{Arc, LazyLock};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use futures::future::join_all;
 use plumb_model::cache::PAGE;
@@ -104,6 +104,7 @@ fn options() -> impl Strategy<Value = (EngineOptions, bool)> {
                 decode_share,
                 prefix_cache,
                 threads,
+                stall_timeout: Duration::from_secs(60),
             };
             (options, tight)
         },
@@ -167,6 +168,7 @@ async fn alone(request: &Request) -> Option<Vec<u32>> {
         decode_share: 0.0,
         prefix_cache: false,
         threads: 1,
+        stall_timeout: Duration::from_secs(60),
     };
     let engine = Engine::start(options).unwrap();
     let model = attach(&engine, &ROOMY[request.model..=request.model]).await.remove(0);
