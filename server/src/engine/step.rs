@@ -169,7 +169,8 @@ fn run_guarded(device: &mut Device, step: &Step<'_>) -> Result<Vec<Vec<f32>>, St
 #[expect(clippy::panic, reason = "a panic is what is asked for")]
 fn inject_faults(step: &Step<'_>) -> Result<(), String> {
     let computes = |fault| {
-        faults::asked(fault).is_some_and(|id| step.sequences.iter().any(|s| s.tokens.iter().any(|t| u64::from(*t) == id)))
+        faults::asked(fault)
+            .is_some_and(|id| step.sequences.iter().any(|s| s.tokens.iter().any(|t| u64::from(*t) == id)))
     };
     if let Some(millis) = faults::asked(Fault::StuckEngine) {
         std::thread::sleep(Duration::from_millis(millis));

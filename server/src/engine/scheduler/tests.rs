@@ -217,6 +217,23 @@ fn the_sequences_of_a_failed_step_run_in_halves_and_others_begin_again_after_the
 }
 
 #[test]
+fn a_fault_that_does_not_come_back_harms_nobody() {
+    let mut s = scheduler(100);
+    let ids: Vec<_> = (0..5).map(|seed| s.add(sequence(seed, 10, Want::Reward)).unwrap()).collect();
+    let failed = s.plan(Instant::now()).unwrap();
+    assert_eq!(s.failed(&failed), None);
+    let mut served = Vec::new();
+    while let Some(plan) = s.plan(Instant::now()) {
+        for slice in &plan.slices {
+            assert!(s.complete(slice, vec![0.0]));
+            s.remove(slice.id);
+            served.push(slice.id);
+        }
+    }
+    assert_eq!(served, ids);
+}
+
+#[test]
 fn a_sequence_that_fails_alone_is_at_fault() {
     let mut s = scheduler(100);
     s.add(sequence(1, 10, Want::Reward)).unwrap();

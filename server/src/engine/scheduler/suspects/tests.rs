@@ -39,7 +39,8 @@ struct Request {
 impl Request {
     fn tokens(&self, number: usize) -> Vec<u32> {
         let shared = (0..self.shared as u32).map(|i| self.text * 1000 + i);
-        let mut tokens: Vec<_> = shared.chain((0..self.own as u32).map(|i| 100_000 + number as u32 * 1000 + i)).collect();
+        let mut tokens: Vec<_> =
+            shared.chain((0..self.own as u32).map(|i| 100_000 + number as u32 * 1000 + i)).collect();
         if let Some(at) = self.poison {
             let at = at % tokens.len();
             tokens[at] = POISON;
@@ -61,7 +62,15 @@ fn requests(longest: usize, most: usize) -> impl Strategy<Value = Vec<Request>> 
     let poison = prop_oneof![4 => Just(None), 1 => (0usize..1000).prop_map(Some)];
     let goes = prop_oneof![6 => Just(None), 1 => (0usize..20).prop_map(Some)];
     let request = (0u32..3, 0..longest, 1usize..40, poison, any::<bool>(), 0usize..8, goes).prop_map(
-        |(text, shared, own, poison, generates, comes, goes)| Request { text, shared, own, poison, generates, comes, goes },
+        |(text, shared, own, poison, generates, comes, goes)| Request {
+            text,
+            shared,
+            own,
+            poison,
+            generates,
+            comes,
+            goes,
+        },
     );
     prop::collection::vec(request, 1..most)
 }
@@ -92,7 +101,11 @@ impl Device {
             let entry = scheduler.entry(*id).unwrap();
             for position in 0..positions.end {
                 let found = &self.pages[&(entry.pages()[position / PAGE], position % PAGE)];
-                assert_eq!(found, &entry.tokens()[..=position], "sequence {id} reads what is not its own at {position}");
+                assert_eq!(
+                    found,
+                    &entry.tokens()[..=position],
+                    "sequence {id} reads what is not its own at {position}"
+                );
             }
         }
         !fails
@@ -135,7 +148,8 @@ fn serve(requests: &[Request], limits: Limits, pages: usize) -> (Ends, Device) {
             };
             live.insert(scheduler.add(new).unwrap(), (number, 0));
         }
-        let gone: Vec<_> = live.iter().filter(|(_, (n, _))| requests[*n].goes == Some(step)).map(|(id, _)| *id).collect();
+        let gone: Vec<_> =
+            live.iter().filter(|(_, (n, _))| requests[*n].goes == Some(step)).map(|(id, _)| *id).collect();
         for id in gone {
             scheduler.remove(id);
             ends.gone.insert(live.remove(&id).unwrap().0);
@@ -172,7 +186,11 @@ fn serve(requests: &[Request], limits: Limits, pages: usize) -> (Ends, Device) {
                 let entry = scheduler.remove(slice.id).unwrap();
                 let (tokens, want) = (entry.tokens().len(), entry.want().clone());
                 if !generates {
-                    assert_eq!(entry.into_values().len(), rows(&want, &(0..tokens)), "a value is missing or there twice");
+                    assert_eq!(
+                        entry.into_values().len(),
+                        rows(&want, &(0..tokens)),
+                        "a value is missing or there twice"
+                    );
                 }
                 ends.served.insert(live.remove(&slice.id).unwrap().0);
             }
