@@ -19,7 +19,7 @@ pub enum Fault {
     KernelError,
     /// A step that computes this token id panics.
     KernelPanic,
-    /// The next step takes so many milliseconds longer.
+    /// Every step takes so many milliseconds longer.
     StuckEngine,
 }
 

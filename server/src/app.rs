@@ -4,12 +4,14 @@ use std::net::SocketAddr;
 use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
+use std::time::Duration;
 
-use futures::FutureExt as _;
+use futures::{FutureExt as _, Stream, StreamExt as _, stream};
 use plumb_model::loaded::{DTypeChoice, LoadOptions};
 use plumb_model::text::HhhPrompts;
 use plumb_proto::v1;
 use tokio::net::TcpListener;
+use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 use tonic::service::Routes;
@@ -17,7 +19,7 @@ use tonic::transport::server::TcpIncoming;
 
 use crate::admission::TokenBudget;
 use crate::config::{Config, ConfigError, DType, Http2};
-use crate::engine::{Engine, EngineOptions};
+use crate::engine::{Engine, EngineOptions, Loss};
 use crate::error::{Error, Result};
 use crate::health::{Health, Phase};
 use crate::layers;
@@ -30,6 +32,9 @@ use crate::shutdown::{self, Shutdown};
 use crate::telemetry::events::{ConfigLoaded, Fatal, Listening, Serving};
 use crate::telemetry::{exporter, metrics, tracing};
 
+/// From the loss of the engine to the end of the process, if it does not come by itself: callers are told within a second.
+const LAST_RESORT: Duration = Duration::from_secs(5);
+
 /// Why the server ended although nobody asked it to.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Failure {
@@ -37,8 +42,9 @@ pub enum Failure {
     Configuration(Error),
     /// A model does not load, or a port is taken: exit code 1.
     Start(Error),
-    /// The engine died: exit code 70, an internal software error.
-    Engine,
+    /// The engine cannot compute any more. Exit code 70 if it died, an internal software error; 71 if the device fails
+    /// whatever it is given, an error of the system; 75 if the engine got stuck: another process may well do better.
+    Engine(Loss),
 }
 
 impl Failure {
@@ -48,14 +54,16 @@ impl Failure {
         match self {
             Self::Configuration(_) => 64,
             Self::Start(_) => 1,
-            Self::Engine => 70,
+            Self::Engine(Loss::Died) => 70,
+            Self::Engine(Loss::Broken) => 71,
+            Self::Engine(Loss::Stuck) => 75,
         }
     }
 
     fn error(&self) -> &Error {
         match self {
             Self::Configuration(error) | Self::Start(error) => error,
-            Self::Engine => &Error::DeviceLost,
+            Self::Engine(_) => &Error::DeviceLost,
         }
     }
 }
@@ -121,7 +129,23 @@ async fn serve(config: Config) -> Result<(), Failure> {
     ConfigLoaded { origins: &config.origins }.emit();
     let asked = shutdown::asked().map_err(Failure::Start)?;
     let server = Server::start(config).await?;
+    end_with(server.lost.clone()).map_err(Failure::Start)?;
     server.run(asked).await
+}
+
+/// Ends the process some time after the engine is lost, from a thread of its own: the runtime may hang with the engine.
+fn end_with(mut lost: watch::Receiver<Option<Loss>>) -> Result<()> {
+    let failed = |error: std::io::Error| Error::internal(format!("cannot start a thread: {error}"));
+    let runtime = tokio::runtime::Builder::new_current_thread().build().map_err(failed)?;
+    let end = move || {
+        // An engine whose handles are gone has died in good order.
+        let is_fatal = |loss: &Option<Loss>| loss.is_some_and(|loss| loss != Loss::Died);
+        if let Ok(Some(loss)) = runtime.block_on(lost.wait_for(is_fatal)).as_deref() {
+            std::thread::sleep(LAST_RESORT);
+            std::process::exit(Failure::Engine(*loss).exit_code().into());
+        }
+    };
+    std::thread::Builder::new().name("plumb-last-resort".into()).spawn(end).map(drop).map_err(failed)
 }
 
 /// A server that listens. Until it is [run](Server::run) it serves nothing.
@@ -133,6 +157,7 @@ pub struct Server {
     grpc: SocketAddr,
     metrics: SocketAddr,
     registry: Arc<Registry>,
+    lost: watch::Receiver<Option<Loss>>,
     shutdown: Shutdown,
 }
 
@@ -162,6 +187,7 @@ impl Server {
             decode_share: config.engine.decode_share,
             prefix_cache: config.engine.prefix_cache,
             threads: config.engine.threads,
+            stall_timeout: config.engine.stall_timeout,
         })?;
         let registry =
             Registry::new(engine.clone(), load_options(&config, hhh), config.defaults.clone(), &config.versions);
@@ -192,11 +218,11 @@ impl Server {
 
         let probes = exporter::Probes { alive: health.alive(), ready: health.ready() };
         let exporter = axum::serve(metrics_listener, exporter::routes(exposition.clone(), probes)).into_future();
-        let (follower, kinds, alive) = (Arc::clone(&health), registry.kinds(), engine.alive());
+        let (follower, kinds, lost) = (Arc::clone(&health), registry.kinds(), engine.lost());
         let background = vec![
             AbortOnDropHandle::new(tokio::spawn(exporter.map(drop))),
             AbortOnDropHandle::new(tokio::spawn(metrics::upkeep(exposition))),
-            AbortOnDropHandle::new(tokio::spawn(async move { follower.follow(kinds, alive).await })),
+            AbortOnDropHandle::new(tokio::spawn(async move { follower.follow(kinds, lost).await })),
         ];
 
         Listening { grpc, metrics }.emit();
@@ -204,7 +230,7 @@ impl Server {
             write_ports(path, grpc, metrics)?;
         }
         let shutdown = Shutdown { health, gate, accepting, draining, connections };
-        Ok(Self { background, config, grpc, metrics, registry, shutdown })
+        Ok(Self { background, config, grpc, metrics, registry, lost: engine.lost(), shutdown })
     }
 
     /// Where rpcs are taken.
@@ -219,38 +245,56 @@ impl Server {
         self.metrics
     }
 
-    /// Loads the models, serves until `asked` says who wants an end, and stops in good order.
+    /// Loads the models, serves until `asked` yields who wants an end, and stops in good order; faster if it yields
+    /// another one.
     ///
     /// # Errors
-    /// If a model does not load, or the engine dies.
-    pub async fn run(self, asked: impl Future<Output = &'static str>) -> Result<(), Failure> {
-        let mut asked = std::pin::pin!(asked);
+    /// If a model does not load, or the engine is lost.
+    pub async fn run(mut self, asked: impl Stream<Item = &'static str>) -> Result<(), Failure> {
+        let mut asked = std::pin::pin!(asked.chain(stream::pending()));
+        let mut asked = async || asked.next().await.unwrap_or_default();
         let by = tokio::select! {
-            by = &mut asked => by,
+            by = asked() => by,
             failure = self.serve() => {
-                self.shutdown.give_up().await;
+                self.shutdown.give_up(failure.error().clone()).await;
                 return Err(failure);
             }
         };
-        self.shutdown.run(by, self.config.shutdown).await;
-        Ok(())
+        let health = Arc::clone(&self.shutdown.health);
+        tokio::select! {
+            () = self.shutdown.run(by, self.config.shutdown, asked()) => return Ok(()),
+            () = health.engine_lost() => {}
+        }
+        self.shutdown.give_up(Error::DeviceLost).await;
+        Err(self.loss())
     }
 
     /// Loads the models, then serves. Returns only if that is not possible, or not any more.
     async fn serve(&self) -> Failure {
-        if let Err(error) = self.load_models().await {
-            return Failure::Start(error);
-        }
-        let watcher = match self.watch_root().await {
-            Ok(watcher) => watcher,
-            Err(error) => return Failure::Start(error),
+        let loads = async {
+            if let Err(error) = self.load_models().await {
+                return Failure::Start(error);
+            }
+            let root = match self.watch_root().await {
+                Ok(root) => root,
+                Err(error) => return Failure::Start(error),
+            };
+            self.registry.finish_start();
+            self.shutdown.health.set_phase(Phase::Serving).await;
+            Serving { models: &self.registry.statuses() }.emit();
+            if let Some(root) = root {
+                root.follow().await;
+            }
+            std::future::pending().await
         };
-        self.registry.finish_start();
-        self.shutdown.health.set_phase(Phase::Serving).await;
-        Serving { models: &self.registry.statuses() }.emit();
-        self.shutdown.health.engine_died().await;
-        drop(watcher);
-        Failure::Engine
+        tokio::select! {
+            failure = loads => failure,
+            () = self.shutdown.health.engine_lost() => self.loss(),
+        }
+    }
+
+    fn loss(&self) -> Failure {
+        Failure::Engine(self.lost.borrow().unwrap_or(Loss::Died))
     }
 
     /// All are listed from the start; they are loaded one after the other.
@@ -265,11 +309,11 @@ impl Server {
         Ok(())
     }
 
-    /// Brings in what lies in the watched folder, and answers the task that follows it from then on.
-    async fn watch_root(&self) -> Result<Option<AbortOnDropHandle<()>>> {
+    /// Brings in what lies in the watched folder, and answers what follows it from then on.
+    async fn watch_root(&self) -> Result<Option<Root>> {
         let Some(mut root) = Root::new(&self.config.versions, Arc::clone(&self.registry)) else { return Ok(None) };
         root.settle().await?;
-        Ok(Some(AbortOnDropHandle::new(tokio::spawn(root.follow()))))
+        Ok(Some(root))
     }
 }
 

@@ -19,7 +19,7 @@ use plumb_kernels::parallel::with_team;
 use plumb_kernels::rotary::Rotary;
 
 pub use plumb_kernels::head::log_sum_exp;
-pub use step::{Read, Step, StepSequence};
+pub use step::{Progress, Read, Step, StepSequence};
 
 use crate::checkpoint::Weights;
 use crate::config::Config;
@@ -45,6 +45,16 @@ impl DType {
 }
 
 impl Workspace {
+    /// Has the progress of all steps counted there.
+    #[must_use]
+    pub fn counted(mut self, progress: Progress) -> Self {
+        match &mut self.0 {
+            Typed::F32(buffers) => buffers.progress = progress,
+            Typed::Bf16(buffers) => buffers.progress = progress,
+        }
+        self
+    }
+
     /// Bytes that the buffers take, which grow with the largest step so far.
     pub fn bytes(&self) -> usize {
         match &self.0 {

@@ -36,7 +36,8 @@ Precedence: flag, environment variable, --config file, default. The file holds t
 Also read: HF_TOKEN, HF_HOME, HF_HUB_OFFLINE, HF_ENDPOINT (Hugging Face repositories).
 
 Exit codes: 0 after a shutdown that was asked for, 1 if a model does not load or a port is taken,
-64 if the configuration is wrong, 70 if the engine died.";
+64 if the configuration is wrong; and where only a new process helps: 70 if the engine died,
+71 if the device fails whatever it is given, 75 if the engine got stuck (--stall-timeout-secs).";
 
 /// Scores, ranks and generates text over gRPC.
 #[derive(Debug, Parser)]
@@ -156,6 +157,9 @@ pub(crate) struct EngineFlags {
     /// Threads that compute [default: physical cores].
     #[arg(long, env = "PLUMB_THREADS", value_parser = count())]
     pub(crate) threads: Option<usize>,
+    /// The server ends if the engine, with work to do, gets no further for this long: not by a layer of a step.
+    #[arg(long, env = "PLUMB_STALL_TIMEOUT_SECS", default_value = "60", value_parser = some_seconds, value_name = "SECS")]
+    pub(crate) stall_timeout_secs: Duration,
     /// Threads that render and tokenize [default: logical cores, at most 8].
     #[arg(long, env = "PLUMB_TOKENIZATION_WORKERS", value_parser = count())]
     pub(crate) tokenization_workers: Option<usize>,
@@ -229,7 +233,7 @@ pub(crate) struct NetworkFlags {
     /// After NOT_SERVING, go on as before for this long: load balancers need it to notice.
     #[arg(long, env = "PLUMB_LAME_DUCK_SECS", default_value = "0", value_parser = seconds, value_name = "SECS")]
     pub(crate) lame_duck_secs: Duration,
-    /// After that, calls in flight may finish for this long; the rest fail with UNAVAILABLE.
+    /// After that, calls in flight may finish for this long; the rest fail with UNAVAILABLE. A second signal means: now.
     #[arg(long, env = "PLUMB_DRAIN_TIMEOUT_SECS", default_value = "30", value_parser = seconds, value_name = "SECS")]
     pub(crate) drain_timeout_secs: Duration,
 }
@@ -298,4 +302,12 @@ fn port(text: &str) -> Result<u16, String> {
 fn seconds(text: &str) -> Result<Duration, String> {
     let seconds: f64 = text.parse().map_err(|_| "not a number of seconds".to_owned())?;
     Duration::try_from_secs_f64(seconds).map_err(|error| error.to_string())
+}
+
+/// A time within which something can be seen.
+fn some_seconds(text: &str) -> Result<Duration, String> {
+    match seconds(text)? {
+        time if time >= Duration::from_millis(100) => Ok(time),
+        _ => Err("less than 0.1 seconds".to_owned()),
+    }
 }

@@ -83,6 +83,8 @@ pub struct EngineSizes {
     pub kv_cache_bytes: usize,
     /// Threads that compute.
     pub threads: usize,
+    /// How long the engine may get no further.
+    pub stall_timeout: Duration,
     /// Threads that render and tokenize.
     pub tokenization_workers: usize,
 }
@@ -255,6 +257,7 @@ impl Config {
                 kv_cache_bytes: engine.kv_cache_mib << 20,
                 // The physical count is of the machine, the logical one of what a container may use.
                 threads: engine.threads.unwrap_or_else(|| num_cpus::get_physical().min(logical_cores).max(1)),
+                stall_timeout: engine.stall_timeout_secs,
                 tokenization_workers: engine.tokenization_workers.unwrap_or_else(|| logical_cores.min(8)),
             },
             limits: Limits {

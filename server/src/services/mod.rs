@@ -34,6 +34,7 @@ use crate::admission::{TokenBudget, TokenPermit};
 use crate::config::Limits;
 use crate::engine::Engine;
 use crate::error::{Error, Result};
+use crate::layers::admission::Aborted;
 use crate::layers::deadline::Deadline;
 use crate::layers::trace::Arrived;
 use crate::pool::CpuPool;
@@ -52,8 +53,8 @@ pub(crate) struct Context {
     pub(crate) limits: Limits,
     /// Cancelled when streams should come to an end, because the server does.
     pub(crate) draining: CancellationToken,
-    /// Cancelled when they have to.
-    pub(crate) aborted: CancellationToken,
+    /// Tells when they have to.
+    pub(crate) aborted: Aborted,
 }
 
 impl Context {
@@ -104,7 +105,7 @@ fn split_hash(request_id: &str, request: &impl Message) -> u64 {
 /// A stream that `drive` feeds, in a task that ends when the stream is dropped: then `drive` is dropped with all the
 /// work that it holds. An error ends the stream.
 fn stream<T, F>(
-    aborted: CancellationToken,
+    mut aborted: Aborted,
     drive: impl FnOnce(mpsc::Sender<Result<T, Status>>) -> F,
 ) -> ReceiverStream<Result<T, Status>>
 where
@@ -116,7 +117,7 @@ where
     let task = async move {
         let ended = tokio::select! {
             () = sender.closed() => return,
-            () = aborted.cancelled() => Err(Error::Draining),
+            cause = aborted.cause() => Err(cause),
             ended = driven => ended,
         };
         if let Err(error) = ended {

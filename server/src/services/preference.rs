@@ -42,7 +42,8 @@ impl Preference for PreferenceService {
         let deadline = CallTimes::of(&request).deadline;
         let in_flight = self.context.limits.max_stream_in_flight;
         let context = Arc::clone(&self.context);
-        let draining = self.context.draining.clone();
+        let (draining, aborted) = (self.context.draining.clone(), self.context.aborted.clone());
+        let mut abort = aborted.clone();
         // A request is read when an earlier one is answered: a client that sends faster than the server works is held
         // up by flow control, and so is one that does not read its answers.
         let answers = request
@@ -50,9 +51,13 @@ impl Preference for PreferenceService {
             .take_until(draining.clone().cancelled_owned())
             .map(move |message| answer(Arc::clone(&context), message, deadline))
             .buffer_unordered(in_flight)
-            .take_until(self.context.aborted.clone().cancelled_owned());
+            .take_until(async move { abort.cause().await });
         // A client that still had something to say learns that it was not heard.
-        let end = stream::once(async move { draining.is_cancelled().then(|| Err(Error::Draining.into())) });
+        let unheard = async move {
+            let cause = aborted.known().or_else(|| draining.is_cancelled().then_some(Error::Draining));
+            cause.map(|cause| Err(cause.into()))
+        };
+        let end = stream::once(unheard);
         Ok(Response::new(Box::pin(answers.chain(end.filter_map(std::future::ready)))))
     }
 

@@ -76,6 +76,10 @@ metrics! {
     BATCH_SEQUENCES = "plumb_batch_sequences", Kind::Histogram(SEQUENCES), Count, "Sequences in a batch.";
     BATCH_TOKENS = "plumb_batch_tokens", Kind::Histogram(TOKENS), Count, "Tokens that a batch computed.";
     BATCH_DURATION = "plumb_batch_duration_seconds", Kind::Histogram(SECONDS), Seconds, "Time that a batch took.";
+    BATCH_FAILURES = "plumb_batch_failures_total", Kind::Counter, Count, "Batches that failed as a whole; their sequences began again in smaller ones.";
+    BATCH_RERUNS = "plumb_batch_reruns_total", Kind::Counter, Count, "Batches that ran to find out which sequence made another one fail.";
+    ISOLATED_INPUTS = "plumb_isolated_inputs_total", Kind::Counter, Count, "Inputs that were found to make batches fail; each is answered as an error.";
+    ENGINE_LOSSES = "plumb_engine_losses_total", Kind::Counter, Count, "1 once the engine cannot compute any more, by reason: died, broken or stuck.";
     INPUT_TOKENS = "plumb_input_tokens", Kind::Histogram(TOKENS), Count, "Tokens of an item or a prompt; the sum counts all input tokens.";
     PREFIX_LOOKUPS = "plumb_prefix_lookups_total", Kind::Counter, Count, "Sequences that looked for their beginning in the cache.";
     PREFIX_HITS = "plumb_prefix_hits_total", Kind::Counter, Count, "Sequences that found a part of their beginning in the cache.";

@@ -10,6 +10,7 @@ mod evaluate;
 mod generation;
 mod golden;
 mod invariance;
+mod isolation;
 mod metrics;
 mod models;
 mod python;

@@ -110,6 +110,11 @@ pub enum ShutdownStep {
         /// How long they may take.
         timeout: Duration,
     },
+    /// Somebody asked for it again.
+    Hurried {
+        /// SIGTERM, SIGINT or what else.
+        by: &'static str,
+    },
     /// The time was up.
     TimedOut {
         /// Calls that were still in flight and failed.
@@ -130,6 +135,7 @@ impl ShutdownStep {
             Self::Draining { in_flight, timeout } => {
                 info!(target: "plumb::shutdown", in_flight, timeout_seconds = timeout.as_secs_f64(), "draining");
             }
+            Self::Hurried { by } => warn!(target: "plumb::shutdown", by, "asked again: what is not done fails now"),
             Self::TimedOut { in_flight } => warn!(target: "plumb::shutdown", in_flight, "drain timed out"),
             Self::Done => info!(target: "plumb::shutdown", "done"),
         }
