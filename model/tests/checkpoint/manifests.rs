@@ -13,7 +13,7 @@ fn a_manifest_is_verified_and_does_not_change_the_digest() {
     let digest = copy.open().unwrap().files_digest;
     assert_eq!(digest.len(), 64);
     assert_eq!(Manifest::read(copy.path()).unwrap(), None);
-    let written = Manifest::write(copy.path()).unwrap();
+    let written = Manifest::write(copy.path(), &[]).unwrap();
     let read = Manifest::read(copy.path()).unwrap().unwrap();
     assert_eq!(read, written);
     assert!(read.files().contains_key("config.json") && read.files().contains_key("expected.json"));
@@ -22,7 +22,7 @@ fn a_manifest_is_verified_and_does_not_change_the_digest() {
 
     for file in ["model-00002-of-00002.safetensors", "tokenizer.json", "expected.json"] {
         let copy = Copy::of("llama-lm-sharded");
-        Manifest::write(copy.path()).unwrap();
+        Manifest::write(copy.path(), &[]).unwrap();
         copy.flip_last_byte(file);
         copy.refused(&[file, "sha256", "manifest.json says", "publish the version again"]);
         std::fs::remove_file(copy.path().join(file)).unwrap();
@@ -33,7 +33,7 @@ fn a_manifest_is_verified_and_does_not_change_the_digest() {
 #[test]
 fn a_file_that_the_manifest_does_not_list_is_refused() {
     let copy = Copy::of("llama-lm");
-    Manifest::write(copy.path()).unwrap();
+    Manifest::write(copy.path(), &[]).unwrap();
     copy.write("special_tokens_map.json", "{}");
     copy.refused(&["special_tokens_map.json", "does not list"]);
 }
@@ -71,7 +71,7 @@ fn the_digest_follows_every_file_that_is_read() {
 #[test]
 fn publishing_numbers_versions_and_never_replaces_one() {
     let root = tempfile::tempdir().unwrap();
-    let publish = |version| publish(&fixture("llama-pm"), root.path(), "pm", version, &[]);
+    let publish = |version| publish(&fixture("llama-pm"), root.path(), "pm", version, &[], &[]);
     let versions = root.path().join("pm");
     assert_eq!(publish(None).unwrap(), versions.join("1"));
     assert_eq!(publish(Some(7)).unwrap(), versions.join("7"));
@@ -91,7 +91,7 @@ fn files_that_are_added_are_listed_and_take_the_place_of_others() {
     let copy = Copy::of("llama-pm");
     copy.write("README.md", "old");
     let added = [("README.md", "new"), ("notes.txt", "added")];
-    let folder = publish(copy.path(), root.path(), "pm", None, &added).unwrap();
+    let folder = publish(copy.path(), root.path(), "pm", None, &added, &[]).unwrap();
     for (name, content) in added {
         assert_eq!(std::fs::read_to_string(folder.join(name)).unwrap(), content);
     }
@@ -104,7 +104,7 @@ fn files_that_are_added_are_listed_and_take_the_place_of_others() {
 fn two_that_publish_at_once_get_two_versions() {
     let root = tempfile::tempdir().unwrap();
     let folders: Vec<_> = std::thread::scope(|scope| {
-        let publish = || publish(&fixture("qwen2-pm"), root.path(), "pm", None, &[]).unwrap();
+        let publish = || publish(&fixture("qwen2-pm"), root.path(), "pm", None, &[], &[]).unwrap();
         let threads: Vec<_> = (0..4).map(|_| scope.spawn(publish)).collect();
         threads.into_iter().map(|thread| thread.join().unwrap()).collect()
     });
@@ -117,7 +117,7 @@ fn two_that_publish_at_once_get_two_versions() {
 fn what_cannot_be_published_leaves_nothing() {
     let root = tempfile::tempdir().unwrap();
     let refused = |source: &Path, name: &str, word: &str| {
-        let error = publish(source, root.path(), name, None, &[]).unwrap_err().to_string();
+        let error = publish(source, root.path(), name, None, &[], &[]).unwrap_err().to_string();
         assert!(error.contains(word), "`{word}` is not in: {error}");
     };
     for name in ["", "..", "a/b", ".hidden"] {

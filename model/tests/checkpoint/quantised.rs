@@ -107,7 +107,7 @@ fn run(mut checkpoint: Checkpoint, dtype: DType) -> (Vec<u32>, (u64, u64)) {
     for (tokens, read) in [(&tokens[..], long), (&tokens[..3], short)] {
         let sequence = StepSequence { tokens, position: 0, pages: &pages[..tokens.len().div_ceil(PAGE)], read };
         let step = Step { sequences: vec![sequence] };
-        let answers = decoder.step(&step, &mut decoder.kv_store(8), &mut decoder.workspace()).unwrap();
+        let answers = decoder.step(&step, &mut decoder.kv_store(8).unwrap(), &mut decoder.workspace()).unwrap();
         assert!(answers[0].iter().all(|answer| answer.is_finite()));
         bits.extend(answers[0].iter().map(|answer| answer.to_bits()));
     }

@@ -7,6 +7,7 @@
 pub(crate) mod bundled;
 mod catalog;
 mod load;
+mod memory;
 
 use std::ops::Deref;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
