@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use candle_core::DType as TensorType;
+use plumb_kernels::memory::return_large_arrays;
 use sha2::{Digest, Sha256};
 
 pub use crate::background::Background;
@@ -137,6 +138,7 @@ impl LoadedModel {
     /// # Errors
     /// What is missing, damaged or not served, or that there is no memory. Nothing of it stays in memory then.
     pub fn load(source: &Source, options: &LoadOptions) -> Result<Self> {
+        return_large_arrays();
         options.background.run(|| Self::load_here(source, options))
     }
 

@@ -112,16 +112,19 @@ impl Bytes {
     /// # Errors
     /// [`Error::Malformed`] if the file ends before.
     pub(super) fn read_exact_at(&self, buffer: &mut [u8], offset: u64) -> Result<()> {
-        for (chunk, offset) in buffer.chunks_mut(CHUNK).zip((offset..).step_by(CHUNK)) {
+        let too_short = || {
+            let reason = format!("it ends after {} bytes, which is too early: copy it again", self.length);
+            Error::Malformed { path: self.path.clone(), reason }
+        };
+        if offset.checked_add(buffer.len() as u64).is_none_or(|end| end > self.length) {
+            return Err(too_short());
+        }
+        let mut offset = offset;
+        for chunk in buffer.chunks_mut(CHUNK) {
             self.reader.wait(chunk.len());
-            let ends = offset.checked_add(chunk.len() as u64).is_none_or(|end| end > self.length);
-            let read =
-                if ends { Err(io::ErrorKind::UnexpectedEof.into()) } else { self.file.read_exact_at(chunk, offset) };
-            read.map_err(|error| match error.kind() {
-                io::ErrorKind::UnexpectedEof => {
-                    let reason = format!("it ends after {} bytes, which is too early: copy it again", self.length);
-                    Error::Malformed { path: self.path.clone(), reason }
-                }
+            self.file.read_exact_at(chunk, offset).map_err(|error| match error.kind() {
+                // Somebody has cut it since it was opened.
+                io::ErrorKind::UnexpectedEof => too_short(),
                 _ => Error::Io { path: self.path.clone(), source: error },
             })?;
             if let Some(at) = asked(Fault::CorruptByte).and_then(|at| at.checked_sub(offset))
@@ -129,6 +132,7 @@ impl Bytes {
             {
                 *byte = !*byte;
             }
+            offset += chunk.len() as u64;
         }
         Ok(())
     }
