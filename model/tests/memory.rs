@@ -24,8 +24,17 @@ const SMALL: u64 = 30 << 20;
 
 /// Bytes of this process that are in memory and belong to no file.
 fn resident() -> u64 {
+    status("RssAnon:")
+}
+
+/// The most that was resident since it was asked to forget, files included.
+fn peak() -> u64 {
+    status("VmHWM:")
+}
+
+fn status(name: &str) -> u64 {
     let status = std::fs::read_to_string("/proc/self/status").unwrap();
-    let line = status.lines().find_map(|line| line.strip_prefix("RssAnon:")).unwrap();
+    let line = status.lines().find_map(|line| line.strip_prefix(name)).unwrap();
     line.trim().trim_end_matches(" kB").parse::<u64>().unwrap() << 10
 }
 
@@ -152,7 +161,14 @@ fn loads_that_end_and_loads_that_fail_give_their_memory_back() {
     for dtype in [DTypeChoice::F32, DTypeChoice::Bf16] {
         let footprint = LoadedModel::footprint(&source, &options(dtype)).unwrap();
         let before = resident();
+        // Forgets the peak so far.
+        std::fs::write("/proc/self/clear_refs", "5").unwrap();
+        let start = peak();
         let model = load(whole.path(), dtype).unwrap();
+        let most = peak() - start;
+        let foretold = footprint.peak() - footprint.cache.max(footprint.reading) + footprint.reading;
+        println!("{dtype:?}: at most {foretold} foretold while it is read, {most} taken");
+        assert!(most.abs_diff(foretold) < foretold / 10, "{footprint}: {most} while it is read");
         let kv = model.decoder.kv_store(model.kv_pages).unwrap();
         let taken = resident() - before;
         println!("{dtype:?}: foretold {}, taken {taken}", footprint.lasting());

@@ -19,7 +19,8 @@ pub(crate) struct Plan {
     pub(crate) weights: u64,
     /// Norms and the rotary embedding's table.
     pub(crate) tables: u64,
-    /// Copies on the way from the file to what is held, at most at a time.
+    /// By how much the most that is taken at a time, copies on the way from the file included, is above what is held in
+    /// the end. Little: the largest matrices come first.
     pub(crate) reading: u64,
 }
 
@@ -37,6 +38,8 @@ struct Planner<'a, E> {
     config: &'a Config,
     weights: &'a Weights,
     plan: Plan,
+    /// The most at a time so far.
+    peak: u64,
     element: std::marker::PhantomData<E>,
 }
 
@@ -51,10 +54,11 @@ struct Part {
 
 impl<'a, E: Element> Planner<'a, E> {
     fn plan(config: &'a Config, weights: &'a Weights, positions: usize) -> Plan {
-        let mut planner = Self { config, weights, plan: Plan::default(), element: std::marker::PhantomData };
+        let mut planner = Self { config, weights, plan: Plan::default(), peak: 0, element: std::marker::PhantomData };
         planner.ends();
         (0..config.num_layers).for_each(|layer| planner.layer(&LayerNames::of(config, layer)));
         planner.norm(config.hidden_size);
+        planner.plan.reading = planner.peak.saturating_sub(planner.plan.weights);
         planner.plan.tables += (positions * config.rope.dim * size_of::<f32>()) as u64;
         planner.plan
     }
@@ -86,8 +90,7 @@ impl<'a, E: Element> Planner<'a, E> {
             // Cut into heads, for which it has to be expanded.
             Qkv::Interleaved(name) => {
                 let part = self.part(name, 3 * q * hidden);
-                self.reads(&[Part { quantised: None, ..part }]);
-                self.holds(Linear::<E>::packed_bytes(3 * q, hidden), config.qkv_bias.then_some(3 * q));
+                self.reads(&[part], Linear::<E>::packed_bytes(3 * q, hidden), config.qkv_bias.then_some(3 * q));
             }
         }
         self.linear(&[(&names.output, hidden)], q, 1, config.attention_output_bias);
@@ -115,13 +118,12 @@ impl<'a, E: Element> Planner<'a, E> {
     fn linear(&mut self, parts: &[(impl AsRef<str>, usize)], inputs: usize, align: usize, bias: bool) {
         let outputs: usize = parts.iter().map(|(_, outputs)| outputs.next_multiple_of(align)).sum();
         let read: Vec<Part> = parts.iter().map(|(name, outputs)| self.part(name.as_ref(), outputs * inputs)).collect();
-        self.reads(&read);
         let quantised: Vec<_> = read.iter().filter_map(|part| part.quantised).collect();
         let bytes = match quantised.len() == read.len() {
             true => quantised::packed_bytes(&quantised, outputs, inputs),
             false => Linear::<E>::packed_bytes(outputs, inputs),
         };
-        self.holds(bytes, bias.then_some(outputs));
+        self.reads(&read, bytes, bias.then_some(outputs));
     }
 
     /// The table from which rows are taken: not packed.
@@ -129,9 +131,9 @@ impl<'a, E: Element> Planner<'a, E> {
         let len = self.config.vocab_size * self.config.hidden_size;
         let part = self.part(name, len);
         let held = len * size_of::<E>();
-        let expanding = if part.quantised.is_some() { part.kept } else { 0 };
-        self.holds(held, None);
-        self.plan.reading = self.plan.reading.max(part.reading.saturating_sub(held).max(expanding) as u64);
+        let expanding = if part.quantised.is_some() { part.kept + held } else { held };
+        self.takes(part.reading.max(expanding));
+        self.plan.weights += held as u64;
     }
 
     fn part(&self, name: &str, len: usize) -> Part {
@@ -146,18 +148,23 @@ impl<'a, E: Element> Planner<'a, E> {
         Part { reading: len * foreseen.reading + converted + kept, kept, quantised: None }
     }
 
-    /// One is read while those before it wait for the last; then each may be expanded where others are not quantised.
-    fn reads(&mut self, parts: &[Part]) {
+    /// One is read while those before it wait for the last; then all are packed into so many bytes, the longest of them
+    /// perhaps expanded first, where others are not quantised.
+    fn reads(&mut self, parts: &[Part], packed: usize, bias: Option<usize>) {
         let mut kept = 0;
         for part in parts {
-            self.plan.reading = self.plan.reading.max((kept + part.reading) as u64);
+            self.takes(kept + part.reading);
             kept += part.kept;
         }
-        self.plan.reading = self.plan.reading.max(2 * kept as u64);
+        let mixed = parts.iter().any(|part| part.quantised.is_none());
+        let expanded = parts.iter().filter(|part| mixed && part.quantised.is_some());
+        self.takes(kept + packed + expanded.map(|part| part.kept * size_of::<E>()).max().unwrap_or(0));
+        self.plan.weights += (packed + bias.unwrap_or(0) * size_of::<f32>()) as u64;
     }
 
-    fn holds(&mut self, bytes: usize, bias: Option<usize>) {
-        self.plan.weights += (bytes + bias.unwrap_or(0) * size_of::<f32>()) as u64;
+    /// For a moment, beside what is held already.
+    fn takes(&mut self, bytes: usize) {
+        self.peak = self.peak.max(self.plan.weights + bytes as u64);
     }
 
     fn norm(&mut self, width: usize) {
