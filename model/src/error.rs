@@ -2,6 +2,8 @@
 
 use std::path::PathBuf;
 
+use plumb_kernels::memory::OutOfMemory;
+
 /// What can go wrong between a source and a number.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -69,12 +71,21 @@ pub enum Error {
         /// The limit.
         limit: usize,
     },
+    /// A model does not fit into the memory that is free.
+    #[error("not enough memory: {0}")]
+    OutOfMemory(String),
     /// The Hugging Face hub did not deliver.
     #[error("hub: {0}")]
     Hub(String),
     /// A fault inside a tensor operation.
     #[error(transparent)]
     Tensor(#[from] candle_core::Error),
+}
+
+impl From<OutOfMemory> for Error {
+    fn from(error: OutOfMemory) -> Self {
+        Self::OutOfMemory(error.to_string())
+    }
 }
 
 /// Result of this crate.

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use futures::{FutureExt as _, Stream, StreamExt as _, stream};
-use plumb_model::loaded::{DTypeChoice, LoadOptions};
+use plumb_model::loaded::{Background, DTypeChoice, LoadOptions};
 use plumb_model::text::HhhPrompts;
 use plumb_proto::v1;
 use tokio::net::TcpListener;
@@ -368,6 +368,10 @@ fn load_options(config: &Config, hhh: HhhPrompts) -> LoadOptions {
         hhh: Arc::new(hhh),
         max_input_tokens: config.limits.max_input_tokens,
         kv_cache_bytes: config.engine.kv_cache_bytes,
+        background: Background {
+            threads: Some(config.engine.load_threads),
+            bytes_per_second: config.engine.load_bytes_per_second,
+        },
     }
 }
 

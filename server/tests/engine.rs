@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use futures::future::join_all;
 use plumb_model::cache::PAGE;
 use plumb_model::checkpoint::Source;
-use plumb_model::loaded::{DTypeChoice, LoadOptions, LoadedModel, ModelKind};
+use plumb_model::loaded::{Background, DTypeChoice, LoadOptions, LoadedModel, ModelKind};
 use plumb_server::engine::sampling::{Sampler, SamplingParams};
 use plumb_server::engine::{
     Engine, EngineOptions, GenerateEvent, GenerateJob, JobMeta, ModelHandle, Priority, Sequence, Want,
@@ -34,7 +34,13 @@ const LONGEST: usize = 200 + 60 + 8;
 fn load((name, dtype): (&str, DTypeChoice), kv_cache_bytes: usize) -> Arc<LoadedModel> {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures").join(name);
     let source = Source { model: folder.to_str().unwrap().to_owned(), ..Source::default() };
-    let options = LoadOptions { dtype, hhh: Arc::default(), max_input_tokens: None, kv_cache_bytes };
+    let options = LoadOptions {
+        dtype,
+        hhh: Arc::default(),
+        max_input_tokens: None,
+        kv_cache_bytes,
+        background: Background::default(),
+    };
     Arc::new(LoadedModel::load(&source, &options).unwrap())
 }
 

@@ -31,7 +31,7 @@ fn rule(case: &Case) -> Rule {
 fn run<E: Element>(case: &Case, qkv: &[f32], steps: &[usize], neighbour: usize) -> Vec<f32> {
     let width = (case.heads + 2 * case.kv_heads) * case.dim;
     let pages = case.tokens.div_ceil(PAGE);
-    let mut kv = KvPages::<E>::new(1, case.kv_heads, case.dim, pages + neighbour.div_ceil(PAGE));
+    let mut kv = KvPages::<E>::new(1, case.kv_heads, case.dim, pages + neighbour.div_ceil(PAGE)).unwrap();
     kv.layers[0].keys.fill(E::from_f32(f32::NAN));
     kv.layers[0].values.fill(E::from_f32(f32::NAN));
     let table: Vec<u32> = (0..pages as u32).rev().collect();

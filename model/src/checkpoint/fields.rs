@@ -5,6 +5,7 @@ use std::path::Path;
 
 use serde_json::{Map, Value};
 
+use super::read;
 use crate::{Error, Result};
 
 /// A JSON object and the file it came from.
@@ -127,7 +128,6 @@ impl<'a> Fields<'a> {
 
 /// Reads and parses a JSON file.
 pub(super) fn read_json(path: &Path) -> Result<Value> {
-    let text = std::fs::read(path).map_err(|source| Error::Io { path: path.to_owned(), source })?;
-    serde_json::from_slice(&text)
+    serde_json::from_str(&read::text(path)?)
         .map_err(|error| Error::Malformed { path: path.to_owned(), reason: format!("not valid JSON: {error}") })
 }

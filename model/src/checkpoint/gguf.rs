@@ -1,6 +1,5 @@
 //! GGUF files, llama.cpp's format: the metadata becomes what a `config.json` would say, so that one parser checks both.
 
-use std::fs::File;
 use std::io::BufReader;
 use std::path::Path;
 
@@ -10,6 +9,7 @@ use serde_json::json;
 use super::gguf_tensors::GgufTensors;
 use super::gguf_tokenizer;
 use super::hf_config::{self, Holdings};
+use super::read::{Bytes, Reader};
 use super::tokenizer::TextParts;
 use super::weights::TensorStore;
 use crate::config::{Config, RopeScaling};
@@ -34,9 +34,9 @@ pub(super) struct Gguf {
 }
 
 /// Opens a file; `holdings` is what an adapter adds.
-pub(super) fn open(path: &Path, holdings: &Holdings<'_>) -> Result<Gguf> {
-    let file = File::open(path).map_err(|source| Error::Io { path: path.to_owned(), source })?;
-    let content = read_content(path, &file)?;
+pub(super) fn open(path: &Path, holdings: &Holdings<'_>, reader: &Reader) -> Result<Gguf> {
+    let file = reader.open(path)?;
+    let content = read_content(&file)?;
     let metadata = Metadata { path, content: &content };
     let name = metadata.text("general.architecture")?;
     let Some((architecture, class)) = ARCHITECTURES.iter().find(|(architecture, _)| *architecture == name) else {
@@ -48,7 +48,7 @@ pub(super) fn open(path: &Path, holdings: &Holdings<'_>) -> Result<Gguf> {
     let json = config_json(&metadata, architecture, class)?;
     let mut config = hf_config::parse(path, &json, holdings)?;
     config.architecture = name.to_owned();
-    let mut tensors = GgufTensors::new(path, file, content, &config);
+    let mut tensors = GgufTensors::new(file, content, &config);
     if *architecture == "llama" {
         // The metadata does not say; conversions of Llama models with biases have the tensors.
         config.qkv_bias = tensors.holds("model.layers.0.self_attn.q_proj.bias");
@@ -62,16 +62,16 @@ pub(super) fn open(path: &Path, holdings: &Holdings<'_>) -> Result<Gguf> {
     Ok(Gguf { config, tensors, text })
 }
 
-fn read_content(path: &Path, file: &File) -> Result<Content> {
+fn read_content(file: &Bytes) -> Result<Content> {
     // candle bounds counts and lengths by the file's size, but divides by the alignment that the file states, which
     // can be 0.
-    let content = std::panic::catch_unwind(|| Content::read(&mut BufReader::new(file)));
+    let content = std::panic::catch_unwind(|| Content::read(&mut BufReader::new(file.stream())));
     let reason = match content {
         Ok(Ok(content)) => return Ok(content),
         Ok(Err(error)) => error.to_string(),
         Err(_) => "the header is impossible".to_owned(),
     };
-    Err(Error::Malformed { path: path.to_owned(), reason: format!("not GGUF: {reason}") })
+    Err(Error::Malformed { path: file.path().to_owned(), reason: format!("not GGUF: {reason}") })
 }
 
 /// Divisors of the frequencies, `[dim / 2]`.

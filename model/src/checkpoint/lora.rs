@@ -11,6 +11,7 @@ use candle_core::{DType, Tensor};
 use serde_json::Value;
 
 use super::fields::{Fields, read_json};
+use super::read::Reader;
 use super::safetensors::Safetensors;
 use super::weights::{Stored, TensorStore};
 use crate::{Error, Result};
@@ -68,12 +69,12 @@ struct Delta {
 }
 
 impl Adapter {
-    pub(super) fn open(folder: &Path) -> Result<Self> {
+    pub(super) fn open(folder: &Path, reader: &Reader) -> Result<Self> {
         let path = folder.join(CONFIG);
         let json = read_json(&path)?;
         let settings = Settings::parse(&Fields::new(&path, &json)?)?;
         let weights = folder.join(weight_file(folder)?);
-        let store = Safetensors::open(std::slice::from_ref(&weights))?;
+        let store = Safetensors::open(std::slice::from_ref(&weights), reader)?;
         let (deltas, replacements) = assign(&weights, &store, &settings)?;
         Ok(Self { store, deltas, replacements, classifier: settings.classifier })
     }
@@ -85,6 +86,11 @@ impl Adapter {
 
     pub(super) fn replaces(&self, name: &str) -> bool {
         self.replacements.contains_key(name)
+    }
+
+    /// Whether a tensor of the base gets a delta.
+    pub(super) fn changes(&self, name: &str) -> bool {
+        self.deltas.contains_key(name)
     }
 
     /// The tensor that stands in the place of the base's, if there is one.

@@ -1,5 +1,6 @@
 //! The flags: each option is written once, here, with its environment variable, its default and its help.
 
+use std::num::{NonZeroU64, NonZeroUsize};
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -154,6 +155,14 @@ pub(crate) struct EngineFlags {
     /// Most memory for the key-value cache of each model, in MiB; taken when the model is loaded. Small models take less.
     #[arg(long, env = "PLUMB_KV_CACHE_MIB", default_value_t = 1024, value_parser = count(), value_name = "MIB")]
     pub(crate) kv_cache_mib: usize,
+    /// Threads, of low priority, that read, check and pack a model while others are served. Each is mostly one thread's
+    /// work; more help with checkpoints of several files.
+    #[arg(long, env = "PLUMB_LOAD_THREADS", default_value = "1", value_parser = nonzero, value_name = "N")]
+    pub(crate) load_threads: NonZeroUsize,
+    /// Most MiB a second that a load reads of files, for checking and for packing; a disk that others need too is left to
+    /// them [default: no limit].
+    #[arg(long, env = "PLUMB_LOAD_RATE_MIB_PER_SEC", value_parser = mib_per_second, value_name = "MIB")]
+    pub(crate) load_rate_mib_per_sec: Option<NonZeroU64>,
     /// Threads that compute [default: physical cores].
     #[arg(long, env = "PLUMB_THREADS", value_parser = count())]
     pub(crate) threads: Option<usize>,
@@ -278,6 +287,21 @@ pub(crate) struct TelemetryFlags {
 /// A number of things, at least one.
 fn count() -> impl TypedValueParser<Value = usize> {
     RangedU64ValueParser::<u64>::new().range(1..=u64::from(u32::MAX)).map(|value| value as usize)
+}
+
+/// The same where the type says so.
+fn nonzero(text: &str) -> Result<NonZeroUsize, String> {
+    text.parse()
+        .ok()
+        .filter(|number: &NonZeroUsize| number.get() <= 1024)
+        .ok_or_else(|| "not a number from 1 to 1024".to_owned())
+}
+
+/// MiB as bytes.
+fn mib_per_second(text: &str) -> Result<NonZeroU64, String> {
+    let mib: Option<u32> = text.parse().ok();
+    mib.and_then(|mib| NonZeroU64::new(u64::from(mib) << 20))
+        .ok_or_else(|| "not a whole number of MiB, at least 1".to_owned())
 }
 
 /// Less than all: what is left is somebody's too.

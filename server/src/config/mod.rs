@@ -11,6 +11,7 @@ mod secret;
 mod versions;
 
 use std::ffi::OsString;
+use std::num::{NonZeroU64, NonZeroUsize};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -81,6 +82,10 @@ pub struct EngineSizes {
     pub prefix_cache: bool,
     /// Key-value cache of each model.
     pub kv_cache_bytes: usize,
+    /// Threads that load a model.
+    pub load_threads: NonZeroUsize,
+    /// Bytes a second that a load reads.
+    pub load_bytes_per_second: Option<NonZeroU64>,
     /// Threads that compute.
     pub threads: usize,
     /// How long the engine may get no further.
@@ -255,6 +260,8 @@ impl Config {
                 decode_share: engine.decode_share,
                 prefix_cache: !engine.no_prefix_cache,
                 kv_cache_bytes: engine.kv_cache_mib << 20,
+                load_threads: engine.load_threads,
+                load_bytes_per_second: engine.load_rate_mib_per_sec,
                 // The physical count is of the machine, the logical one of what a container may use.
                 threads: engine.threads.unwrap_or_else(|| num_cpus::get_physical().min(logical_cores).max(1)),
                 stall_timeout: engine.stall_timeout_secs,

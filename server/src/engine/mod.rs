@@ -285,7 +285,8 @@ impl Engine {
         // Taking gigabytes from the system would hold up the thread, and whoever it computes for.
         let owner = model.clone();
         let kv = tokio::task::spawn_blocking(move || owner.decoder.kv_store(owner.kv_pages));
-        let kv = kv.await.map_err(|error| Error::internal(format!("cannot make room for keys and values: {error}")))?;
+        let kv =
+            kv.await.map_err(|error| Error::internal(format!("cannot make room for keys and values: {error}")))??;
         let (reply, answer) = oneshot::channel();
         let model_and_cache = Box::new((model.clone(), kv));
         self.send(Command::Attach { key, model_and_cache, name: (name.into(), version), reply })?;

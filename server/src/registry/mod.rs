@@ -7,6 +7,7 @@
 pub(crate) mod bundled;
 mod catalog;
 mod load;
+mod memory;
 mod policy;
 mod served;
 mod warm;
