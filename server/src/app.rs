@@ -6,7 +6,8 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
 
-use futures::{FutureExt as _, Stream, StreamExt as _, stream};
+use futures::{Stream, StreamExt as _, stream};
+use metrics_exporter_prometheus::PrometheusHandle;
 use plumb_model::loaded::{Background, DTypeChoice, LoadOptions};
 use plumb_model::text::HhhPrompts;
 use plumb_proto::v1;
@@ -15,25 +16,31 @@ use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 use tonic::service::Routes;
-use tonic::transport::server::TcpIncoming;
 
+use crate::access::{Access, is_this_machine};
 use crate::admission::TokenBudget;
-use crate::config::{Config, ConfigError, DType, Http2};
+use crate::config::{Config, ConfigError, DType};
+use crate::connections::tls::Tls;
+use crate::connections::{self, Incoming, Kind};
 use crate::engine::{Engine, EngineOptions, Loss};
 use crate::error::{Error, Result};
 use crate::health::{Health, Phase};
 use crate::layers;
 use crate::layers::admission::Gate;
-use crate::layers::auth::Keys;
 use crate::pool::CpuPool;
 use crate::registry::{Registry, Root};
 use crate::services::{Context, GenerationService, ModelsService, PreferenceService, TokensService};
 use crate::shutdown::{self, Shutdown};
-use crate::telemetry::events::{ConfigLoaded, Fatal, Listening, Serving};
+use crate::telemetry::events::{ConfigLoaded, Fatal, Listening, OpenToNetwork, Serving};
 use crate::telemetry::{exporter, metrics, tracing};
 
 /// From the loss of the engine to the end of the process, if it does not come by itself: callers are told within a second.
 const LAST_RESORT: Duration = Duration::from_secs(5);
+/// Calls that a client may open and take back before they were looked at: with more of them at a time, its connection
+/// ends (rapid reset, CVE-2023-44487).
+const MAX_RESET_STREAMS: usize = 20;
+/// The same for calls that end because the client broke the protocol (CVE-2025-8671).
+const MAX_ERROR_STREAMS: usize = 256;
 
 /// Why the server ended although nobody asked it to.
 #[derive(Clone, Debug, PartialEq)]
@@ -155,6 +162,7 @@ pub struct Server {
     background: Vec<AbortOnDropHandle<()>>,
     config: Config,
     grpc: SocketAddr,
+    admin: Option<SocketAddr>,
     metrics: SocketAddr,
     registry: Arc<Registry>,
     lost: watch::Receiver<Option<Loss>>,
@@ -165,20 +173,35 @@ impl Server {
     /// Binds the ports and starts the engine. Health checks are answered from now on, with NOT_SERVING.
     ///
     /// # Errors
-    /// If the HHH prompt makes no sense, a port is taken or threads cannot be started.
+    /// If the HHH prompt, a certificate or a file of keys makes no sense, a port is taken or threads cannot be started.
     pub async fn start(config: Config) -> Result<Self, Failure> {
         let hhh = match &config.hhh_prompt_file {
             Some(path) => HhhPrompts::from_file(path).map_err(|error| Failure::Configuration(error.into()))?,
             None => HhhPrompts::default(),
         };
-        Self::start_with(config, hhh).await.map_err(Failure::Start)
+        let exposition = metrics::install().map_err(Failure::Start)?;
+        let wrong = |message| Failure::Configuration(Error::invalid("", message));
+        let tls = config.tls.as_ref().map(Tls::load).transpose().map_err(wrong)?.map(Arc::new);
+        let access = Access::load(&config.access, config.listen.admin.is_some()).map_err(wrong)?;
+        Self::start_with(config, hhh, exposition, tls, Arc::new(access)).await.map_err(Failure::Start)
     }
 
-    async fn start_with(config: Config, hhh: HhhPrompts) -> Result<Self> {
-        let exposition = metrics::install()?;
+    async fn start_with(
+        config: Config,
+        hhh: HhhPrompts,
+        exposition: &'static PrometheusHandle,
+        tls: Option<Arc<Tls>>,
+        access: Arc<Access>,
+    ) -> Result<Self> {
+        connections::raise_file_limit();
         let listener = bind(&config.listen.hostname, config.listen.port).await?;
+        let admin_listener = match &config.listen.admin {
+            Some(admin) => Some(bind(&admin.hostname, admin.port).await?),
+            None => None,
+        };
         let metrics_listener = bind(&config.listen.hostname, config.listen.prometheus_port).await?;
         let (grpc, metrics) = (address(&listener)?, address(&metrics_listener)?);
+        let admin = admin_listener.as_ref().map(address).transpose()?;
 
         let engine = Engine::start(EngineOptions {
             max_batch_tokens: config.engine.max_batch_tokens,
@@ -206,37 +229,55 @@ impl Server {
         });
 
         let routes = services(&context)?.add_service(health_service);
-        let routes = layers::around(routes.into_axum_router(), Keys::new(&config.access), Arc::clone(&gate));
+        let routes = layers::around(
+            routes.into_axum_router(),
+            Arc::clone(&access),
+            config.http2.receive_timeout,
+            Arc::clone(&gate),
+        );
         let accepting = CancellationToken::new();
-        let stop = accepting.clone().cancelled_owned();
-        let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
-        let connections = builder(&config.http2).add_routes(Routes::from(routes));
+        let listeners = [(Some(listener), Kind::Public), (admin_listener, Kind::Admin)];
+        let served = listeners.into_iter().filter_map(|(listener, kind)| {
+            let incoming = Incoming::new(listener?, kind, config.connections, tls.clone());
+            let routes = Routes::from(routes.clone());
+            let stop = accepting.clone().cancelled_owned();
+            Some(builder(&config).add_routes(routes).serve_with_incoming_shutdown(incoming, stop))
+        });
+        let served = futures::future::try_join_all(served.collect::<Vec<_>>());
         let connections = tokio::spawn(async move {
-            let served = connections.serve_with_incoming_shutdown(incoming, stop).await;
-            served.map_err(|error| Error::internal(format!("listening: {error}")))
+            served.await.map(drop).map_err(|error| Error::internal(format!("listening: {error}")))
         });
 
         let probes = exporter::Probes { alive: health.alive(), ready: health.ready() };
-        let exporter = axum::serve(metrics_listener, exporter::routes(exposition.clone(), probes)).into_future();
+        let exporter = exporter::serve(metrics_listener, exporter::routes(exposition.clone(), probes));
         let (follower, kinds, lost) = (Arc::clone(&health), registry.kinds(), engine.lost());
         let background = vec![
-            AbortOnDropHandle::new(tokio::spawn(exporter.map(drop))),
+            AbortOnDropHandle::new(tokio::spawn(exporter)),
+            AbortOnDropHandle::new(tokio::spawn(async move { access.follow().await })),
+            AbortOnDropHandle::new(tokio::spawn(follow(tls))),
             AbortOnDropHandle::new(tokio::spawn(metrics::upkeep(exposition))),
             AbortOnDropHandle::new(tokio::spawn(async move { follower.follow(kinds, lost).await })),
         ];
 
-        Listening { grpc, metrics }.emit();
+        Listening { grpc, admin, metrics }.emit();
+        warn_if_open(&config, grpc, admin);
         if let Some(path) = &config.listen.port_file {
-            write_ports(path, grpc, metrics)?;
+            write_ports(path, grpc, admin, metrics)?;
         }
         let shutdown = Shutdown { health, gate, accepting, draining, connections };
-        Ok(Self { background, config, grpc, metrics, registry, lost: engine.lost(), shutdown })
+        Ok(Self { background, config, grpc, admin, metrics, registry, lost: engine.lost(), shutdown })
     }
 
     /// Where rpcs are taken.
     #[must_use]
     pub fn grpc_address(&self) -> SocketAddr {
         self.grpc
+    }
+
+    /// Where models are changed, if not where rpcs are taken.
+    #[must_use]
+    pub fn admin_address(&self) -> Option<SocketAddr> {
+        self.admin
     }
 
     /// Where metrics and probes are taken.
@@ -346,16 +387,41 @@ fn services(context: &Arc<Context>) -> Result<Routes> {
         .add_service(reflection().build_v1alpha().map_err(wrong)?))
 }
 
-fn builder(http2: &Http2) -> tonic::transport::Server {
+fn builder(config: &Config) -> tonic::transport::Server {
+    let http2 = &config.http2;
     let mut builder = tonic::transport::Server::builder()
         .http2_keepalive_interval(Some(http2.keepalive_interval))
         .http2_keepalive_timeout(Some(http2.keepalive_timeout))
+        .http2_max_header_list_size(http2.max_header_bytes)
+        .http2_max_pending_accept_reset_streams(Some(MAX_RESET_STREAMS))
+        .http2_max_local_error_reset_streams(Some(MAX_ERROR_STREAMS))
         .max_concurrent_streams(http2.max_concurrent_streams);
-    if let Some(age) = http2.max_connection_age {
-        // Asks clients to go elsewhere; calls in flight end where they are.
+    if let Some(age) = config.connections.max_age {
+        // Asks clients to go elsewhere; calls in flight end where they are, until the connection is cut. tonic's own
+        // grace leaves the asking out.
         builder = builder.max_connection_age(age);
     }
     builder
+}
+
+async fn follow(tls: Option<Arc<Tls>>) {
+    if let Some(tls) = tls {
+        tls.follow().await;
+    }
+}
+
+/// A server without keys is for its own machine.
+fn warn_if_open(config: &Config, grpc: SocketAddr, admin: Option<SocketAddr>) {
+    let is_public = |address: SocketAddr| !is_this_machine(address.ip());
+    let open_admin = config.access.is_open_to_admins() && admin.is_some_and(is_public);
+    if (config.access.is_open_to_clients() && is_public(grpc)) || open_admin {
+        let changes = match config.access.is_open_to_admins() {
+            true if open_admin => "by everybody who reaches the admin port",
+            true => "from this machine only",
+            false => "with an admin's key",
+        };
+        OpenToNetwork { tls: config.tls.is_some(), changes }.emit();
+    }
 }
 
 fn load_options(config: &Config, hhh: HhhPrompts) -> LoadOptions {
@@ -385,8 +451,12 @@ fn address(listener: &TcpListener) -> Result<SocketAddr> {
 }
 
 /// Appears with its whole content, so that a test that waits for it reads all of it.
-fn write_ports(path: &Path, grpc: SocketAddr, metrics: SocketAddr) -> Result<()> {
-    let text = serde_json::json!({ "grpc": grpc, "metrics": metrics }).to_string() + "\n";
+fn write_ports(path: &Path, grpc: SocketAddr, admin: Option<SocketAddr>, metrics: SocketAddr) -> Result<()> {
+    let mut ports = serde_json::json!({ "grpc": grpc, "metrics": metrics });
+    if let Some(admin) = admin {
+        ports["admin"] = admin.to_string().into();
+    }
+    let text = ports.to_string() + "\n";
     let mut temporary = path.as_os_str().to_owned();
     temporary.push(".tmp");
     let written = std::fs::write(&temporary, text).and_then(|()| std::fs::rename(&temporary, path));

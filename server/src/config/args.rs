@@ -21,6 +21,10 @@ Examples:
   # A preference model and a language model, reachable from outside, with a key
   plumb-server --model pm=org/reward-model --model lm=./smollm2.gguf --hostname 0.0.0.0 --api-key-file /run/key
 
+  # The same over TLS, with names and roles for those who call, and changes to models from this machine only
+  plumb-server --model pm=org/reward-model --hostname 0.0.0.0 --tls-cert tls.crt --tls-key tls.key \\
+    --auth-tokens-file tokens.toml --admin-port 50052
+
   # Every version that is published below a folder takes over from the one before it
   plumb-server --model-root ./checkpoints
 
@@ -221,12 +225,37 @@ pub(crate) struct NetworkFlags {
     /// Port of /metrics, /healthz and /readyz; 0 picks a free one and logs it.
     #[arg(long, env = "PLUMB_PROMETHEUS_PORT", default_value = "9000", value_parser = port)]
     pub(crate) prometheus_port: u16,
-    /// Write the bound addresses to this file as JSON: {"grpc": "127.0.0.1:50051", "metrics": "127.0.0.1:9000"}.
+    /// Change models on a port of their own only; 0 picks a free one [default: on the port of the rpcs].
+    #[arg(long, env = "PLUMB_ADMIN_PORT", value_parser = port)]
+    pub(crate) admin_port: Option<u16>,
+    /// Address of that port [default: 127.0.0.1].
+    #[arg(long, env = "PLUMB_ADMIN_HOSTNAME", value_name = "ADMIN_HOSTNAME")]
+    pub(crate) admin_hostname: Option<String>,
+    /// Write the bound addresses to this file as JSON: {"grpc": "127.0.0.1:50051", "metrics": "127.0.0.1:9000"}, and
+    /// "admin" where there is an --admin-port.
     #[arg(long, env = "PLUMB_PORT_FILE", value_name = "FILE")]
     pub(crate) port_file: Option<PathBuf>,
     /// Ask clients to reconnect after this time, so that load spreads over replicas [default: never].
     #[arg(long, env = "PLUMB_MAX_CONNECTION_AGE_SECS", value_parser = seconds, value_name = "SECS")]
     pub(crate) max_connection_age_secs: Option<Duration>,
+    /// Calls in flight on a connection that is too old may go on for this long; then it is cut.
+    #[arg(long, env = "PLUMB_MAX_CONNECTION_AGE_GRACE_SECS", default_value = "300", value_parser = seconds, value_name = "SECS")]
+    pub(crate) max_connection_age_grace_secs: Duration,
+    /// Most open connections of a listener; more are closed at once.
+    #[arg(long, env = "PLUMB_MAX_CONNECTIONS", default_value_t = 4096, value_parser = count())]
+    pub(crate) max_connections: usize,
+    /// Longest wait for the beginning of a connection: the TLS handshake and what HTTP/2 begins with.
+    #[arg(long, env = "PLUMB_HANDSHAKE_TIMEOUT_SECS", default_value = "10", value_parser = seconds, value_name = "SECS")]
+    pub(crate) handshake_timeout_secs: Duration,
+    /// Longest time that a request may take to arrive; the messages of a stream may take longer.
+    #[arg(long, env = "PLUMB_RECEIVE_TIMEOUT_SECS", default_value = "60", value_parser = seconds, value_name = "SECS")]
+    pub(crate) receive_timeout_secs: Duration,
+    /// Most bytes in a request's headers, counted as HTTP/2 does: 32 for each beside its name and value.
+    #[arg(
+        long, env = "PLUMB_MAX_HEADER_BYTES", default_value_t = 16 << 10, value_name = "BYTES",
+        value_parser = RangedU64ValueParser::<u32>::new().range(1024..=1 << 20)
+    )]
+    pub(crate) max_header_bytes: u32,
     /// HTTP/2 ping on idle connections.
     #[arg(long, env = "PLUMB_KEEPALIVE_INTERVAL_SECS", default_value = "30", value_parser = seconds, value_name = "SECS")]
     pub(crate) keepalive_interval_secs: Duration,
@@ -250,18 +279,45 @@ pub(crate) struct NetworkFlags {
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Access")]
 pub(crate) struct AccessFlags {
+    /// Certificate chain of the server in PEM form, for rpcs over TLS. Read again when it changes [default: no TLS].
+    #[arg(long, env = "PLUMB_TLS_CERT", value_name = "FILE")]
+    pub(crate) tls_cert: Option<PathBuf>,
+    /// Its private key in PEM form.
+    #[arg(long, env = "PLUMB_TLS_KEY", value_name = "FILE")]
+    pub(crate) tls_key: Option<PathBuf>,
+    /// Authorities of clients' certificates in PEM form: mutual TLS. A certificate is good for what an --api-key is,
+    /// unless --auth-tokens-file says otherwise.
+    #[arg(long, env = "PLUMB_TLS_CLIENT_CA", value_name = "FILE")]
+    pub(crate) tls_client_ca: Option<PathBuf>,
+    /// Whether clients without a certificate are let in to present a key instead.
+    #[arg(long, env = "PLUMB_TLS_CLIENT_AUTH", default_value = "required")]
+    pub(crate) tls_client_auth: ClientAuth,
+    /// TOML file with tokens, their names, roles (score, generate, admin) and ends: see SECURITY.md. Read again when
+    /// it changes.
+    #[arg(long, env = "PLUMB_AUTH_TOKENS_FILE", value_name = "FILE")]
+    pub(crate) auth_tokens_file: Option<PathBuf>,
     /// Keys that clients present as `authorization: Bearer KEY`, separated by commas [default: open to all].
     #[arg(long, env = "PLUMB_API_KEY", hide_env_values = true, value_delimiter = ',', value_name = "KEY")]
     pub(crate) api_key: Vec<Secret>,
-    /// File with such keys, one a line.
+    /// File with such keys, one a line. Read again when it changes.
     #[arg(long, env = "PLUMB_API_KEY_FILE", value_name = "FILE")]
     pub(crate) api_key_file: Option<PathBuf>,
-    /// Keys that may also load, unload and label versions, separated by commas [default: whoever may call].
+    /// Keys that may also change models, separated by commas [default: whoever has a key; without any, whoever calls
+    /// from this machine].
     #[arg(long, env = "PLUMB_ADMIN_API_KEY", hide_env_values = true, value_delimiter = ',', value_name = "KEY")]
     pub(crate) admin_api_key: Vec<Secret>,
-    /// File with such keys, one a line.
+    /// File with such keys, one a line. Read again when it changes.
     #[arg(long, env = "PLUMB_ADMIN_API_KEY_FILE", value_name = "FILE")]
     pub(crate) admin_api_key_file: Option<PathBuf>,
+}
+
+/// Whether clients have to show a certificate.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum ClientAuth {
+    /// A connection without one is refused.
+    Required,
+    /// One that is shown has to be good.
+    Optional,
 }
 
 #[derive(Debug, Args)]

@@ -12,20 +12,21 @@ mod versions;
 
 use std::ffi::OsString;
 use std::num::{NonZeroU64, NonZeroUsize};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::parser::ValueSource;
 use clap::{ArgMatches, Command, CommandFactory as _, FromArgMatches as _};
 
 pub use self::args::DType;
-use self::args::Flags;
+use self::args::{ClientAuth, Flags};
 use self::file::FileValues;
 pub use self::models::ModelConfig;
 pub(crate) use self::models::check_name;
 pub use self::secret::Secret;
 pub(crate) use self::versions::WantedLabel;
 pub use self::versions::{SwapPolicy, VersionPolicy, Versions};
+use crate::access::table::Table;
 
 /// Everything that is decided before the server starts.
 #[derive(Clone, Debug)]
@@ -46,8 +47,12 @@ pub struct Config {
     pub limits: Limits,
     /// Where the server listens.
     pub listen: Listen,
+    /// What connections may cost.
+    pub connections: Connections,
     /// Behaviour of connections.
     pub http2: Http2,
+    /// Certificates; without them, connections are plain.
+    pub tls: Option<Tls>,
     /// Who may call.
     pub access: Access,
     /// How the server stops.
@@ -126,15 +131,54 @@ pub struct Listen {
     pub port: u16,
     /// Port of metrics; 0 for any.
     pub prometheus_port: u16,
+    /// Where models are changed, if not where all rpcs are taken.
+    pub admin: Option<AdminListen>,
     /// Where the bound addresses are written.
     pub port_file: Option<PathBuf>,
+}
+
+/// Where models are changed.
+#[derive(Clone, Debug)]
+pub struct AdminListen {
+    /// Name or address of the interface.
+    pub hostname: String,
+    /// Port; 0 for any.
+    pub port: u16,
+}
+
+/// What connections may cost.
+#[derive(Clone, Copy, Debug)]
+pub struct Connections {
+    /// Open at a time, for each listener.
+    pub max_connections: usize,
+    /// From the first packet to the end of the handshakes.
+    pub handshake_timeout: Duration,
+    /// Clients are asked to reconnect after this time.
+    pub max_age: Option<Duration>,
+    /// From then until the connection is cut.
+    pub max_age_grace: Duration,
+}
+
+/// Certificates, as files.
+#[derive(Clone, Debug)]
+pub struct Tls {
+    /// The server's chain.
+    pub certificate: PathBuf,
+    /// Its private key.
+    pub key: PathBuf,
+    /// Authorities of clients' certificates.
+    pub client_ca: Option<PathBuf>,
+    /// Clients may come without a certificate.
+    pub client_auth_optional: bool,
 }
 
 /// Behaviour of connections.
 #[derive(Clone, Debug)]
 pub struct Http2 {
-    /// Clients are asked to reconnect after this time.
-    pub max_connection_age: Option<Duration>,
+    /// Size of a request's headers.
+    pub max_header_bytes: u32,
+    /// From a request's headers to its end.
+    pub receive_timeout: Duration,
     /// Ping on idle connections.
     pub keepalive_interval: Duration,
     /// How long a ping may stay unanswered.
@@ -143,13 +187,44 @@ pub struct Http2 {
     pub max_concurrent_streams: u32,
 }
 
-/// Who may call.
-#[derive(Clone, Debug)]
+/// Who may call. Files are read when the server starts, and whenever they change.
+#[derive(Clone, Debug, Default)]
 pub struct Access {
-    /// Keys for every rpc that changes nothing; none: open.
+    /// Keys for every rpc that changes nothing.
     pub api_keys: Vec<Secret>,
-    /// Keys for every rpc; none: whoever may call may also change models.
+    /// File with more of them.
+    pub api_key_file: Option<PathBuf>,
+    /// Keys for every rpc.
     pub admin_api_keys: Vec<Secret>,
+    /// File with more of them.
+    pub admin_api_key_file: Option<PathBuf>,
+    /// File with tokens and roles.
+    pub tokens_file: Option<PathBuf>,
+    /// Clients are known by verified certificates.
+    pub client_certificates: bool,
+}
+
+impl Access {
+    /// The files that are read.
+    pub(crate) fn files(&self) -> impl Iterator<Item = &PathBuf> {
+        self.api_key_file.iter().chain(&self.admin_api_key_file).chain(&self.tokens_file)
+    }
+
+    /// Whether somebody is named who may change models.
+    pub(crate) fn has_admins(&self) -> bool {
+        !self.admin_api_keys.is_empty() || self.admin_api_key_file.is_some() || self.tokens_file.is_some()
+    }
+
+    /// Whether nobody is asked for anything but to change models.
+    pub(crate) fn is_open_to_clients(&self) -> bool {
+        let has_keys = !self.api_keys.is_empty() || self.api_key_file.is_some() || self.tokens_file.is_some();
+        !has_keys && !self.client_certificates
+    }
+
+    /// Whether nobody is asked for anything.
+    pub(crate) fn is_open_to_admins(&self) -> bool {
+        self.is_open_to_clients() && !self.has_admins()
+    }
 }
 
 /// How the server stops.
@@ -246,6 +321,18 @@ impl Config {
                 limits.default_max_new_tokens, limits.max_new_tokens_limit
             ));
         }
+        let admin = admin_listen(network.admin_port, network.admin_hostname)?;
+        let tls = tls(access.tls_cert, access.tls_key, access.tls_client_ca, access.tls_client_auth)?;
+        let access = Access {
+            api_keys: access.api_key,
+            api_key_file: access.api_key_file,
+            admin_api_keys: access.admin_api_key,
+            admin_api_key_file: access.admin_api_key_file,
+            tokens_file: access.auth_tokens_file,
+            client_certificates: tls.as_ref().is_some_and(|tls| tls.client_ca.is_some()),
+        };
+        // What is wrong with the files is wrong with the configuration.
+        Table::read(&access)?;
         let logical_cores = std::thread::available_parallelism().map_or(1, usize::from);
         Ok(Self {
             models: served,
@@ -278,8 +365,16 @@ impl Config {
                 max_stream_in_flight: limits.max_stream_in_flight,
                 auto_truncate: limits.auto_truncate,
             },
+            connections: Connections {
+                max_connections: network.max_connections,
+                handshake_timeout: network.handshake_timeout_secs,
+                max_age: network.max_connection_age_secs,
+                max_age_grace: network.max_connection_age_grace_secs,
+            },
+            tls,
             http2: Http2 {
-                max_connection_age: network.max_connection_age_secs,
+                max_header_bytes: network.max_header_bytes,
+                receive_timeout: network.receive_timeout_secs,
                 keepalive_interval: network.keepalive_interval_secs,
                 keepalive_timeout: network.keepalive_timeout_secs,
                 max_concurrent_streams: network.max_concurrent_streams,
@@ -289,12 +384,10 @@ impl Config {
                 hostname: network.hostname,
                 port: network.port,
                 prometheus_port: network.prometheus_port,
+                admin,
                 port_file: network.port_file,
             },
-            access: Access {
-                api_keys: keys(access.api_key, access.api_key_file.as_deref())?,
-                admin_api_keys: keys(access.admin_api_key, access.admin_api_key_file.as_deref())?,
-            },
+            access,
             telemetry: Telemetry {
                 log: telemetry.log,
                 json_output: telemetry.json_output,
@@ -306,20 +399,34 @@ impl Config {
     }
 }
 
-/// Keys from the option and from the lines of a file. An empty key would let everybody in who sends none.
-fn keys(mut keys: Vec<Secret>, file: Option<&Path>) -> Result<Vec<Secret>, String> {
-    if let Some(path) = file {
-        let text = std::fs::read_to_string(path).map_err(|error| format!("{}: {error}", path.display()))?;
-        let lines: Vec<_> = text.lines().filter(|line| !line.trim().is_empty()).collect();
-        if lines.is_empty() {
-            return Err(format!("{}: there is no key in it", path.display()));
+fn admin_listen(port: Option<u16>, hostname: Option<String>) -> Result<Option<AdminListen>, String> {
+    match (port, hostname) {
+        (Some(port), hostname) => {
+            Ok(Some(AdminListen { hostname: hostname.unwrap_or_else(|| "127.0.0.1".to_owned()), port }))
         }
-        keys.extend(lines.into_iter().filter_map(|line| line.parse().ok()));
+        (None, Some(_)) => Err("--admin-hostname needs --admin-port".to_owned()),
+        (None, None) => Ok(None),
     }
-    if keys.iter().any(|key| key.reveal().is_empty()) {
-        return Err("a key is empty".to_owned());
+}
+
+/// Checked here and not by the parser, for which a value of the file is a default: half of a pair must not mean none.
+fn tls(
+    certificate: Option<PathBuf>,
+    key: Option<PathBuf>,
+    client_ca: Option<PathBuf>,
+    client_auth: ClientAuth,
+) -> Result<Option<Tls>, String> {
+    let client_auth_optional = client_auth == ClientAuth::Optional;
+    if client_auth_optional && client_ca.is_none() {
+        return Err("--tls-client-auth needs --tls-client-ca".to_owned());
     }
-    Ok(keys)
+    match (certificate, key) {
+        (Some(certificate), Some(key)) => Ok(Some(Tls { certificate, key, client_ca, client_auth_optional })),
+        (Some(_), None) => Err("--tls-cert needs --tls-key".to_owned()),
+        (None, Some(_)) => Err("--tls-key needs --tls-cert".to_owned()),
+        (None, None) if client_ca.is_some() => Err("--tls-client-ca needs --tls-cert".to_owned()),
+        (None, None) => Ok(None),
+    }
 }
 
 fn origins(command: &Command, matches: &ArgMatches, file: &FileValues) -> Vec<Origin> {

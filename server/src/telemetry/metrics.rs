@@ -100,6 +100,11 @@ metrics! {
     MODEL_ROLLBACKS = "plumb_model_rollbacks_total", Kind::Counter, Count, "Versions that were taken out of service because they were bad.";
     MODEL_LOADS = "plumb_model_loads_total", Kind::Counter, Count, "Loads that ended, by status code.";
     MODEL_LOAD_DURATION = "plumb_model_load_duration_seconds", Kind::Histogram(LOAD_SECONDS), Seconds, "From the request for a version until it was available.";
+    CONNECTIONS = "plumb_connections", Kind::Gauge, Count, "Connections that are open; --max-connections is the limit of each listener.";
+    CONNECTIONS_REFUSED = "plumb_connections_refused_total", Kind::Counter, Count, "Connections that were not let in, by reason.";
+    CERTIFICATE_EXPIRY = "plumb_tls_certificate_expiry_timestamp_seconds", Kind::Gauge, Seconds, "When the server's certificate ends, in seconds since 1970.";
+    CERTIFICATE_LOADS = "plumb_tls_certificate_loads_total", Kind::Counter, Count, "Times that the certificate was read, by status code; after anything but OK the one before stays.";
+    KEY_LOADS = "plumb_key_loads_total", Kind::Counter, Count, "Times that the files of keys and tokens were read, by status code; after anything but OK the keys from before stay.";
     READY = "plumb_ready", Kind::Gauge, Count, "1 while the server as a whole is SERVING.";
     RESIDENT_MEMORY = "plumb_resident_memory_bytes", Kind::Gauge, Bytes, "Physical memory of the process.";
     BUILD_INFO = "plumb_build_info", Kind::Gauge, Count, "1, with the version of the server.";

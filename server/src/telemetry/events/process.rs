@@ -34,6 +34,8 @@ impl ConfigLoaded<'_> {
 pub struct Listening {
     /// Where rpcs are taken.
     pub grpc: SocketAddr,
+    /// Where models are changed, if not there.
+    pub admin: Option<SocketAddr>,
     /// Where metrics and probes are taken.
     pub metrics: SocketAddr,
 }
@@ -41,7 +43,8 @@ pub struct Listening {
 impl Listening {
     /// Logs the addresses.
     pub fn emit(self) {
-        info!(target: "plumb", grpc = %self.grpc, metrics = %self.metrics, "listening");
+        let admin = self.admin.map(tracing::field::display);
+        info!(target: "plumb", grpc = %self.grpc, admin, metrics = %self.metrics, "listening");
     }
 }
 
