@@ -96,12 +96,13 @@ async fn an_input_that_makes_kernels_fail_fails_alone_and_changes_no_bit_of_othe
     let launch = Launch::of(["llama-pm", "llama-lm"]).flags("--threads 2 --max-batch-sequences 16");
     let server = faults.among(launch).start().await;
     let client = server.client().await;
-    let mut inputs = inputs(320);
+    let mut inputs = inputs(10_000);
     let expected = score_all(&client, "llama-pm", &inputs, 8).await;
     let drawn = generate_all(&client).await;
     // A token that no stream draws.
     let poison = (200..280).find(|id| tokens(&drawn).iter().all(|(ids, _)| !ids.contains(id))).unwrap();
-    let poisoned: Vec<_> = (0..inputs.len()).step_by(10).collect();
+    // One for every batch that is full.
+    let poisoned: Vec<_> = (0..inputs.len()).step_by(16).collect();
     for (i, at) in poisoned.iter().enumerate() {
         let middle = inputs[*at].len() * i / poisoned.len();
         inputs[*at][middle] = poison;
