@@ -166,6 +166,14 @@ pub fn prepare<E: Element>(
                     }
                     let v = &qkv[(how.heads + kv_heads + h) * dim..(how.heads + kv_heads + h + 1) * dim];
                     round(v, &mut narrow[..dim]);
+                    if !narrow[..dim].iter().fold(true, |finite, x| finite & x.to_f32().is_finite()) {
+                        // A weight of zero does not keep it from queries that do not see this position, and whose
+                        // results others may share; a NaN in the key is seen by those that do, and masked for others.
+                        narrow[..dim].fill(E::default());
+                        for keys in keys.chunks_exact_mut(PAGE * E::PAIR) {
+                            keys[slot * E::PAIR..][..E::PAIR].fill(E::from_f32(f32::NAN));
+                        }
+                    }
                     let values = &mut values[slot / E::PAIR * padded_dim * E::PAIR..];
                     for (value, x) in values.chunks_exact_mut(E::PAIR).zip(&narrow[..dim]) {
                         value[slot % E::PAIR] = *x;
