@@ -21,6 +21,8 @@
 //!
 //! A reader passes over fields that it does not know; a change that it must know of changes [`VERSION`].
 
+use std::borrow::Cow;
+
 use serde::{Deserialize, Serialize};
 use tonic::Code;
 
@@ -42,7 +44,7 @@ pub struct Record {
     /// When the answer was ready.
     pub time: String,
     /// The method's name.
-    pub rpc: String,
+    pub rpc: Cow<'static, str>,
     /// The name of the caller's key.
     #[serde(skip_serializing_if = "is_default")]
     pub caller: Option<String>,

@@ -4,6 +4,7 @@ use std::net::SocketAddr;
 use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
+use std::time::Instant;
 
 use futures::FutureExt as _;
 use plumb_model::loaded::{DTypeChoice, LoadOptions};
@@ -24,6 +25,7 @@ use crate::layers;
 use crate::layers::admission::Gate;
 use crate::layers::auth::Keys;
 use crate::pool::CpuPool;
+use crate::record::Recorder;
 use crate::registry::Registry;
 use crate::services::{Context, GenerationService, ModelsService, PreferenceService, TokensService};
 use crate::shutdown::{self, Shutdown};
@@ -133,6 +135,7 @@ pub struct Server {
     grpc: SocketAddr,
     metrics: SocketAddr,
     registry: Arc<Registry>,
+    recorder: Arc<Recorder>,
     shutdown: Shutdown,
 }
 
@@ -168,12 +171,14 @@ impl Server {
         let health = Health::new(reporter).await;
         let gate = Gate::new(config.limits.max_concurrent_requests);
         let draining = CancellationToken::new();
+        let recorder = Arc::new(Recorder::start(config.recording.as_ref())?);
         let context = Arc::new(Context {
             registry: Arc::clone(&registry),
             engine: engine.clone(),
             pool: CpuPool::new(config.engine.tokenization_workers)?,
             budget: TokenBudget::new(config.limits.max_queue_tokens),
             limits: config.limits.clone(),
+            recorder: Arc::clone(&recorder),
             draining: draining.clone(),
             aborted: gate.aborted(),
         });
@@ -203,7 +208,7 @@ impl Server {
             write_ports(path, grpc, metrics)?;
         }
         let shutdown = Shutdown { health, gate, accepting, draining, connections };
-        Ok(Self { background, config, grpc, metrics, registry, shutdown })
+        Ok(Self { background, config, grpc, metrics, registry, recorder, shutdown })
     }
 
     /// Where rpcs are taken.
@@ -228,10 +233,14 @@ impl Server {
             by = &mut asked => by,
             failure = self.serve() => {
                 self.shutdown.give_up().await;
+                self.recorder.close(Instant::now()).await;
                 return Err(failure);
             }
         };
-        self.shutdown.run(by, self.config.shutdown).await;
+        let times = self.config.shutdown;
+        let deadline = Instant::now() + times.lame_duck + times.drain_timeout;
+        self.shutdown.run(by, times).await;
+        self.recorder.close(deadline).await;
         Ok(())
     }
 

@@ -2,7 +2,8 @@
 //!
 //! In reading order: [`config`] is what is decided before the start; [`app`] puts everything together and [`shutdown`]
 //! takes it apart; [`error`] is what can go wrong. A call passes the `layers`, reaches one of the `services`, is
-//! tokenized on the `pool`, resolved by the `registry`, admitted by [`admission`] and computed by the [`engine`].
+//! tokenized on the `pool`, resolved by the `registry`, admitted by [`admission`] and computed by the [`engine`]; where
+//! asked for, `record` takes it down.
 //! `health` and [`telemetry`] tell how that goes.
 //!
 //! Nothing here knows what a model computes, nor how to train one.
@@ -15,6 +16,7 @@ pub mod error;
 mod health;
 mod layers;
 mod pool;
+mod record;
 mod registry;
 mod services;
 pub mod shutdown;

@@ -35,6 +35,7 @@ use crate::error::{Error, Result};
 use crate::layers::deadline::Deadline;
 use crate::layers::trace::Arrived;
 use crate::pool::CpuPool;
+use crate::record::Recorder;
 use crate::registry::Registry;
 use crate::telemetry::events::Rejected;
 
@@ -48,6 +49,7 @@ pub(crate) struct Context {
     pub(crate) pool: CpuPool,
     pub(crate) budget: Arc<TokenBudget>,
     pub(crate) limits: Limits,
+    pub(crate) recorder: Arc<Recorder>,
     /// Cancelled when streams should come to an end, because the server does.
     pub(crate) draining: CancellationToken,
     /// Cancelled when they have to.

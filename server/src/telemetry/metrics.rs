@@ -95,6 +95,8 @@ metrics! {
     MODEL_SWAPS = "plumb_model_swaps_total", Kind::Counter, Count, "Times that a call which names no version began to get another one.";
     MODEL_LOADS = "plumb_model_loads_total", Kind::Counter, Count, "Loads that ended, by status code.";
     MODEL_LOAD_DURATION = "plumb_model_load_duration_seconds", Kind::Histogram(LOAD_SECONDS), Seconds, "From the request for a version until it was available.";
+    RECORDS = "plumb_records_total", Kind::Counter, Count, "Calls that were written to --record-dir.";
+    RECORD_DROPPED = "plumb_record_dropped_total", Kind::Counter, Count, "Calls that were to be recorded and were not, by reason: queue_full, disk, too_long, closed.";
     READY = "plumb_ready", Kind::Gauge, Count, "1 while the server as a whole is SERVING.";
     RESIDENT_MEMORY = "plumb_resident_memory_bytes", Kind::Gauge, Bytes, "Physical memory of the process.";
     BUILD_INFO = "plumb_build_info", Kind::Gauge, Count, "1, with the version of the server.";

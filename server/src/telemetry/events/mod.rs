@@ -7,10 +7,12 @@
 pub mod engine;
 pub mod model;
 pub mod process;
+pub mod record;
 pub mod request;
 
 pub use engine::*;
 pub(crate) use model::kind_name;
 pub use model::*;
 pub use process::*;
+pub use record::*;
 pub use request::*;
