@@ -29,7 +29,8 @@ const LOCK: &str = "lock";
 /// zstd's own default; text shrinks to a third or a quarter.
 const LEVEL: i32 = 3;
 
-const STAMP: Config = Config::DEFAULT.set_time_precision(TimePrecision::Second { decimal_digits: std::num::NonZero::new(6) });
+const STAMP: Config =
+    Config::DEFAULT.set_time_precision(TimePrecision::Second { decimal_digits: std::num::NonZero::new(6) });
 const WITH_SEPARATORS: EncodedConfig = STAMP.encode();
 const WITHOUT_SEPARATORS: EncodedConfig = STAMP.set_use_separators(false).encode();
 

@@ -8,7 +8,14 @@ use tempfile::TempDir;
 use super::*;
 
 fn recording(folder: PathBuf) -> Recording {
-    Recording { folder, sample: 1.0, max_bytes: 1 << 20, max_age: Duration::from_secs(3600), keep: 100, compress: false }
+    Recording {
+        folder,
+        sample: 1.0,
+        max_bytes: 1 << 20,
+        max_age: Duration::from_secs(3600),
+        keep: 100,
+        compress: false,
+    }
 }
 
 fn origin(caller: Option<&str>) -> Origin {
@@ -58,7 +65,9 @@ async fn calls_are_in_the_file_with_their_scores_callers_and_errors() {
     let recorder = Recorder::start(Some(&recording(folder.path().join("a/b")))).unwrap();
     recorder.score(origin(Some("trainer")), request("t"), &answer(0.1));
     recorder.score(origin(None), request("u"), &Err(Error::not_found("no model")));
-    for told_to_come_again in [Error::Draining, Error::ResourceExhausted { what: "full".into(), retry_after: CLOSE_INTERVAL }] {
+    for told_to_come_again in
+        [Error::Draining, Error::ResourceExhausted { what: "full".into(), retry_after: CLOSE_INTERVAL }]
+    {
         recorder.score(origin(None), request("again"), &Err(told_to_come_again));
     }
     let ranked = |index, reward: Option<f32>| v1::Ranked {
@@ -67,9 +76,16 @@ async fn calls_are_in_the_file_with_their_scores_callers_and_errors() {
         error: reward.is_none().then(|| v1::ItemError { code: 3, message: "why".into() }),
         ..Default::default()
     };
-    let ranking = v1::RankResponse { ranked: vec![ranked(2, Some(5.0)), ranked(0, Some(4.0)), ranked(1, None)], ..Default::default() };
+    let ranking = v1::RankResponse {
+        ranked: vec![ranked(2, Some(5.0)), ranked(0, Some(4.0)), ranked(1, None)],
+        ..Default::default()
+    };
     let candidates = vec![v1::Candidate::default(); 3];
-    recorder.rank(Origin { rpc: "Rank", caller: None }, v1::RankRequest { candidates, ..Default::default() }, &Ok(ranking));
+    recorder.rank(
+        Origin { rpc: "Rank", caller: None },
+        v1::RankRequest { candidates, ..Default::default() },
+        &Ok(ranking),
+    );
     close(&recorder).await;
 
     let folder = folder.path().join("a/b");

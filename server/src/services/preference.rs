@@ -131,7 +131,8 @@ async fn score_items(context: &Context, request: &v1::ScoreRequest, times: CallT
 async fn rank_candidates(context: &Context, request: &v1::RankRequest, times: CallTimes) -> Result<v1::RankResponse> {
     let v1::RankRequest { model, prompt, candidates, text, objective, request_id, priority } = request;
     context.check_count("candidates", candidates.len())?;
-    let prompt = input::text_input(prompt.as_ref().unwrap_or(&v1::Input::default())).map_err(|error| error.within("prompt"))?;
+    let prompt =
+        input::text_input(prompt.as_ref().unwrap_or(&v1::Input::default())).map_err(|error| error.within("prompt"))?;
     let model = context.registry.resolve(model.as_ref(), Need::Any)?;
     let call = ScoreCall {
         text: input::render_options(text.as_ref(), model.info.max_input_tokens, context.limits.auto_truncate)?,

@@ -14,4 +14,5 @@ mod metrics;
 mod models;
 mod python;
 mod real;
+mod replay;
 mod shutdown;
