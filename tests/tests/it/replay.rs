@@ -118,6 +118,10 @@ async fn on_the_same_version_nothing_differs() {
         assert_eq!(report["candidate"]["models"], report["reference"]["models"]);
         assert_eq!(number("truncated_by_both"), u64::from(name == PM));
     }
+    // What it asked was taken down too, and is not asked again.
+    while !lines(folder.path()).iter().any(|line| line.contains("\"request_id\":\"replay:")) {
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
     // Also both sides asked anew.
     let against = ["--against", "1", "--recorded-model", PM, "--fail-if-flips-over", "0"];
     let words = plumb(&server, "", &[&arguments[..], &against].concat()).await;

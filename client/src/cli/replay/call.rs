@@ -8,6 +8,10 @@ use plumb_client::{Client, Code, Error, ItemFailure, code_name, score, v1};
 use crate::cli::input::{Place, preview, shorten};
 use crate::cli::scoring::is_passing;
 
+/// How the ids of replayed requests begin: a server that records takes them down too, and a replay of its log passes them
+/// over, so that no replay feeds on itself.
+const REPLAYED: &str = "replay:";
+
 /// What was asked.
 #[derive(Clone, Debug)]
 pub(super) enum Request {
@@ -68,9 +72,10 @@ impl Call {
     /// Asks a model the same. An error would meet the next call too.
     pub(super) async fn ask(&self, client: &Client, spec: v1::ModelSpec, priority: i32) -> Result<Side, Error> {
         let model = Some(spec);
+        let request_id = format!("{REPLAYED}{}", self.request_id());
         let answer = match self.request.clone() {
             Request::Score(request) => {
-                let request = v1::ScoreRequest { model, priority, per_token: false, ..request };
+                let request = v1::ScoreRequest { model, priority, request_id, per_token: false, ..request };
                 client.score(request).await.map(|answer| Side {
                     model: answer.model,
                     items: answer.results.iter().map(|result| answered(score(result))).collect(),
@@ -79,7 +84,10 @@ impl Call {
             }
             Request::Rank(request) => {
                 let n = request.candidates.len();
-                client.rank(v1::RankRequest { model, priority, ..request }).await.map(|answer| ranking(answer, n))
+                client
+                    .rank(v1::RankRequest { model, priority, request_id, ..request })
+                    .await
+                    .map(|answer| ranking(answer, n))
             }
         };
         match answer {
@@ -99,6 +107,11 @@ impl Call {
             Request::Rank(request) => request.objective(),
         };
         if objective == v1::Objective::Unspecified { v1::Objective::MeanLogProb } else { objective }
+    }
+
+    /// Whether it comes from an earlier replay.
+    pub(super) fn is_replay(&self) -> bool {
+        self.request_id().starts_with(REPLAYED)
     }
 
     pub(super) fn request_id(&self) -> &str {

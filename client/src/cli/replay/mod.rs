@@ -1,11 +1,12 @@
 //! `plumb replay`: recorded calls, asked again; what another version makes of them, before it takes over.
 //!
-//! `read` finds and reads records, `call` is one and asks it again, `tally` counts, `report` says what came out.
+//! `read` finds and reads records, `call` is one and asks it again, `tally` counts, `report` is what came out and `words` says it.
 
 mod call;
 mod read;
 mod report;
 mod tally;
+mod words;
 
 use std::path::PathBuf;
 use std::str::FromStr;
@@ -32,6 +33,8 @@ The report has both distributions, the shift of the mean (its interval knows tha
 Kolmogorov-Smirnov distance (its p-value takes the two sides for independent, which the same texts are not), the agreement of
 orders, and flips: pairs of answers to one prompt that change their order. Pairs are the candidates of a Rank or best-of call,
 and the items of a Score call that differ in their last turn only.
+
+A server that records takes replays down too, with ids that begin with `replay:`; a replay passes such records over.
 
 Examples:
   plumb replay /var/lib/plumb/calls --label canary
@@ -158,6 +161,8 @@ enum Step {
 enum Passed {
     /// It was not asked for.
     NotChosen,
+    /// It is from an earlier replay.
+    Replay,
     Skipped(Place, Skip),
 }
 
@@ -225,6 +230,9 @@ impl Chosen {
             }
         }
         let call = Call::of(place.clone(), *record);
+        if call.as_ref().is_ok_and(Call::is_replay) {
+            return Some(Ok(Err(Passed::Replay)));
+        }
         self.left -= u64::from(call.is_ok());
         Some(Ok(call.map_err(|reason| Passed::Skipped(place, Skip::Broken(reason)))))
     }

@@ -101,13 +101,17 @@ pub(super) fn read(files: Vec<PathBuf>) -> ReceiverStream<Line> {
 fn read_file(path: &Path, send: &mut dyn FnMut(Line) -> bool) -> bool {
     let file: Arc<Path> = path.into();
     let place = |line| Place { file: Some(Arc::clone(&file)), line };
-    let mut lines = match open(path) {
+    let lines = match open(path) {
         Ok(lines) => lines,
         Err(error) => return send(Line::Skipped(place(0), Skip::Damaged(error.to_string()))),
     };
+    // As the file is now: a server may be writing to it, about this very replay among other things.
+    let is_growing = path.is_file() && !is_packed(path);
+    let length = if is_growing { path.metadata().map_or(u64::MAX, |file| file.len()) } else { u64::MAX };
+    let mut lines = lines.take(length);
     let mut line = Vec::new();
     for number in 1.. {
-        let sent = match read_line(&mut *lines, &mut line) {
+        let sent = match read_line(&mut lines, &mut line) {
             Ok(Ending::None) if line.is_empty() => return true,
             Ok(Ending::None) => match parse(&line) {
                 // Somebody's editor left the last line break out.

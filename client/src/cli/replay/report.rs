@@ -1,4 +1,4 @@
-//! What came out: numbers for programs, words for people, and bars for a pipeline.
+//! What came out, as numbers, and the bars that a pipeline sets.
 
 use std::collections::BTreeMap;
 
@@ -9,9 +9,7 @@ use serde::Serialize;
 
 use super::Passed;
 use super::read::Skip;
-use super::tally::{Failures, Flip, Shift, Tally};
-use crate::cli::output::{describe, table};
-use crate::cli::stats::histogram;
+use super::tally::{Flip, Shift, Tally};
 
 /// Bars that a pipeline sets.
 #[derive(Args, Clone, Debug, Default)]
@@ -39,22 +37,25 @@ fn bar(text: &str) -> Result<f64, String> {
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
 pub(super) struct Skipped {
     /// Of another model or version than was asked for.
-    not_chosen: u64,
-    broken: u64,
-    unfinished: u64,
-    too_long: u64,
-    other_format: u64,
-    damaged_files: u64,
+    pub(super) not_chosen: u64,
+    /// Of earlier replays.
+    pub(super) replays: u64,
+    pub(super) broken: u64,
+    pub(super) unfinished: u64,
+    pub(super) too_long: u64,
+    pub(super) other_format: u64,
+    pub(super) damaged_files: u64,
     /// The first thing that was wrong.
     #[serde(skip_serializing_if = "Option::is_none")]
-    example: Option<String>,
+    pub(super) example: Option<String>,
 }
 
 impl Skipped {
     pub(super) fn count(&mut self, passed: &Passed) {
-        let Passed::Skipped(place, skip) = passed else {
-            self.not_chosen += 1;
-            return;
+        let (place, skip) = match passed {
+            Passed::NotChosen => return self.not_chosen += 1,
+            Passed::Replay => return self.replays += 1,
+            Passed::Skipped(place, skip) => (place, skip),
         };
         let (count, what) = match skip {
             Skip::Broken(reason) => (&mut self.broken, reason.clone()),
@@ -73,92 +74,92 @@ impl Skipped {
 
 /// A side of the comparison.
 #[derive(Clone, Debug, Serialize)]
-struct Side {
+pub(super) struct Side {
     /// Whether its scores are those of the records.
-    recorded: bool,
-    models: Vec<Answered>,
-    rewards: Option<Summary>,
+    pub(super) recorded: bool,
+    pub(super) models: Vec<Answered>,
+    pub(super) rewards: Option<Summary>,
     /// Items without a score, and of these those that have one on the other side.
-    failed: u64,
-    failed_here_only: u64,
-    failures: BTreeMap<String, u64>,
+    pub(super) failed: u64,
+    pub(super) failed_here_only: u64,
+    pub(super) failures: BTreeMap<String, u64>,
     #[serde(skip_serializing_if = "Option::is_none")]
-    failure: Option<String>,
+    pub(super) failure: Option<String>,
 }
 
 #[derive(Clone, Debug, Serialize)]
-struct Answered {
-    model: String,
-    version: u64,
-    weights_digest: String,
-    scores: u64,
+pub(super) struct Answered {
+    pub(super) model: String,
+    pub(super) version: u64,
+    pub(super) weights_digest: String,
+    pub(super) scores: u64,
 }
 
 /// Candidate minus reference.
 #[derive(Clone, Debug, Serialize)]
-struct Difference {
+pub(super) struct Difference {
     /// With its 95 % interval.
-    mean: Estimate,
-    std: f64,
-    largest: f64,
-    ks: f64,
-    ks_p: f64,
+    pub(super) mean: Estimate,
+    pub(super) std: f64,
+    pub(super) largest: f64,
+    pub(super) ks: f64,
+    pub(super) ks_p: f64,
     #[serde(skip_serializing_if = "Option::is_none")]
-    largest_item: Option<Shift>,
+    pub(super) largest_item: Option<Shift>,
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]
-    callers: BTreeMap<String, Estimate>,
+    pub(super) callers: BTreeMap<String, Estimate>,
 }
 
 #[derive(Clone, Debug, Serialize)]
-struct Pairs {
-    groups: u64,
-    pairs: u64,
+pub(super) struct Pairs {
+    pub(super) groups: u64,
+    pub(super) pairs: u64,
     /// Share of the groups with the same best item.
-    same_best: f64,
-    flipped: u64,
+    pub(super) same_best: f64,
+    pub(super) flipped: u64,
     /// Share of the pairs that flip, with its 95 % interval.
-    flips: Estimate,
+    pub(super) flips: Estimate,
     /// The same with every pair weighted by its margin.
-    flips_by_margin: f64,
-    ties_changed: u64,
-    largest_flips: Vec<Flip>,
+    pub(super) flips_by_margin: f64,
+    pub(super) ties_changed: u64,
+    pub(super) largest_flips: Vec<Flip>,
 }
 
 /// A bar and whether it was met.
 #[derive(Clone, Debug, PartialEq, Serialize)]
-struct Gate {
-    name: &'static str,
-    bar: f64,
-    value: Option<f64>,
-    met: bool,
-    words: String,
+pub(super) struct Gate {
+    pub(super) name: &'static str,
+    pub(super) bar: f64,
+    pub(super) value: Option<f64>,
+    pub(super) met: bool,
+    pub(super) words: String,
 }
 
 /// Everything that came out.
 #[derive(Clone, Debug, Serialize)]
 pub(super) struct Report {
-    calls: u64,
-    items: u64,
+    pub(super) calls: u64,
+    pub(super) items: u64,
     pub(super) compared: u64,
     /// Pairs of rewards with the same bits.
-    identical: u64,
-    failed_on_both: u64,
-    reference: Side,
-    candidate: Side,
-    truncated_by_reference_only: u64,
-    truncated_by_candidate_only: u64,
-    truncated_by_both: u64,
+    pub(super) identical: u64,
+    pub(super) failed_on_both: u64,
+    pub(super) reference: Side,
+    pub(super) candidate: Side,
+    pub(super) truncated_by_reference_only: u64,
+    pub(super) truncated_by_candidate_only: u64,
+    pub(super) truncated_by_both: u64,
     /// Items that have another number of tokens than before.
-    other_tokens: u64,
+    pub(super) other_tokens: u64,
     /// Absent where the two sides do not have the same unit.
     #[serde(skip_serializing_if = "Option::is_none")]
-    difference: Option<Difference>,
-    spearman: Option<f64>,
-    kendall: Option<f64>,
-    pairs: Option<Pairs>,
-    skipped: Skipped,
-    notes: Vec<String>,
-    gates: Vec<Gate>,
+    pub(super) difference: Option<Difference>,
+    pub(super) spearman: Option<f64>,
+    pub(super) kendall: Option<f64>,
+    pub(super) pairs: Option<Pairs>,
+    pub(super) skipped: Skipped,
+    pub(super) notes: Vec<String>,
+    pub(super) gates: Vec<Gate>,
 }
 
 impl Report {
@@ -214,6 +215,7 @@ impl Report {
             (0, _, Skipped { not_chosen: 1.., .. }) => {
                 "no record is of the model and version that were asked for".into()
             }
+            (0, _, Skipped { replays: 1.., .. }) => "all records are of earlier replays".into(),
             (0, ..) => "there are no records".into(),
             (_, Some(failure), _) => failure.clone(),
             (_, None, _) => "no item has a score on both sides".into(),
@@ -241,150 +243,6 @@ impl Report {
             Some(Gate { name, bar, value, met, words })
         })
         .collect()
-    }
-
-    /// For people.
-    pub(super) fn text(&self, tally: &Tally) -> String {
-        let mut text = format!(
-            "reference: {}\ncandidate: {}\n\n{} calls, {} items, {} compared, {} with the same bits\n",
-            self.reference.words(&tally.models[0]),
-            self.candidate.words(&tally.models[1]),
-            self.calls,
-            self.items,
-            self.compared,
-            self.identical,
-        );
-        text += &self.troubles(tally);
-        for note in &self.notes {
-            text += &format!("note: {note}\n");
-        }
-        if self.compared > 0 {
-            text += &format!("\n{}", self.distributions());
-            text += &self.differences(tally);
-            let coefficient = |value: Option<f64>| value.map_or("undefined".into(), |value| format!("{value:.4}"));
-            text += &format!(
-                "\norder of all items: Spearman {}, Kendall {}\n",
-                coefficient(self.spearman),
-                coefficient(self.kendall)
-            );
-            text += &self.pairs.as_ref().map_or("pairs with one prompt: none\n".into(), Pairs::words);
-        }
-        for gate in &self.gates {
-            text += &format!("{} {}\n", if gate.met { "met:   " } else { "missed:" }, gate.words);
-        }
-        text
-    }
-
-    fn troubles(&self, tally: &Tally) -> String {
-        let mut text = String::new();
-        for (side, failures) in [("reference", &tally.failures[0]), ("candidate", &tally.failures[1])] {
-            let Failures { only, codes, example } = failures;
-            let failed: u64 = codes.values().sum();
-            if failed > 0 {
-                let codes: Vec<_> = codes.iter().map(|(code, n)| format!("{code} {n}")).collect();
-                let example = example.as_ref().map_or(String::new(), |example| format!("; {example}"));
-                text += &format!("{side}: {failed} items failed, {only} only here ({}{example})\n", codes.join(", "));
-            }
-        }
-        let Skipped { not_chosen, broken, unfinished, too_long, other_format, damaged_files, example } = &self.skipped;
-        for (n, what) in [
-            (self.truncated_by_reference_only, "items were cut by the reference only"),
-            (self.truncated_by_candidate_only, "items were cut by the candidate only"),
-            (self.truncated_by_both, "items were cut by both"),
-            (self.other_tokens, "items have another number of tokens: a chat template or tokenizer differs"),
-            (*not_chosen, "records passed over, of another model or version"),
-            (*broken, "broken lines passed over"),
-            (*unfinished, "unfinished last lines passed over"),
-            (*too_long, "lines passed over that are too long"),
-            (*other_format, "records passed over, of another version of the format"),
-            (*damaged_files, "files that cannot be read to their end"),
-        ] {
-            if n > 0 {
-                text += &format!("{n} {what}\n");
-            }
-        }
-        text + &example.as_ref().map_or(String::new(), |example| format!("first passed over: {example}\n"))
-    }
-
-    fn distributions(&self) -> String {
-        let row = |name: &str, s: &Summary| {
-            let numbers = [s.mean, s.std, s.min, s.p5, s.p25, s.median, s.p75, s.p95, s.max].map(|x| format!("{x:.4}"));
-            let [mean, std, min, p5, p25, median, p75, p95, max] = numbers;
-            [name.to_owned(), mean, std, min, p5, p25, median, p75, p95, max]
-        };
-        let sides = [("reference", &self.reference), ("candidate", &self.candidate)];
-        let rows = sides.into_iter().filter_map(|(name, side)| Some(row(name, side.rewards.as_ref()?)));
-        table(["", "mean", "deviation", "min", "p5", "p25", "median", "p75", "p95", "max"], rows)
-    }
-
-    fn differences(&self, tally: &Tally) -> String {
-        let Some(difference) = &self.difference else { return String::new() };
-        let Difference { mean, std, largest, ks, ks_p, largest_item, callers } = difference;
-        let mut text = format!(
-            "\ncandidate - reference: mean {:.6} (95% interval {:.6} to {:.6}), deviation {std:.6}, largest {largest:.6}\n",
-            mean.mean, mean.low, mean.high
-        );
-        if let Some(item) = largest_item {
-            text += &format!(
-                "largest at {} item {}: {:.6} to {:.6}  {}\n",
-                item.place, item.item, item.reference, item.candidate, item.text
-            );
-        }
-        text += &format!("Kolmogorov-Smirnov distance {ks:.4}, p {ks_p:.3}\n");
-        for (caller, shift) in callers {
-            let name = if caller.is_empty() { "(no name)" } else { caller };
-            text += &format!("  {name}: mean {:.6} ({:.6} to {:.6})\n", shift.mean, shift.low, shift.high);
-        }
-        let [a, b] = &tally.rewards;
-        let mut shifts: Vec<f64> = a.iter().zip(b).map(|(a, b)| f64::from(*b) - f64::from(*a)).collect();
-        shifts.sort_by(f64::total_cmp);
-        text + &histogram(&shifts)
-    }
-}
-
-impl Side {
-    fn words(&self, models: &[(v1::ModelIdentity, u64)]) -> String {
-        let how = if self.recorded { "recorded, " } else { "" };
-        let models: Vec<_> =
-            models.iter().map(|(model, scores)| format!("{} ({scores} scores)", describe(Some(model)))).collect();
-        how.to_owned() + &if models.is_empty() { "no scores".into() } else { models.join(", ") }
-    }
-}
-
-impl Pairs {
-    fn words(&self) -> String {
-        let percent = |share: f64| 100.0 * share;
-        let mut text = format!(
-            "pairs with one prompt: {} in {} groups, {:.2} % with the same best\nflips: {} ({:.2} %, 95% interval {:.2} to {:.2} \
-             %; {:.2} % by margin), {} ties made or broken\n",
-            self.pairs,
-            self.groups,
-            percent(self.same_best),
-            self.flipped,
-            percent(self.flips.mean),
-            percent(self.flips.low.max(0.0)),
-            percent(self.flips.high.min(1.0)),
-            percent(self.flips_by_margin),
-            self.ties_changed,
-        );
-        let row = |flip: &Flip| {
-            let [i, j] = flip.items;
-            let [preferred, other] = &flip.texts;
-            [
-                flip.place.clone(),
-                flip.request_id.clone(),
-                format!("{i} > {j}"),
-                format!("{:.4}", flip.reference_margin),
-                format!("{:.4}", flip.candidate_margin),
-                preferred.clone(),
-                other.clone(),
-            ]
-        };
-        if !self.largest_flips.is_empty() {
-            let header = ["line", "id", "items", "reference", "candidate", "reference prefers", "candidate prefers"];
-            text += &format!("\n{}", table(header, self.largest_flips.iter().map(row)));
-        }
-        text
     }
 }
 
