@@ -26,8 +26,8 @@ use super::progress::Progress;
 use super::{Outcome, Usage};
 
 const HELP: &str = "\
-Records are what plumb-server writes with --record-dir. Each call is asked again as it was, of the version that is named; its
-scores are compared with the recorded ones, or with those of --against.
+Records are what plumb-server writes with --record-dir. Each call is asked again as it was, of the version that is named
+(without --model, of the model that answered it); its scores are compared with the recorded ones, or with those of --against.
 
 The report has both distributions, the shift of the mean (its interval knows that items of one call move together), the
 Kolmogorov-Smirnov distance (its p-value takes the two sides for independent, which the same texts are not), the agreement of

@@ -320,3 +320,55 @@ fn notes(tally: &Tally) -> Vec<String> {
     }
     notes
 }
+
+#[cfg(test)]
+mod tests {
+    use plumb_client::record::{Outcome, Record};
+    use plumb_client::text;
+
+    use super::super::call::{Call, Score, Side as Answers};
+    use super::*;
+    use crate::cli::input::Place;
+
+    /// A report about one call of two texts.
+    fn report(gates: &Gates, candidate_is_language: bool) -> Report {
+        let reward = |reward| Outcome { reward: Some(reward), ..Default::default() };
+        let record = Record {
+            score: Some(v1::ScoreRequest { items: vec![text("a"), text("b")], ..Default::default() }),
+            results: vec![reward(1.0), reward(2.0)],
+            ..Default::default()
+        };
+        let call = Call::of(Place { file: None, line: 1 }, record).unwrap();
+        let score =
+            |reward| Ok(Score { reward, input_tokens: 1, truncated: false, is_language: candidate_is_language });
+        let candidate = Answers { model: None, items: vec![score(1.5), score(2.25)], failure: None };
+        let mut tally = Tally::new(0);
+        tally.add(&call, [&call.recorded, &candidate]);
+        Report::new(&tally, Skipped::default(), gates, true)
+    }
+
+    #[test]
+    fn bars_are_met_missed_or_cannot_be_met() {
+        let check = |flips, shift, difference, is_language, expect: &[(&str, bool)]| {
+            let gates =
+                Gates { fail_if_flips_over: flips, fail_if_shift_over: shift, fail_if_difference_over: difference };
+            let report = report(&gates, is_language);
+            let found: Vec<_> = report.gates.iter().map(|gate| (gate.name, gate.met)).collect();
+            assert_eq!(found, expect, "{report:?}");
+            assert_eq!(report.failures().count(), expect.iter().filter(|(_, met)| !met).count());
+        };
+        check(None, None, None, false, &[]);
+        check(None, Some(0.375), Some(0.5), false, &[("shift", true), ("difference", true)]);
+        check(None, Some(0.374), Some(0.499), false, &[("shift", false), ("difference", false)]);
+        // Two texts without a common prompt are no pair: a bar on flips would pass whatever happened.
+        check(Some(1.0), None, None, false, &[("flips", false)]);
+        check(None, Some(9.0), None, true, &[("shift", false)]);
+    }
+
+    #[test]
+    fn models_of_two_kinds_are_compared_by_order_only() {
+        let report = report(&Gates::default(), true);
+        assert!(report.difference.is_none() && report.notes[0].contains("only their orders"), "{:?}", report.notes);
+        assert_eq!((report.spearman, report.kendall), (Some(1.0), Some(1.0)));
+    }
+}

@@ -286,7 +286,9 @@ mod tests {
     use super::*;
     use crate::cli::input::Place;
 
-    fn side(rewards: &[Option<f32>]) -> Side {
+    type Rewards<'a> = &'a [Option<f32>];
+
+    fn side(rewards: Rewards<'_>) -> Side {
         let score = |reward| Score { reward, input_tokens: 3, truncated: false, is_language: false };
         let item = |reward: &Option<f32>| reward.map(score).ok_or_else(|| "INTERNAL".to_owned());
         let model = v1::ModelIdentity { name: "pm".into(), version: 1, ..Default::default() };
@@ -305,7 +307,7 @@ mod tests {
         Call { recorded: side(reference), ..Call::of(Place { file: None, line }, record).unwrap() }
     }
 
-    fn tally(keep: usize, calls: &[(&[Option<f32>], &[Option<f32>])]) -> Tally {
+    fn tally(keep: usize, calls: &[(Rewards<'_>, Rewards<'_>)]) -> Tally {
         let mut tally = Tally::new(keep);
         for ((reference, candidate), line) in calls.iter().zip(1..) {
             let call = ranking(line, None, reference);
@@ -333,7 +335,7 @@ mod tests {
     #[test]
     fn the_largest_flips_are_kept() {
         let calls: Vec<_> = (1..=50).map(|i| ([Some(i as f32), Some(0.0)], [Some(0.0), Some(1.0)])).collect();
-        let calls: Vec<(&[Option<f32>], &[Option<f32>])> = calls.iter().map(|(a, b)| (&a[..], &b[..])).collect();
+        let calls: Vec<(Rewards<'_>, Rewards<'_>)> = calls.iter().map(|(a, b)| (&a[..], &b[..])).collect();
         let margins = |keep| tally(keep, &calls).largest_flips().iter().map(|f| f.reference_margin).collect::<Vec<_>>();
         assert_eq!(margins(3), [50.0, 49.0, 48.0]);
         assert_eq!(margins(0), [0.0; 0]);
