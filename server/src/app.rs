@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use futures::{Stream, StreamExt as _, stream};
 use metrics_exporter_prometheus::PrometheusHandle;
@@ -28,6 +28,7 @@ use crate::health::{Health, Phase};
 use crate::layers;
 use crate::layers::admission::Gate;
 use crate::pool::CpuPool;
+use crate::record::Recorder;
 use crate::registry::{Registry, Root};
 use crate::services::{Context, GenerationService, ModelsService, PreferenceService, TokensService};
 use crate::shutdown::{self, Shutdown};
@@ -166,6 +167,7 @@ pub struct Server {
     metrics: SocketAddr,
     registry: Arc<Registry>,
     lost: watch::Receiver<Option<Loss>>,
+    recorder: Arc<Recorder>,
     shutdown: Shutdown,
 }
 
@@ -218,12 +220,14 @@ impl Server {
         let health = Health::new(reporter).await;
         let gate = Gate::new(config.limits.max_concurrent_requests);
         let draining = CancellationToken::new();
+        let recorder = Arc::new(Recorder::start(config.recording.as_ref())?);
         let context = Arc::new(Context {
             registry: Arc::clone(&registry),
             engine: engine.clone(),
             pool: CpuPool::new(config.engine.tokenization_workers)?,
             budget: TokenBudget::new(config.limits.max_queue_tokens),
             limits: config.limits.clone(),
+            recorder: Arc::clone(&recorder),
             draining: draining.clone(),
             aborted: gate.aborted(),
         });
@@ -265,7 +269,8 @@ impl Server {
             write_ports(path, grpc, admin, metrics)?;
         }
         let shutdown = Shutdown { health, gate, accepting, draining, connections };
-        Ok(Self { background, config, grpc, admin, metrics, registry, lost: engine.lost(), shutdown })
+        let lost = engine.lost();
+        Ok(Self { background, config, grpc, admin, metrics, registry, lost, recorder, shutdown })
     }
 
     /// Where rpcs are taken.
@@ -298,15 +303,22 @@ impl Server {
             by = asked() => by,
             failure = self.serve() => {
                 self.shutdown.give_up(failure.error().clone()).await;
+                self.recorder.close(Instant::now()).await;
                 return Err(failure);
             }
         };
         let health = Arc::clone(&self.shutdown.health);
+        let times = self.config.shutdown;
+        let deadline = Instant::now() + times.lame_duck + times.drain_timeout;
         tokio::select! {
-            () = self.shutdown.run(by, self.config.shutdown, asked()) => return Ok(()),
+            () = self.shutdown.run(by, times, asked()) => {
+                self.recorder.close(deadline).await;
+                return Ok(());
+            }
             () = health.engine_lost() => {}
         }
         self.shutdown.give_up(Error::DeviceLost).await;
+        self.recorder.close(Instant::now()).await;
         Err(self.loss())
     }
 

@@ -3,7 +3,8 @@
 //! In reading order: [`config`] is what is decided before the start; [`app`] puts everything together and [`shutdown`]
 //! takes it apart; [`error`] is what can go wrong. A call comes in over one of the `connections`, passes the `layers`,
 //! one of which asks `access` who may call, reaches one of the `services`, is tokenized on the `pool`, resolved by the
-//! `registry`, admitted by [`admission`] and computed by the [`engine`]. `health` and [`telemetry`] tell how that goes.
+//! `registry`, admitted by [`admission`] and computed by the [`engine`]; where asked for, `record` takes it down.
+//! `health` and [`telemetry`] tell how that goes.
 //!
 //! Nothing here knows what a model computes, nor how to train one.
 
@@ -18,6 +19,7 @@ mod files;
 mod health;
 mod layers;
 mod pool;
+mod record;
 mod registry;
 mod services;
 pub mod shutdown;

@@ -28,6 +28,9 @@ Examples:
   # Every version that is published below a folder takes over from the one before it
   plumb-server --model-root ./checkpoints
 
+  # Keep every hundredth call, to see before a switch what the next version makes of them
+  plumb-server --model-id ./checkpoints/pm/3 --record-dir /var/lib/plumb/calls --record-sample 0.01
+
   # Free ports for a test, written to a file once they are bound
   plumb-server --model-id tests/fixtures/llama-pm --port 0 --prometheus-port 0 --port-file ports.json
 
@@ -64,6 +67,8 @@ pub(crate) struct Flags {
     pub(crate) network: NetworkFlags,
     #[command(flatten)]
     pub(crate) access: AccessFlags,
+    #[command(flatten)]
+    pub(crate) recording: RecordingFlags,
     #[command(flatten)]
     pub(crate) telemetry: TelemetryFlags,
 }
@@ -321,6 +326,32 @@ pub(crate) enum ClientAuth {
 }
 
 #[derive(Debug, Args)]
+#[command(next_help_heading = "Recording")]
+pub(crate) struct RecordingFlags {
+    /// Write requests and their scores, texts included, to files in this folder, for `plumb replay` [default: do not].
+    #[arg(long, env = "PLUMB_RECORD_DIR", value_name = "DIR")]
+    pub(crate) record_dir: Option<PathBuf>,
+    /// Share of the calls to write; their texts decide which, so that all servers choose the same.
+    #[arg(long, env = "PLUMB_RECORD_SAMPLE", default_value_t = 1.0, value_parser = sample, value_name = "SHARE")]
+    pub(crate) record_sample: f64,
+    /// Begin a new file before one becomes larger.
+    #[arg(long, env = "PLUMB_RECORD_MAX_MIB", default_value_t = 256, value_parser = count(), value_name = "MIB")]
+    pub(crate) record_max_mib: usize,
+    /// Begin a new file when one is as old.
+    #[arg(long, env = "PLUMB_RECORD_MAX_AGE_SECS", default_value = "3600", value_parser = age, value_name = "SECS")]
+    pub(crate) record_max_age_secs: Duration,
+    /// Files to keep; the oldest are deleted.
+    #[arg(long, env = "PLUMB_RECORD_KEEP", default_value_t = 48, value_parser = count(), value_name = "FILES")]
+    pub(crate) record_keep: usize,
+    /// Leave files as they are instead of packing them with zstd once they have ended.
+    #[arg(
+        long, env = "PLUMB_NO_RECORD_COMPRESSION", value_parser = BoolishValueParser::new(),
+        default_value_t = false, default_missing_value = "true", num_args = 0..=1, require_equals = true
+    )]
+    pub(crate) no_record_compression: bool,
+}
+
+#[derive(Debug, Args)]
 #[command(next_help_heading = "Telemetry")]
 pub(crate) struct TelemetryFlags {
     /// What is logged, in the syntax of tracing's EnvFilter: `info`, `plumb=debug,h2=warn`.
@@ -365,6 +396,21 @@ fn share(text: &str) -> Result<f64, String> {
     match text.parse() {
         Ok(share) if (0.0..=0.9).contains(&share) => Ok(share),
         _ => Err("not a share from 0 to 0.9".to_owned()),
+    }
+}
+
+fn sample(text: &str) -> Result<f64, String> {
+    match text.parse() {
+        Ok(share) if share > 0.0 && share <= 1.0 => Ok(share),
+        _ => Err("not a share above 0 and up to 1".to_owned()),
+    }
+}
+
+/// Shorter ones would make a file of every record.
+fn age(text: &str) -> Result<Duration, String> {
+    match seconds(text)? {
+        age if age < Duration::from_secs(1) => Err("must be 1 or more".to_owned()),
+        age => Ok(age),
     }
 }
 

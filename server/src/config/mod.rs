@@ -57,6 +57,8 @@ pub struct Config {
     pub access: Access,
     /// How the server stops.
     pub shutdown: Shutdown,
+    /// Which calls are recorded; none if unset.
+    pub recording: Option<Recording>,
     /// Logs and traces.
     pub telemetry: Telemetry,
     /// Every option with its value and origin, for the log; secrets are masked.
@@ -236,6 +238,23 @@ pub struct Shutdown {
     pub drain_timeout: Duration,
 }
 
+/// How calls are recorded.
+#[derive(Clone, Debug)]
+pub struct Recording {
+    /// Where files are written.
+    pub folder: PathBuf,
+    /// Share of the calls.
+    pub sample: f64,
+    /// Size of a file.
+    pub max_bytes: u64,
+    /// Age of a file.
+    pub max_age: Duration,
+    /// Number of files.
+    pub keep: usize,
+    /// Files that have ended are packed.
+    pub compress: bool,
+}
+
 /// Logs and traces.
 #[derive(Clone, Debug)]
 pub struct Telemetry {
@@ -300,7 +319,7 @@ impl Config {
     }
 
     fn from_flags(flags: Flags, origins: Vec<Origin>) -> Result<Self, String> {
-        let Flags { config: _, print_config: _, models, engine, limits, network, access, telemetry } = flags;
+        let Flags { config: _, print_config: _, models, engine, limits, network, access, recording, telemetry } = flags;
         let served = models::resolve(&models)?;
         let versions = versions::resolve(&models)?;
         let defaults =
@@ -388,6 +407,14 @@ impl Config {
                 port_file: network.port_file,
             },
             access,
+            recording: recording.record_dir.map(|folder| Recording {
+                folder,
+                sample: recording.record_sample,
+                max_bytes: (recording.record_max_mib as u64) << 20,
+                max_age: recording.record_max_age_secs,
+                keep: recording.record_keep,
+                compress: !recording.no_record_compression,
+            }),
             telemetry: Telemetry {
                 log: telemetry.log,
                 json_output: telemetry.json_output,

@@ -78,6 +78,10 @@ fn values_out_of_range_are_refused() {
     check(&["--dtype", "f16"], "possible values: auto, f32, bf16");
     check(&["--default-max-new-tokens", "9", "--max-new-tokens-limit", "8"], "is above --max-new-tokens-limit 8");
     check(&["--default-language-model", "lm"], "no model has this name");
+    check(&["--record-sample", "0"], "not a share above 0");
+    check(&["--record-sample", "NaN"], "not a share above 0");
+    check(&["--record-max-age-secs", "0.5"], "must be 1 or more");
+    check(&["--record-keep", "0"], "0 is not in 1..");
     check(&["--api-key", ""], "a key is empty");
     check(&["--api-key-file", file("\n \n").path().to_str().unwrap()], "there is no key in it");
     check(&["--auth-tokens-file", file("").path().to_str().unwrap()], "neither a [[token]] nor a [[certificate]]");

@@ -20,6 +20,7 @@ use crate::engine::sampling::{Sampler, SamplingParams};
 use crate::engine::{GenerateJob, JobMeta, Priority};
 use crate::error::{Error, Result};
 use crate::layers::trace::record_request_id;
+use crate::record::Origin;
 use crate::registry::{Need, Served};
 use crate::telemetry::events::{Computed, InputAccepted, Tokenized};
 
@@ -44,8 +45,8 @@ impl Generation for GenerationService {
     type GenerateStream = ReceiverStream<Result<v1::GenerateResponse, Status>>;
 
     async fn generate(&self, request: Request<v1::GenerateRequest>) -> Result<Response<Self::GenerateStream>, Status> {
-        let times = CallTimes::of(&request);
-        let plan = Plan::check(&self.context, request.into_inner(), times)?;
+        let (times, origin) = (CallTimes::of(&request), Origin::of(&request, "Generate"));
+        let plan = Plan::check(&self.context, request.into_inner(), times, origin)?;
         let run = start(Arc::clone(&self.context), plan).await?;
         Ok(Response::new(super::stream(self.context.aborted.clone(), |sender| run.deliver(sender))))
     }
@@ -69,10 +70,11 @@ struct Plan {
     priority: Priority,
     request_id: String,
     times: CallTimes,
+    record: Option<(Origin, v1::RankRequest)>,
 }
 
 impl Plan {
-    fn check(context: &Context, request: v1::GenerateRequest, times: CallTimes) -> Result<Self> {
+    fn check(context: &Context, request: v1::GenerateRequest, times: CallTimes, origin: Origin) -> Result<Self> {
         record_request_id(&request.request_id);
         let limits = &context.limits;
         let hash = || split_hash(&request.request_id, &request);
@@ -90,6 +92,7 @@ impl Plan {
             }
         };
         let model = context.registry.resolve(request.model.as_ref(), Need::Language, hash)?;
+        let record = ranking_record(context, &request).map(|record| (origin, record));
         let prompt = input::text_input(&request.prompt.unwrap_or_default()).map_err(|error| error.within("prompt"))?;
         if ranker.is_some() && matches!(prompt, TextInput::TokenIds { .. }) {
             return Err(Error::invalid("prompt", "best_of needs text: the ranker has a tokenizer of its own"));
@@ -120,6 +123,7 @@ impl Plan {
             priority: input::priority(request.priority)?,
             request_id: request.request_id,
             times,
+            record,
         })
     }
 
@@ -128,6 +132,19 @@ impl Plan {
         let turns = matches!(self.prompt, TextInput::Conversation(_)) || self.text.hhh_prompt != HhhPrompt::None;
         if turns { self.model.text.default_stop_strings(&self.text) } else { Vec::new() }
     }
+}
+
+/// What a best-of call asks of its ranker, if calls are recorded.
+fn ranking_record(context: &Context, request: &v1::GenerateRequest) -> Option<v1::RankRequest> {
+    let best_of = request.best_of.as_ref().filter(|_| context.recorder.is_on())?;
+    Some(v1::RankRequest {
+        model: best_of.ranker.clone(),
+        prompt: request.prompt.clone(),
+        text: request.text.map(|text| v1::TextOptions { truncation: text.truncation, ..v1::TextOptions::default() }),
+        request_id: request.request_id.clone(),
+        priority: request.priority,
+        ..v1::RankRequest::default()
+    })
 }
 
 fn sampling(wire: v1::Sampling) -> Result<SamplingParams> {
@@ -271,6 +288,7 @@ impl Run {
                     text: RenderOptions { truncation: self.plan.text.truncation, ..RenderOptions::default() },
                     priority: self.plan.priority,
                     times: self.plan.times,
+                    record: self.plan.record.clone(),
                 };
                 let best = best_of::draw(&self.context, ranking, &mut self.samples).await?;
                 for (i, piece) in (0..).zip(best).take(self.plan.n) {

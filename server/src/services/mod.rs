@@ -38,6 +38,7 @@ use crate::layers::admission::Aborted;
 use crate::layers::deadline::Deadline;
 use crate::layers::trace::Arrived;
 use crate::pool::CpuPool;
+use crate::record::Recorder;
 use crate::registry::Registry;
 use crate::telemetry::events::Rejected;
 
@@ -51,6 +52,7 @@ pub(crate) struct Context {
     pub(crate) pool: CpuPool,
     pub(crate) budget: Arc<TokenBudget>,
     pub(crate) limits: Limits,
+    pub(crate) recorder: Arc<Recorder>,
     /// Cancelled when streams should come to an end, because the server does.
     pub(crate) draining: CancellationToken,
     /// Tells when they have to.

@@ -105,6 +105,8 @@ metrics! {
     CERTIFICATE_EXPIRY = "plumb_tls_certificate_expiry_timestamp_seconds", Kind::Gauge, Seconds, "When the server's certificate ends, in seconds since 1970.";
     CERTIFICATE_LOADS = "plumb_tls_certificate_loads_total", Kind::Counter, Count, "Times that the certificate was read, by status code; after anything but OK the one before stays.";
     KEY_LOADS = "plumb_key_loads_total", Kind::Counter, Count, "Times that the files of keys and tokens were read, by status code; after anything but OK the keys from before stay.";
+    RECORDS = "plumb_records_total", Kind::Counter, Count, "Calls that were written to --record-dir.";
+    RECORD_DROPPED = "plumb_record_dropped_total", Kind::Counter, Count, "Calls that were to be recorded and were not, by reason: queue_full, disk, too_long, closed.";
     READY = "plumb_ready", Kind::Gauge, Count, "1 while the server as a whole is SERVING.";
     RESIDENT_MEMORY = "plumb_resident_memory_bytes", Kind::Gauge, Bytes, "Physical memory of the process.";
     BUILD_INFO = "plumb_build_info", Kind::Gauge, Count, "1, with the version of the server.";

@@ -16,4 +16,5 @@ mod models;
 mod python;
 mod real;
 mod registry;
+mod replay;
 mod shutdown;

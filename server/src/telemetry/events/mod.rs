@@ -8,6 +8,7 @@ pub mod access;
 pub mod engine;
 pub mod model;
 pub mod process;
+pub mod record;
 pub mod request;
 
 pub use access::*;
@@ -15,4 +16,5 @@ pub use engine::*;
 pub(crate) use model::kind_name;
 pub use model::*;
 pub use process::*;
+pub use record::*;
 pub use request::*;
