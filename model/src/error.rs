@@ -51,7 +51,7 @@ pub enum Error {
         expected: Vec<usize>,
     },
     /// The checkpoint holds tensors that nothing uses.
-    #[error("the checkpoint holds {} tensors that a {architecture} model has no use for: {}", names.len(), names.join(", "))]
+    #[error("the checkpoint holds {} tensors that a {architecture} model has no use for: {}", names.len(), first(names))]
     ExtraTensors {
         /// What the checkpoint says it is.
         architecture: String,
@@ -75,6 +75,13 @@ pub enum Error {
     /// A fault inside a tensor operation.
     #[error(transparent)]
     Tensor(#[from] candle_core::Error),
+}
+
+/// The first of many names: an error is a line.
+fn first(names: &[String]) -> String {
+    const SHOWN: usize = 16;
+    let shown = names.iter().take(SHOWN).map(String::as_str).collect::<Vec<_>>().join(", ");
+    if names.len() > SHOWN { shown + ", ..." } else { shown }
 }
 
 /// Result of this crate.

@@ -37,7 +37,7 @@ build() {
     local bins=() name
     for name in "${targets[@]}"; do bins+=(--bin "$name"); done
     CARGO_TERM_COLOR=never CARGO_INCREMENTAL=0 cargo test --no-run --locked "$@" "${bins[@]}" >"$log" 2>&1 ||
-        { cat "$log" && exit 1; }
+        { grep -v '^ *Compiling ' "$log" && exit 1; }
 }
 findings=$target/fuzz-findings && mkdir -p "$findings"
 log=$findings/build.log

@@ -20,6 +20,9 @@ use crate::{Error, Result};
 /// Most bytes that a template may write.
 pub(super) const MAX_RENDERED_BYTES: usize = 4 << 20;
 
+/// Bytes of a template's source; the longest published ones have some 30,000.
+pub(crate) const MAX_TEMPLATE_BYTES: usize = 1 << 20;
+
 /// Most instructions that one rendering may take; a piece of 64 bytes counts as one. A long conversation of a thousand
 /// turns takes about a hundredth of it.
 const FUEL: u64 = 4_000_000;
@@ -48,6 +51,12 @@ pub(super) struct ChatTemplate {
 impl ChatTemplate {
     /// Parses a template. An error names the line.
     pub(super) fn new(source: &str, strings: &SpecialStrings) -> Result<Self> {
+        if source.len() > MAX_TEMPLATE_BYTES {
+            let bytes = source.len();
+            return Err(Error::Unsupported(format!(
+                "a chat template of {bytes} bytes, {MAX_TEMPLATE_BYTES} are allowed"
+            )));
+        }
         let sha256 = hex::encode(Sha256::digest(source));
         let environment = environment(source, strings).map_err(|error| {
             let line = error.line().map_or_else(String::new, |line| format!(", line {line}"));

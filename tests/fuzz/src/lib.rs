@@ -25,8 +25,7 @@ pub use self::request::PROTO;
 pub use self::template::TEMPLATE;
 
 /// All targets.
-pub const TARGETS: [&Target; 8] =
-    [&CONFIG, &GGUF, &MANIFEST, &OPTIONS, &PROTO, &SAFETENSORS, &TEMPLATE, &TOKENIZER];
+pub const TARGETS: [&Target; 8] = [&CONFIG, &GGUF, &MANIFEST, &OPTIONS, &PROTO, &SAFETENSORS, &TEMPLATE, &TOKENIZER];
 
 /// Something that takes bytes from outside.
 pub struct Target {
