@@ -60,7 +60,7 @@ program() { sed -nE "s|.*Executable .*fuzz_targets/$1\.rs \((.*)\)|\1|p" "$findi
 
 # Files that an input stands for are written for every input: in memory, where there is a place.
 TMPDIR=$(mktemp -d -p "$([ -w /dev/shm ] && echo /dev/shm || echo "${TMPDIR:-/tmp}")" plumb-fuzz.XXXXXX)
-export TMPDIR
+export TMPDIR RUST_BACKTRACE=0
 trap 'rm -rf "$TMPDIR"' EXIT
 found=0
 printf '%-12s %10s %8s %8s %8s %10s %8s %8s\n' target inputs /s edges features slowest RSS findings

@@ -7,6 +7,8 @@
 //! `run.sh` makes programs of them with libFuzzer inside; `tests/corpus.rs` feeds them every input of `corpus/`, without
 //! a fuzzer and on every change. An input that consists of several files has a NUL byte between them.
 
+#![expect(clippy::expect_used, reason = "as in a test: what is set up may stop where it stands")]
+
 mod checkpoint;
 mod folder;
 mod options;
@@ -15,6 +17,7 @@ mod template;
 
 use std::alloc::System;
 use std::backtrace::Backtrace;
+use std::io::{self, Write};
 use std::panic;
 
 use cap::Cap;
@@ -52,18 +55,23 @@ pub fn run(target: &Target, data: &[u8]) {
     let _ = HEAP.set_limit(usize::MAX);
 }
 
+/// Bytes on the heap.
+pub fn allocated() -> usize {
+    HEAP.allocated()
+}
+
 /// To be called once, before the first input.
 pub fn start() {
     panic::set_hook(Box::new(report));
 }
 
 /// A panic of a crate that reads for us is caught, and its input refused; one of our own code is a bug, caught or not.
-#[expect(clippy::print_stderr, reason = "it is what the fuzzer shows beside the input")]
 fn report(panic: &panic::PanicHookInfo<'_>) {
     let own = panic.location().is_none_or(|at| !at.file().starts_with('/'));
+    // Not by a macro, whose output a test would keep to itself.
     if own {
-        eprintln!("{panic}\n{}", Backtrace::force_capture());
+        let _ = writeln!(io::stderr(), "{panic}\n{}", Backtrace::capture());
         std::process::abort();
     }
-    eprintln!("in a dependency: {panic}");
+    let _ = writeln!(io::stderr(), "in a dependency: {panic}");
 }

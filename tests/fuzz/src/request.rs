@@ -67,8 +67,8 @@ const FLAGS: [&str; 20] = [
     "--drain-timeout-secs=0",
 ];
 
-/// Messages of an answer that are waited for: one that watches has no end.
-const MOST_MESSAGES: usize = 64;
+/// For how long states of models are awaited: they have no end, and none may come.
+const WATCH: Duration = Duration::from_millis(10);
 
 const fn rpc<M: Message + Default + PartialEq>(path: &'static str, send: bool) -> Rpc {
     Rpc { path, decode: decode::<M>, send }
@@ -101,8 +101,10 @@ static WIRE: LazyLock<Wire> = LazyLock::new(|| {
         let address = format!("http://{}", server.grpc_address());
         tokio::spawn(server.run(future::pending()));
         let channel = Endpoint::from_shared(address).expect("an address").connect().await.expect("a connection");
-        // A server answers when its models are there.
-        while call(&channel, "/plumb.v1.Generation/Generate", Vec::new()).await == Some(Code::Unavailable) {
+        // The language model is the last one to be loaded.
+        let prompt = Some(v1::Input { input: Some(v1::input::Input::Text("a".to_owned())) });
+        let request = v1::GenerateRequest { prompt, ..Default::default() }.encode_to_vec();
+        while call(&channel, "/plumb.v1.Generation/Generate", request.clone()).await == Some(Code::Unavailable) {
             tokio::time::sleep(Duration::from_millis(10)).await;
         }
         channel
@@ -134,8 +136,11 @@ async fn call(channel: &Channel, path: &'static str, request: Vec<u8>) -> Option
         Err(status) => return Some(status.code()),
         Ok(answer) => answer.into_inner(),
     };
-    let most = if path.ends_with("/WatchModels") { 1 } else { MOST_MESSAGES };
-    let failed = messages.take(most).filter_map(|message| future::ready(message.err())).next().await;
+    let mut failures = messages.filter_map(|message| future::ready(message.err()));
+    let failed = match path.ends_with("/WatchModels") {
+        true => tokio::time::timeout(WATCH, failures.next()).await.unwrap_or_default(),
+        false => failures.next().await,
+    };
     failed.map(|status| status.code())
 }
 
