@@ -53,7 +53,7 @@ pub enum Error {
         expected: Vec<usize>,
     },
     /// The checkpoint holds tensors that nothing uses.
-    #[error("the checkpoint holds {} tensors that a {architecture} model has no use for: {}", names.len(), names.join(", "))]
+    #[error("the checkpoint holds {} tensors that a {architecture} model has no use for: {}", names.len(), first(names))]
     ExtraTensors {
         /// What the checkpoint says it is.
         architecture: String,
@@ -86,6 +86,13 @@ impl From<OutOfMemory> for Error {
     fn from(error: OutOfMemory) -> Self {
         Self::OutOfMemory(error.to_string())
     }
+}
+
+/// The first of many names: an error is a line.
+fn first(names: &[String]) -> String {
+    const SHOWN: usize = 16;
+    let shown = names.iter().take(SHOWN).map(String::as_str).collect::<Vec<_>>().join(", ");
+    if names.len() > SHOWN { shown + ", ..." } else { shown }
 }
 
 /// Result of this crate.

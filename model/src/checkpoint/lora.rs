@@ -10,7 +10,7 @@ use std::path::Path;
 use candle_core::{DType, Tensor};
 use serde_json::Value;
 
-use super::fields::{Fields, read_json};
+use super::fields::{Fields, excerpt, read_json};
 use super::read::Reader;
 use super::safetensors::Safetensors;
 use super::weights::{Stored, TensorStore};
@@ -165,7 +165,8 @@ impl Settings {
         };
         for (key, value) in fields.iter() {
             if !is_served(key, value) {
-                return Err(Error::Unsupported(format!("adapter option `{key}` = {value}")));
+                let (key, value) = (excerpt(key), value.to_string());
+                return Err(Error::Unsupported(format!("adapter option `{key}` = {}", excerpt(&value))));
             }
         }
         let mut alphas = Vec::new();
@@ -173,7 +174,8 @@ impl Settings {
             for (module, _) in pattern.iter() {
                 let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '_' | '-' | '.');
                 if !module.chars().all(plain) {
-                    let what = format!("adapter option `alpha_pattern` with the regular expression `{module}`");
+                    let what =
+                        format!("adapter option `alpha_pattern` with the regular expression `{}`", excerpt(module));
                     return Err(Error::Unsupported(what));
                 }
                 alphas.push((module.clone(), pattern.required_positive(module)?));

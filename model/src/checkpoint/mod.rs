@@ -9,6 +9,7 @@
 mod fields;
 mod gguf;
 mod gguf_blocks;
+mod gguf_header;
 mod gguf_tensors;
 mod gguf_tokenizer;
 mod hf_config;
@@ -21,6 +22,8 @@ mod publish;
 mod read;
 mod safetensors;
 mod tokenizer;
+mod tokenizer_json;
+mod tokenizer_regex;
 mod weights;
 
 use std::collections::BTreeMap;

@@ -21,9 +21,6 @@ use crate::{Error, Result};
 /// Bytes that are read at a time, and between two of which a slowed load waits.
 const CHUNK: usize = 1 << 20;
 
-/// The largest file that is read as a whole: tokenizers of many languages have some 40 MiB.
-const MOST_WHOLE: u64 = 256 << 20;
-
 /// Opens files. Clones share the rate.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Reader(Option<Arc<Mutex<Throttle>>>);
@@ -83,9 +80,9 @@ pub(super) fn whole(path: &Path, most: u64) -> Result<Vec<u8>> {
     Ok(bytes)
 }
 
-/// The whole of a small file of text.
-pub(super) fn text(path: &Path) -> Result<String> {
-    String::from_utf8(whole(path, MOST_WHOLE)?)
+/// The whole of a small file of text, at most so many bytes.
+pub(super) fn text(path: &Path, most: u64) -> Result<String> {
+    String::from_utf8(whole(path, most)?)
         .map_err(|error| Error::Malformed { path: path.to_owned(), reason: format!("not UTF-8: {error}") })
 }
 

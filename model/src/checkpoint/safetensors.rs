@@ -14,11 +14,13 @@ use safetensors::tensor::{Dtype, Metadata, TensorInfo};
 use super::fields::{Fields, read_json};
 use super::manifest::is_file_name;
 use super::read::{Bytes, Reader};
-use super::weights::{Description, TensorStore};
+use super::weights::{Description, MOST_NAME, MOST_TENSORS, TensorStore};
 use crate::{Error, Result};
 
-/// The limit of the format's own reader, 100 MB.
-const MOST_HEADER: u64 = 100_000_000;
+/// Bytes of a header: [`MOST_TENSORS`] of 256 bytes each. The format's own limit, 100 MB, becomes 1 GB in memory.
+const MOST_HEADER: u64 = 16 << 20;
+/// Dimensions of a tensor; matrices have two.
+const MOST_DIMS: usize = 8;
 
 pub(super) const SINGLE: &str = "model.safetensors";
 pub(super) const INDEX: &str = "model.safetensors.index.json";
@@ -127,6 +129,7 @@ fn read_header(file: &Bytes) -> Result<(u64, Metadata)> {
     file.read_exact_at(&mut header, 8)?;
     let metadata: Metadata =
         serde_json::from_slice(&header).map_err(|error| malformed(format!("not safetensors: {error}")))?;
+    check_tensors(&metadata).map_err(malformed)?;
     let data = 8 + header_length;
     let described = metadata.data_len() as u64;
     if described != length - data {
@@ -136,6 +139,23 @@ fn read_header(file: &Bytes) -> Result<(u64, Metadata)> {
         )));
     }
     Ok((data, metadata))
+}
+
+/// What the format allows and no checkpoint has.
+fn check_tensors(metadata: &Metadata) -> Result<(), String> {
+    let tensors = metadata.tensors();
+    if tensors.len() > MOST_TENSORS {
+        return Err(format!("{} tensors, {MOST_TENSORS} are allowed", tensors.len()));
+    }
+    for (name, info) in tensors {
+        if name.len() > MOST_NAME {
+            return Err(format!("a tensor's name has {} bytes, {MOST_NAME} are allowed", name.len()));
+        }
+        if info.shape.len() > MOST_DIMS {
+            return Err(format!("tensor `{name}` has {} dimensions, {MOST_DIMS} are allowed", info.shape.len()));
+        }
+    }
+    Ok(())
 }
 
 impl TensorStore for Safetensors {

@@ -9,6 +9,11 @@ use super::lora::Adapter;
 use crate::config::{Config, Head};
 use crate::{Error, Result};
 
+/// Tensors of a file: five times as many as a decoder of 1000 layers has.
+pub(super) const MOST_TENSORS: usize = 1 << 16;
+/// Bytes of a tensor's name; the longest published ones have about 100.
+pub(super) const MOST_NAME: usize = 512;
+
 /// Where tensors come from.
 pub(super) trait TensorStore: Send + Sync {
     /// Every tensor, by its Hugging Face name.

@@ -54,7 +54,7 @@ fn a_wrong_file_is_named_with_what_is_wrong_in_it() {
         let file = file(text);
         let path = file.path().to_str().unwrap();
         let error = wrong(&["--model-id", "x", "--config", path]);
-        assert!(error.contains(message), "{text} gives {error}");
+        assert!(error.contains(message), "{:.100} gives {error}", text);
     };
     check("max-batch-toknes = 1", "unknown option `max-batch-toknes`");
     check("config = \"other.toml\"", "unknown option `config`");
@@ -62,6 +62,7 @@ fn a_wrong_file_is_named_with_what_is_wrong_in_it() {
     check("max-queue-tokens = 1\nmax_queue_tokens = 2", "is given twice");
     check("[port]\nx = 1", "is not a string, number");
     check("max-batch-tokens = \"many\"", "max-batch-tokens");
+    check(&"#".repeat((1 << 20) + 1), "more than 1048576 bytes");
     assert!(wrong(&["--config", "/nowhere/plumb.toml"]).contains("/nowhere/plumb.toml"));
 }
 
