@@ -103,6 +103,7 @@ impl Registry {
         let usage = self.usage(name);
         let handle = self.engine.attach(model, name, version).await?;
         warm::warm(&self.engine, &handle, &usage).await?;
+        warm::probe(&self.engine, &handle).await?;
         let served = Arc::new(Served::new(identity, handle, memory, usage, Arc::downgrade(self)));
         self.change(|catalog| catalog.available(name, version, served));
         drop(turn);

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
 use std::time::Instant;
 
+use plumb_model::checkpoint::manifest::Probe;
 use plumb_model::loaded::ModelKind;
 use plumb_model::text::{HhhPrompt, Message, RenderMode, RenderOptions, TextInput};
 
@@ -92,9 +93,51 @@ pub(super) async fn warm(engine: &Engine, model: &ModelHandle, usage: &Usage) ->
     });
     let prompts = usage.prompts().filter_map(|prompt| behind(model, prompt));
     // All are queued before the first is awaited: the step is as large as usual.
-    let queued = made_up.chain(prompts).map(|(tokens, pinned)| score(engine, model, tokens, pinned));
+    let queued = made_up.chain(prompts).map(|(tokens, pinned)| {
+        let want = match model.info.kind {
+            ModelKind::Preference => Want::Reward,
+            ModelKind::Language => Want::LogProbs(tokens.len() - 1..tokens.len()),
+        };
+        score(engine, model, tokens, want, pinned)
+    });
     for answer in queued.collect::<Result<Vec<_>>>()? {
         answer.await?;
+    }
+    Ok(())
+}
+
+/// Scores what the manifest has recorded, and compares.
+///
+/// # Errors
+/// If a score is another one: the files are as they were published, but what they compute here is not.
+pub(super) async fn probe(engine: &Engine, model: &ModelHandle) -> Result<()> {
+    let ask = |(i, probe): (usize, &Probe)| {
+        let rendered = match probe.render(&model.text) {
+            // This server takes shorter inputs than the one that published.
+            Err(plumb_model::Error::TooLong { .. }) => return Ok(None),
+            rendered => rendered?,
+        };
+        let want = match model.info.kind {
+            ModelKind::Preference => Want::Reward,
+            ModelKind::Language => Want::LogProbs(rendered.require_response()?),
+        };
+        Ok(Some((i, probe, score(engine, model, rendered.ids, want, 0)?)))
+    };
+    let answers = model.probes.iter().enumerate().map(ask).collect::<Result<Vec<_>>>()?;
+    for (i, probe, answer) in answers.into_iter().flatten() {
+        let values = answer.await?;
+        // A reward is one value; of log-probabilities the mean counts.
+        let mean = values.iter().copied().map(f64::from).sum::<f64>() / values.len().max(1) as f64;
+        let dtype = model.decoder.dtype();
+        if !probe.agrees(mean as f32, dtype) {
+            return Err(Error::failed_precondition(format!(
+                "probe {i} of the manifest scores {mean} in {}, and {} in {} where the version was published: do not \
+                 serve it before it is known why, or publish it without probes",
+                dtype.name(),
+                probe.score,
+                probe.dtype.name(),
+            )));
+        }
     }
     Ok(())
 }
@@ -112,12 +155,9 @@ fn score(
     engine: &Engine,
     model: &ModelHandle,
     tokens: Vec<u32>,
+    want: Want,
     pinned_prefix: usize,
 ) -> Result<impl Future<Output = Result<Vec<f32>>> + use<>> {
-    let want = match model.info.kind {
-        ModelKind::Preference => Want::Reward,
-        ModelKind::Language => Want::LogProbs(tokens.len() - 1..tokens.len()),
-    };
     let priority = Priority::Normal;
     let meta = JobMeta { priority, deadline: None, arrived: Instant::now(), pinned_prefix, permit: None };
     let answer = engine.submit(Sequence { model: model.clone(), tokens, want, meta })?;

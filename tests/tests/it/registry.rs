@@ -23,6 +23,7 @@ fn active(metrics: &Exposition) -> f64 {
 fn state(version: u64, state: v1::ModelState) -> impl Fn(&Exposition) -> bool {
     move |metrics| {
         let version = version.to_string();
+        // No sample reads as 0, which is no state.
         metrics.value("plumb_model_state", &[("model", "pm"), ("version", &version)]) == f64::from(state as i32)
     }
 }
@@ -64,6 +65,20 @@ async fn what_is_published_takes_over_and_what_is_not_whole_is_not_there() {
     let status = client.get_model(version("pm", 4).unwrap()).await.unwrap();
     assert!(status.error.contains("sha256"), "{}", status.error);
     assert_eq!(answers(&client).await, 3);
+
+    // So is one whose probes give other scores here than where it was published.
+    publish(&fixture("llama-pm"), root.path(), "strange");
+    let manifest = root.path().join("strange/1/manifest.json");
+    let mut value: serde_json::Value = serde_json::from_slice(&std::fs::read(&manifest).unwrap()).unwrap();
+    let score = value["probes"][0]["score"].as_f64().unwrap();
+    value["probes"][0]["score"] = (score + 0.5).into();
+    std::fs::write(&manifest, value.to_string()).unwrap();
+    std::fs::rename(root.path().join("strange/1"), root.path().join("pm/5")).unwrap();
+    server.until("version 5 is refused", state(5, Failed)).await;
+    let status = client.get_model(version("pm", 5).unwrap()).await.unwrap();
+    assert!(status.error.contains("probe 0 of the manifest scores"), "{}", status.error);
+    assert_eq!(answers(&client).await, 3);
+    std::fs::remove_dir_all(root.path().join("pm/5")).unwrap();
 
     // Whoever takes a version away means the one before.
     std::fs::remove_dir_all(root.path().join("pm/4")).unwrap();
