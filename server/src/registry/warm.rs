@@ -111,7 +111,8 @@ pub(super) async fn warm(engine: &Engine, model: &ModelHandle, usage: &Usage) ->
 /// # Errors
 /// If a score is another one: the files are as they were published, but what they compute here is not.
 pub(super) async fn probe(engine: &Engine, model: &ModelHandle) -> Result<()> {
-    let ask = |(i, probe): (usize, &Probe)| {
+    let ask = |i: usize| {
+        let probe: &Probe = &model.probes[i];
         let rendered = match probe.render(&model.text) {
             // This server takes shorter inputs than the one that published.
             Err(plumb_model::Error::TooLong { .. }) => return Ok(None),
@@ -123,7 +124,7 @@ pub(super) async fn probe(engine: &Engine, model: &ModelHandle) -> Result<()> {
         };
         Ok(Some((i, probe, score(engine, model, rendered.ids, want, 0)?)))
     };
-    let answers = model.probes.iter().enumerate().map(ask).collect::<Result<Vec<_>>>()?;
+    let answers = (0..model.probes.len()).map(ask).collect::<Result<Vec<_>>>()?;
     for (i, probe, answer) in answers.into_iter().flatten() {
         let values = answer.await?;
         // A reward is one value; of log-probabilities the mean counts.

@@ -47,7 +47,13 @@ fn load(source: &Source) {
     let hhh = HHH.clone();
     let _ = LoadedModel::load(
         source,
-        &LoadOptions { dtype: DTypeChoice::Auto, hhh, max_input_tokens: Some(64), kv_cache_bytes: 1 << 20 },
+        &LoadOptions {
+            dtype: DTypeChoice::Auto,
+            hhh,
+            max_input_tokens: Some(64),
+            kv_cache_bytes: 1 << 20,
+            background: Default::default(),
+        },
     );
 }
 

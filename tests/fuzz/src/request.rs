@@ -99,7 +99,7 @@ static WIRE: LazyLock<Wire> = LazyLock::new(|| {
         let config = Config::parse(flags).expect("a configuration");
         let server = Server::start(config).await.expect("a server");
         let address = format!("http://{}", server.grpc_address());
-        tokio::spawn(server.run(future::pending()));
+        tokio::spawn(server.run(stream::pending()));
         let channel = Endpoint::from_shared(address).expect("an address").connect().await.expect("a connection");
         // The language model is the last one to be loaded.
         let prompt = Some(v1::Input { input: Some(v1::input::Input::Text("a".to_owned())) });
