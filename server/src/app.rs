@@ -15,7 +15,7 @@ use tokio_util::task::AbortOnDropHandle;
 use tonic::service::Routes;
 use tonic::transport::server::TcpIncoming;
 
-use crate::admission::TokenBudget;
+use crate::admission::{Admission, AdmissionLimits, Estimator};
 use crate::config::{Config, ConfigError, DType, Http2};
 use crate::engine::{Engine, EngineOptions};
 use crate::error::{Error, Result};
@@ -23,12 +23,21 @@ use crate::health::{Health, Phase};
 use crate::layers;
 use crate::layers::admission::Gate;
 use crate::layers::auth::Keys;
+use crate::layers::inflow::Inflow;
 use crate::pool::CpuPool;
 use crate::registry::Registry;
 use crate::services::{Context, GenerationService, ModelsService, PreferenceService, TokensService};
 use crate::shutdown::{self, Shutdown};
 use crate::telemetry::events::{ConfigLoaded, Fatal, Listening, Serving};
 use crate::telemetry::{exporter, metrics, tracing};
+
+/// What a sender may send of a call before the server reads on. A call whose message waits for room holds so much memory
+/// beside it. On a line of 10 ms a single call gets 25 MB/s out of it, more than any engine scores.
+const STREAM_WINDOW: u32 = 256 << 10;
+/// The same of all calls of a connection: sixteen that wait do not hold up the others.
+const CONNECTION_WINDOW: u32 = 16 * STREAM_WINDOW;
+/// All metadata of a call: an id, a key and what a trace needs, with room for what proxies add.
+const MAX_HEADER_BYTES: u32 = 16 << 10;
 
 /// Why the server ended although nobody asked it to.
 #[derive(Clone, Debug, PartialEq)]
@@ -172,14 +181,20 @@ impl Server {
             registry: Arc::clone(&registry),
             engine: engine.clone(),
             pool: CpuPool::new(config.engine.tokenization_workers)?,
-            budget: TokenBudget::new(config.limits.max_queue_tokens),
+            admission: Admission::new(AdmissionLimits {
+                max_queue_tokens: config.limits.max_queue_tokens,
+                max_batch_tokens: config.engine.max_batch_tokens,
+            }),
+            estimator: Estimator::default(),
+            prefix_cache: config.engine.prefix_cache,
             limits: config.limits.clone(),
             draining: draining.clone(),
             aborted: gate.aborted(),
         });
 
         let routes = services(&context)?.add_service(health_service);
-        let routes = layers::around(routes.into_axum_router(), Keys::new(&config.access), Arc::clone(&gate));
+        let inflow = Inflow::new(config.limits.max_request_bytes, config.limits.max_message_bytes);
+        let routes = layers::around(routes.into_axum_router(), Keys::new(&config.access), Arc::clone(&gate), inflow);
         let accepting = CancellationToken::new();
         let stop = accepting.clone().cancelled_owned();
         let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
@@ -293,7 +308,10 @@ fn builder(http2: &Http2) -> tonic::transport::Server {
     let mut builder = tonic::transport::Server::builder()
         .http2_keepalive_interval(Some(http2.keepalive_interval))
         .http2_keepalive_timeout(Some(http2.keepalive_timeout))
-        .max_concurrent_streams(http2.max_concurrent_streams);
+        .max_concurrent_streams(http2.max_concurrent_streams)
+        .initial_stream_window_size(STREAM_WINDOW)
+        .initial_connection_window_size(CONNECTION_WINDOW)
+        .http2_max_header_list_size(MAX_HEADER_BYTES);
     if let Some(age) = http2.max_connection_age {
         // Asks clients to go elsewhere; calls in flight end where they are.
         builder = builder.max_connection_age(age);

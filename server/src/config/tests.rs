@@ -37,7 +37,7 @@ fn flags_come_before_the_file_and_the_file_before_defaults() {
     let path = file.path().to_str().unwrap();
     let config = parse(&["--config", path, "--max-batch-tokens", "7"]).unwrap();
     assert_eq!(config.engine.max_batch_tokens, 7);
-    assert_eq!(config.limits.max_queue_tokens, 200);
+    assert_eq!(config.limits.max_queue_tokens, Some(200));
     assert_eq!(config.limits.max_client_batch_size, 256);
     assert!(config.limits.auto_truncate);
     assert_eq!(config.models.iter().map(|model| model.name.as_str()).collect::<Vec<_>>(), ["a", "b"]);
@@ -78,6 +78,7 @@ fn values_out_of_range_are_refused() {
     check(&["--dtype", "f16"], "possible values: auto, f32, bf16");
     check(&["--default-max-new-tokens", "9", "--max-new-tokens-limit", "8"], "is above --max-new-tokens-limit 8");
     check(&["--default-language-model", "lm"], "no model has this name");
+    check(&["--max-request-memory-mib", "127"], "less than two messages of --max-message-bytes 67108864");
     check(&["--api-key", ""], "a key is empty");
     check(&["--api-key-file", file("\n \n").path().to_str().unwrap()], "there is no key in it");
 }

@@ -19,7 +19,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 
 pub use scheduler::Priority;
 
-use crate::admission::TokenPermit;
+use crate::admission::Permit;
 use crate::error::{Error, Result};
 use compute::Compute;
 use sampling::Sampler;
@@ -66,8 +66,15 @@ pub struct JobMeta {
     pub arrived: Instant,
     /// Leading tokens whose state is kept for as long as the model lives: the HHH prompt; 0 for none.
     pub pinned_prefix: usize,
-    /// Held until the work is done.
-    pub permit: Option<TokenPermit>,
+    /// Held until the work is done; says whose it is, too.
+    pub permit: Option<Permit>,
+}
+
+impl JobMeta {
+    /// Whose it is, and what it counts for among the clients: `tokens`, unless admission has found out more.
+    fn turn(&self, tokens: usize) -> (scheduler::Client, usize) {
+        self.permit.as_ref().map_or((0, tokens), |permit| (permit.client_id(), permit.tokens()))
+    }
 }
 
 /// What is wanted of a sequence.
@@ -156,29 +163,10 @@ pub enum Finish {
     Length,
 }
 
-/// The recent speed in tokens per second, which the thread tells without being asked; 0 before the first step.
-#[derive(Debug, Default)]
-struct Speed(AtomicU64);
-
-impl Speed {
-    fn read(&self) -> f64 {
-        f64::from_bits(self.0.load(Ordering::Relaxed))
-    }
-
-    /// Moves the average towards a step's speed.
-    fn record(&self, tokens: usize, duration: Duration) {
-        let rate = tokens as f64 / duration.as_secs_f64().max(1e-6);
-        let old = self.read();
-        let new = if old == 0.0 { rate } else { 0.9 * old + 0.1 * rate };
-        self.0.store(new.to_bits(), Ordering::Relaxed);
-    }
-}
-
 /// The handle to the engine thread, which ends when the last handle is gone.
 #[derive(Clone, Debug)]
 pub struct Engine {
     commands: std::sync::mpsc::Sender<Command>,
-    speed: Arc<Speed>,
     alive: watch::Receiver<bool>,
     next_key: Arc<AtomicU64>,
 }
@@ -220,9 +208,8 @@ impl Engine {
     pub fn start(options: EngineOptions) -> Result<Engine> {
         let compute = Compute::start(options.threads)?;
         let (commands, receiver) = std::sync::mpsc::channel();
-        let speed = Arc::new(Speed::default());
         let (alive_sender, alive) = watch::channel(true);
-        let worker = Worker::new(options, receiver, speed.clone(), compute);
+        let worker = Worker::new(options, receiver, compute);
         std::thread::Builder::new()
             .name("plumb-engine".into())
             .spawn(move || {
@@ -231,7 +218,7 @@ impl Engine {
                 worker.run();
             })
             .map_err(|error| Error::internal(format!("cannot start the engine thread: {error}")))?;
-        Ok(Engine { commands, speed, alive, next_key: Arc::new(AtomicU64::new(1)) })
+        Ok(Engine { commands, alive, next_key: Arc::new(AtomicU64::new(1)) })
     }
 
     /// Makes room for a model and tries it out. `name` and `version` are for logs and metrics.
@@ -266,11 +253,6 @@ impl Engine {
     /// Turns to an error once the thread has ended.
     pub fn alive(&self) -> watch::Receiver<bool> {
         self.alive.clone()
-    }
-
-    /// Recent speed in tokens per second; 0 before the first step.
-    pub fn tokens_per_second(&self) -> f64 {
-        self.speed.read()
     }
 
     fn send(&self, command: Command) -> Result<()> {

@@ -6,7 +6,9 @@
 pub(crate) mod admission;
 pub(crate) mod auth;
 mod body;
+pub(crate) mod caller;
 pub(crate) mod deadline;
+pub(crate) mod inflow;
 pub(crate) mod metrics;
 pub(crate) mod rpc;
 pub(crate) mod trace;
@@ -19,9 +21,10 @@ use tower::ServiceBuilder;
 
 use self::admission::Gate;
 use self::auth::Keys;
+use self::inflow::Inflow;
 
 /// Puts the layers around the services, outermost first.
-pub(crate) fn around(services: Router, keys: Arc<Keys>, gate: Arc<Gate>) -> Router {
+pub(crate) fn around(services: Router, keys: Arc<Keys>, gate: Arc<Gate>, inflow: Arc<Inflow>) -> Router {
     services.layer(
         ServiceBuilder::new()
             // Outermost: what the others log belongs to the call's span, and the arrival is when the call came in.
@@ -30,9 +33,13 @@ pub(crate) fn around(services: Router, keys: Arc<Keys>, gate: Arc<Gate>) -> Rout
             .layer(from_fn(metrics::metrics))
             // Before anything is spent on a caller who may not call.
             .layer(from_fn_with_state(keys, auth::auth))
+            // Behind the keys, whose names tell clients apart.
+            .layer(from_fn(caller::caller))
             // Around the work and nothing else: a refusal needs no time limit, work must not outlive its caller's.
             .layer(from_fn(deadline::deadline))
-            // Innermost: what is in flight here is work, which is what a shutdown waits for.
-            .layer(from_fn_with_state(gate, admission::admission)),
+            // What is in flight here is work, which is what a shutdown waits for.
+            .layer(from_fn_with_state(gate, admission::admission))
+            // Innermost: nobody reads a message of a call that is refused.
+            .layer(from_fn_with_state(inflow, inflow::inflow)),
     )
 }

@@ -10,7 +10,8 @@ use plumb_proto::v1;
 use super::input::Objective;
 use super::sample::{Piece, Sample};
 use super::scoring::{ScoreCall, Scored};
-use super::{CallTimes, Context, rank};
+use super::{Call, Context, rank};
+use crate::admission::Permit;
 use crate::engine::Priority;
 use crate::error::Result;
 use crate::registry::Served;
@@ -22,14 +23,16 @@ pub(super) struct Ranking {
     pub(super) prompt: TextInput,
     pub(super) text: RenderOptions,
     pub(super) priority: Priority,
-    pub(super) times: CallTimes,
+    pub(super) call: Call,
+    /// Room that was got together with that for the samples: a call that is let in is not refused half-way.
+    pub(super) permit: Permit,
 }
 
 /// Draws all samples and answers them best first. One that the ranker cannot score, because it is too long for it for
 /// example, comes last and has no reward.
 pub(super) async fn draw(context: &Context, ranking: Ranking, samples: &mut [Sample]) -> Result<Vec<Piece>> {
     let mut drawn = try_join_all(samples.iter_mut().map(complete)).await?;
-    let Ranking { ranker, prompt, text, priority, times } = ranking;
+    let Ranking { ranker, prompt, text, priority, call, permit } = ranking;
     let answers = drawn.iter().map(|sample| Response::Text(sample.text.clone()));
     let inputs =
         answers.map(|response| Ok(TextInput::PromptResponse { prompt: Box::new(prompt.clone()), response })).collect();
@@ -41,7 +44,8 @@ pub(super) async fn draw(context: &Context, ranking: Ranking, samples: &mut [Sam
         objective: Objective::MeanLogProb,
         per_token: false,
         priority,
-        times,
+        call,
+        permit: Some(permit),
     };
     let Scored { results, .. } = context.score(call).await?;
     let ordered = rank::order(results).into_iter().map(|ranked| {
