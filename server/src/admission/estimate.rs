@@ -56,7 +56,7 @@ mod tests {
         assert_eq!(estimator.tokens("pm", 1000), 500);
         assert_eq!(estimator.tokens("lm", 1000), 250, "each model has its own tokenizer");
         (0..1000).for_each(|_| estimator.learn("pm", 10_000, 1000));
-        assert_eq!(estimator.tokens("pm", 1000), 100);
+        assert!((100..=101).contains(&estimator.tokens("pm", 1000)), "{estimator:?}");
     }
 
     #[test]

@@ -48,6 +48,8 @@ impl Client {
     }
 }
 
+/// How much later than at its turn a client is told to come: who comes too early has come in vain.
+const LATER: f64 = 1.2;
 /// A call that has not come back by then will not.
 const FORGOTTEN: Duration = Duration::from_secs(10);
 /// Calls of a client that are told one time after the other; more of them are told the last one.
@@ -93,16 +95,21 @@ impl Lane {
         self.clients.len()
     }
 
+    /// Clients that want something.
+    pub(super) fn active(&self) -> usize {
+        self.active.max(1)
+    }
+
     pub(super) fn client(&self, key: &Arc<str>) -> Option<&Client> {
         self.clients.get(key)
     }
 
     /// How a client stands, of which none has to wait for more than `limit` tokens. Each may be ahead of the clock by
     /// what it gets if all of them, and one more, divide the limit: where there are few, their work can wait here.
-    pub(super) fn standing(&self, key: &Arc<str>, limit: usize) -> Standing {
+    pub(super) fn standing(&self, key: &Arc<str>, limit: usize, now: Instant) -> Standing {
         let Some(client) = self.clients.get(key) else { return Standing::Within };
         let others = self.active - usize::from(client.active);
-        let ahead = client.finish - self.clock - limit as f64 / (others + 2) as f64;
+        let ahead = client.finish - self.clock(now) - limit as f64 / (others + 2) as f64;
         match (ahead > 0.0, others) {
             (false, _) => Standing::Within,
             (true, 0) => Standing::Alone,
@@ -110,12 +117,21 @@ impl Lane {
         }
     }
 
+    /// Where the clock is. A batch moves it on when it ends; in between it is as far as the batch is likely to be.
+    fn clock(&self, now: Instant) -> f64 {
+        let done = self.pace.rate() * self.pace.at_work(now).as_secs_f64();
+        self.clock + done.min(self.work.tokens() as f64) / self.active() as f64
+    }
+
     pub(super) fn admit(&mut self, key: &Arc<str>, work: Work, now: Instant) {
         let clock = self.clock;
+        let longest = RETRY_AFTER.1.as_secs_f64() * self.pace.rate() / self.active() as f64;
         let client = self.account(key);
         let tokens = work.tokens() as f64;
-        // Whoever comes back a little late has not lost its turn; whoever was away has not saved up any.
-        client.finish = client.finish.max(clock - tokens / 2.0) + tokens;
+        // Whoever comes back a little late has not lost its turn; whoever was away has not saved up any. Whoever got in
+        // because nobody else was there does not pay for that longer than it can be told to wait.
+        let finish = client.finish.max(clock - tokens / 2.0) + tokens;
+        client.finish = finish.min(clock + longest.max(tokens));
         client.work += work;
         (client.slot, client.wants_until) = (None, None);
         self.work += work;
@@ -140,7 +156,7 @@ impl Lane {
         }
         self.work = self.work - work;
         let counted = if done { tokens } else { 0 };
-        self.clock += counted as f64 / self.active.max(1) as f64;
+        self.clock += counted as f64 / self.active() as f64;
         self.pace.done(counted, self.work.tokens(), now);
     }
 
@@ -154,28 +170,48 @@ impl Lane {
     /// When a client should come back that is `ahead` of the clock: when the clock has caught up with all that it was
     /// let in with, and told to come back with.
     pub(super) fn turn(&mut self, key: &Arc<str>, work: Work, ahead: f64, now: Instant) -> Duration {
-        let per_second = self.pace.rate() / self.active.max(1) as f64;
+        let per_second = self.pace.rate() / self.active() as f64;
+        // Then there may still be others who wait for room.
+        let line = self.line(now);
         let client = self.account(key);
         let promised: usize = client.promises.iter().map(|(_, tokens)| tokens).sum();
-        let wait = seconds(ahead + promised as f64, per_second).min(RETRY_AFTER.1);
+        let wait = seconds(ahead + promised as f64, per_second);
+        let wait = wait.mul_f64(LATER).saturating_add(line).min(RETRY_AFTER.1);
         if client.promises.len() < MAX_PROMISES {
             client.promises.push_back((now + wait, work.tokens()));
         }
         wait
     }
 
-    /// When a client should come back that only needs room: behind those who were told the same before.
-    pub(super) fn room(&mut self, key: &Arc<str>, work: Work, excess: f64, rate: f64, now: Instant) -> Duration {
-        let promised_until = self.promised_until.unwrap_or(now);
+    /// Whether others were told before that there will be room for them, and this client was not.
+    pub(super) fn is_behind(&self, key: &Arc<str>, now: Instant) -> bool {
+        let was_told = self.clients.get(key).and_then(|client| client.slot).is_some_and(|slot| slot <= now);
+        !was_told && !self.line(now).is_zero()
+    }
+
+    /// How long those wait who only need room.
+    fn line(&self, now: Instant) -> Duration {
+        self.promised_until.map_or(Duration::ZERO, |until| until.saturating_duration_since(now))
+    }
+
+    /// When a client should come back that only needs room: behind those who were told the same before. `rate` is that at
+    /// which room becomes free, if it is not the lane's own.
+    pub(super) fn room(&mut self, key: &Arc<str>, work: Work, excess: f64, rate: Option<f64>, now: Instant) -> Duration {
+        let rate = rate.unwrap_or(self.pace.rate());
+        let (line, own) = (self.line(now), seconds(excess, rate));
         let client = self.account(key);
-        if let Some(slot) = client.slot.filter(|slot| *slot > now) {
-            return slot - now;
+        match client.slot {
+            Some(slot) if slot > now => slot - now,
+            // It was its turn, and there is no room yet.
+            Some(_) => own,
+            None => {
+                let wait = line.max(own).min(RETRY_AFTER.1);
+                client.slot = Some(now + wait);
+                let time = if rate > 0.0 { seconds(work.tokens() as f64, rate) } else { Duration::ZERO };
+                self.promised_until = Some(now + wait + time);
+                wait
+            }
         }
-        let slot = promised_until.max(now + seconds(excess, rate)).min(now + RETRY_AFTER.1);
-        client.slot = Some(slot);
-        let time = if rate > 0.0 { seconds(work.tokens() as f64, rate) } else { Duration::ZERO };
-        self.promised_until = Some(slot + time);
-        slot - now
     }
 
     /// A client was told to come back.

@@ -317,7 +317,6 @@ fn deaf(speed: f64, greed: impl Fn(usize) -> f64) -> Vec<Kind> {
 
 fn check(name: &str, world: &World, capacity: f64, seconds: f64) {
     let report = format!("{name} at {capacity}/s: {}", world.report(seconds));
-    eprintln!("{report}");
     assert!(world.tokens(0..world.got.len()) >= 0.9 * capacity * seconds, "{report}");
     assert!(world.fairness(0..world.got.len()) >= 0.95, "{report}");
     assert!(world.got.iter().all(|got| got.calls > 0), "starved: {report}");
@@ -344,4 +343,88 @@ fn who_comes_back_when_told_gets_in() {
         check("patient", &world, speed, seconds);
         assert!(world.soon() >= 0.9, "{}", world.report(seconds));
     }
+}
+
+#[test]
+fn shares_are_of_tokens_and_not_of_calls() {
+    // Half of them send ten times as much in a call.
+    let kind = |i: usize| Kind { tokens: if i < 20 { 100 } else { 1000 }, ..PATIENT };
+    let (speed, of_time) = SPEEDS[0];
+    let world = World::new((0..40).map(kind).collect(), of_time).run(60.0, 300.0);
+    let report = world.report(300.0);
+    assert!(world.tokens(0..40) >= 0.9 * speed * 300.0, "{report}");
+    assert!(world.fairness(0..40) >= 0.9, "{report}");
+}
+
+#[test]
+fn what_one_leaves_the_others_use() {
+    // Two that want all there is, and ten that together want a third of it.
+    let (speed, of_time) = SPEEDS[1];
+    let bulk = Kind { manner: Manner::Patient(1000), ..PATIENT };
+    let modest = Kind { manner: Manner::Deaf(speed / 300.0 / 30.0), ..PATIENT };
+    let kinds = [vec![bulk; 2], vec![modest; 10]].concat();
+    let world = World::new(kinds, of_time).run(10.0, 60.0);
+    let report = world.report(60.0);
+    assert!(world.tokens(0..12) >= 0.9 * speed * 60.0, "{report}");
+    assert!(world.tokens(2..12) >= 0.95 * speed / 3.0 * 60.0, "{report}");
+    assert!(world.fairness(0..2) >= 0.99, "{report}");
+}
+
+#[test]
+fn a_client_with_little_does_not_wait_behind_one_with_much() {
+    let (speed, of_time) = SPEEDS[1];
+    let bulk = Kind { manner: Manner::Patient(10_000), ..PATIENT };
+    let one = Kind { manner: Manner::Deaf(2.0), ..PATIENT };
+    let world = World::new(vec![bulk, one], of_time).run(10.0, 60.0);
+    let report = world.report(60.0);
+    assert!(world.tokens(0..2) >= 0.9 * speed * 60.0, "{report}");
+    assert!(world.got[1].refused * 20 <= world.got[1].calls, "{:?}", world.got[1]);
+    // The step that runs, and the one that is next.
+    let two_steps = 2.0 * (0.002 + BATCH as f64 / speed);
+    assert!(world.wait(1..2, 1.0) < 1.5 * two_steps, "{}", world.wait(1..2, 1.0));
+}
+
+#[test]
+fn the_less_urgent_neither_get_in_the_way_nor_starve() {
+    let (speed, of_time) = SPEEDS[1];
+    let bulk = Kind { manner: Manner::Patient(1000), priority: Priority::Low, ..PATIENT };
+    let half = Kind { manner: Manner::Deaf(speed / 300.0 / 20.0), ..PATIENT };
+    let all = Kind { manner: Manner::Deaf(speed / 300.0 / 5.0), ..half };
+    let low = |urgent: Kind| {
+        let world = World::new([vec![bulk; 2], vec![urgent; 10]].concat(), of_time).run(10.0, 60.0);
+        let (low, urgent) = (world.tokens(0..2) / 60.0 / speed, world.tokens(2..12) / 60.0 / speed);
+        let refused: usize = world.got[2..].iter().map(|got| got.refused).sum();
+        assert!(low + urgent > 0.9, "{}", world.report(60.0));
+        (low, urgent, refused)
+    };
+    let (rest, urgent, refused) = low(half);
+    assert!((0.4..0.55).contains(&urgent) && rest > 0.4 && refused == 0, "{rest} {urgent} {refused}");
+    let (rest, urgent, _) = low(all);
+    assert!((0.04..0.12).contains(&rest) && urgent > 0.8, "{rest} {urgent}");
+}
+
+#[test]
+fn what_is_let_in_is_done_in_time() {
+    for (speed, of_time) in SPEEDS {
+        // Less than a full queue takes.
+        let timeout = 1.2 * (BATCH as f64 / speed).max(0.5);
+        let kinds = deaf(speed, |_| 1.0).into_iter().map(|kind| Kind { timeout: Some(timeout), ..kind });
+        let seconds = 6e5 / speed;
+        let world = World::new(kinds.collect(), of_time).run(seconds / 5.0, seconds);
+        let (late, calls) = world.got.iter().fold((0, 0), |(late, calls), got| (late + got.late, calls + got.calls));
+        let report = format!("{late} of {calls} late: {}", world.report(seconds));
+        assert!(late * 10 <= calls, "{report}");
+        assert!(calls as f64 * 300.0 >= 0.8 * speed * seconds, "{report}");
+    }
+}
+
+#[test]
+fn the_limit_follows_the_pace() {
+    // A model that is four times as large is loaded.
+    let slower = |time: f64| if time < 20.0 { 100_000.0 } else { 25_000.0 };
+    let fast = World::new(deaf(1e5, |_| 1.0), slower).run(10.0, 9.0);
+    assert!((80_000..120_000).contains(&fast.policy.limit()), "{}", fast.policy.limit());
+    let slow = World::new(deaf(1e5, |_| 1.0), slower).run(40.0, 20.0);
+    assert!((20_000..30_000).contains(&slow.policy.limit()), "{}", slow.policy.limit());
+    assert!(slow.wait(0..200, 0.99) < 2.0, "{}", slow.wait(0..200, 0.99));
 }

@@ -81,8 +81,10 @@ impl Scheduler {
             }
         }
         let considered = || queue.waiting.iter().take(MAX_CONSIDERED * limits.max_batch_sequences).copied();
-        let waits_too_long =
-            |key: &WaitingKey| self.entries.get(&key.2).is_some_and(|e| e.passed_over >= MAX_PASSED_OVER);
+        // The less urgent have a share of their own.
+        let urgent = queue.waiting.first().map(|key| key.0);
+        let passed_over = |key: &WaitingKey| self.entries.get(&key.2).map_or(0, |entry| entry.passed_over);
+        let waits_too_long = |key: &WaitingKey| Some(key.0) == urgent && passed_over(key) >= MAX_PASSED_OVER;
         let overdue = considered().find(waits_too_long);
         let owed = queue.owed(&self.entries).filter(|key| Some(*key) != overdue);
         let first = overdue.into_iter().chain(owed);
