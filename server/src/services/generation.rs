@@ -15,7 +15,9 @@ use super::best_of::{self, Ranking};
 use super::sample::{Piece, Sample};
 use super::scoring::{count, timings};
 use super::stop::StopStrings;
-use super::{CallTimes, Context, input, split_hash};
+use super::work::{Size, Tokens};
+use super::{Call, Context, input, split_hash, work};
+use crate::admission::{Permit, Work};
 use crate::engine::sampling::{Sampler, SamplingParams};
 use crate::engine::{GenerateJob, JobMeta, Priority};
 use crate::error::{Error, Result};
@@ -45,8 +47,8 @@ impl Generation for GenerationService {
     type GenerateStream = ReceiverStream<Result<v1::GenerateResponse, Status>>;
 
     async fn generate(&self, request: Request<v1::GenerateRequest>) -> Result<Response<Self::GenerateStream>, Status> {
-        let (times, origin) = (CallTimes::of(&request), Origin::of(&request, "Generate"));
-        let plan = Plan::check(&self.context, request.into_inner(), times, origin)?;
+        let (call, origin) = (Call::of(&request), Origin::of(&request, "Generate"));
+        let plan = Plan::check(&self.context, request.into_inner(), call, origin)?;
         let run = start(Arc::clone(&self.context), plan).await?;
         Ok(Response::new(super::stream(self.context.aborted.clone(), |sender| run.deliver(sender))))
     }
@@ -69,12 +71,12 @@ struct Plan {
     samples: usize,
     priority: Priority,
     request_id: String,
-    times: CallTimes,
+    call: Call,
     record: Option<(Origin, v1::RankRequest)>,
 }
 
 impl Plan {
-    fn check(context: &Context, request: v1::GenerateRequest, times: CallTimes, origin: Origin) -> Result<Self> {
+    fn check(context: &Context, request: v1::GenerateRequest, call: Call, origin: Origin) -> Result<Self> {
         record_request_id(&request.request_id);
         let limits = &context.limits;
         let hash = || split_hash(&request.request_id, &request);
@@ -122,7 +124,7 @@ impl Plan {
             samples,
             priority: input::priority(request.priority)?,
             request_id: request.request_id,
-            times,
+            call,
             record,
         })
     }
@@ -181,8 +183,11 @@ fn seed_of(seed: u64, sample: usize) -> u64 {
     z ^ (z >> 31)
 }
 
-/// Renders the prompt and puts all samples into the queue.
+/// Gets room for the call, renders the prompt and puts all samples into the queue.
 async fn start(context: Arc<Context>, plan: Plan) -> Result<Run> {
+    let size = Size::of(&plan.prompt);
+    let (mut permit, ranking) = admit(&context, &plan, size)?;
+    let ranking = permit.take(ranking);
     let began = Instant::now();
     let (plan, rendered) = context
         .pool
@@ -205,15 +210,39 @@ async fn start(context: Arc<Context>, plan: Plan) -> Result<Run> {
     plan.model.record_input(prompt_tokens, plan.text.hhh_prompt);
     let max_new_tokens = plan.max_new_tokens.min(room);
     let truncated = rendered.truncated;
-    let samples = start_samples(&context, &plan, rendered, max_new_tokens).await?;
-    Ok(Run { context, plan, samples, prompt_tokens, truncated, tokenize })
+    if !truncated {
+        context.estimator.learn(plan.model.name(), size.bytes, prompt_tokens - rendered.prefix_len.min(prompt_tokens));
+    }
+    let samples = start_samples(&context, &plan, rendered, max_new_tokens, permit)?;
+    Ok(Run { context, plan, ranking, samples, prompt_tokens, truncated, tokenize })
 }
 
-async fn start_samples(context: &Context, plan: &Plan, prompt: Rendered, max_new_tokens: usize) -> Result<Vec<Sample>> {
+/// Room for a call, the prompt once and all tokens that may be drawn, and how much of it is for ranking the samples.
+///
+/// All, and not as many as are likely: a sequence takes pages for all of them when it begins, and those that are not drawn
+/// are given back.
+fn admit(context: &Context, plan: &Plan, prompt: Size) -> Result<(Permit, Work)> {
+    let tokens = |model: &Served| prompt.tokens(&context.estimator, model.name(), model.info.max_input_tokens);
+    let new = plan.samples * plan.max_new_tokens.min(plan.model.info.max_input_tokens);
+    let samples = Work { prompt: tokens(&plan.model), new };
+    let ranking = plan.ranker.as_ref().map_or(0, |ranker| tokens(ranker) + new);
+    let (ranking, certain) = (Work::prompt(ranking), prompt.ids + new);
+    Ok((context.admit(&plan.call, plan.priority, samples + ranking, certain)?, ranking))
+}
+
+fn start_samples(
+    context: &Context,
+    plan: &Plan,
+    prompt: Rendered,
+    max_new_tokens: usize,
+    permit: Permit,
+) -> Result<Vec<Sample>> {
     let model = &plan.model;
     let pinned_prefix = input::pinned_prefix(&prompt, &plan.text);
-    let work = prompt.ids.len() - pinned_prefix + max_new_tokens;
-    let permits = context.admit(&vec![work; plan.samples])?;
+    let tokens = Tokens { ids: &prompt.ids, pinned_prefix, reusable: prompt.ids.len() - 1 };
+    let mut works = work::count(std::iter::repeat_n(tokens, plan.samples), context.prefix_cache);
+    works.iter_mut().for_each(|work| work.new = max_new_tokens);
+    let permits = permit.split(&works)?;
     let default_stops = plan.default_stop_strings();
     let decoder = match default_stops.is_empty() {
         // In this form an answer begins after a space or a new line.
@@ -233,7 +262,7 @@ async fn start_samples(context: &Context, plan: &Plan, prompt: Rendered, max_new
             stop_at_eos: plan.stop_at_eos,
             meta: JobMeta {
                 priority: plan.priority,
-                deadline: plan.times.deadline,
+                deadline: plan.call.deadline,
                 arrived: Instant::now(),
                 pinned_prefix,
                 permit: Some(permit),
@@ -249,6 +278,8 @@ async fn start_samples(context: &Context, plan: &Plan, prompt: Rendered, max_new
 struct Run {
     context: Arc<Context>,
     plan: Plan,
+    /// Room for ranking them.
+    ranking: Permit,
     samples: Vec<Sample>,
     prompt_tokens: usize,
     truncated: bool,
@@ -258,7 +289,7 @@ struct Run {
 impl Run {
     /// Sends all there is to say, until the deadline.
     async fn deliver(self, sender: Sender) -> Result<()> {
-        match self.plan.times.deadline {
+        match self.plan.call.deadline {
             None => self.deliver_all(&sender).await,
             Some(deadline) => match tokio::time::timeout_at(deadline.into(), self.deliver_all(&sender)).await {
                 Ok(delivered) => delivered,
@@ -269,6 +300,7 @@ impl Run {
 
     async fn deliver_all(mut self, sender: &Sender) -> Result<()> {
         let began = Instant::now();
+        let ranking = self.ranking.rest();
         let Plan { model, ranker, .. } = &self.plan;
         let first = v1::GenerateResponse {
             model: Some(model.identity()),
@@ -287,7 +319,8 @@ impl Run {
                     // The ranker's own form and limit; what to do with what does not fit is the caller's choice.
                     text: RenderOptions { truncation: self.plan.text.truncation, ..RenderOptions::default() },
                     priority: self.plan.priority,
-                    times: self.plan.times,
+                    call: self.plan.call.clone(),
+                    permit: ranking,
                     record: self.plan.record.clone(),
                 };
                 let best = best_of::draw(&self.context, ranking, &mut self.samples).await?;
@@ -309,7 +342,7 @@ impl Run {
             cached_tokens: self.samples.first().map_or(0, |sample| count(sample.cached_tokens())),
             truncated: self.truncated,
             seed: self.plan.sampling.seed,
-            timings: Some(timings(self.plan.times.arrived, self.tokenize, queued, inference)),
+            timings: Some(timings(self.plan.call.arrived, self.tokenize, queued, inference)),
             request_id: self.plan.request_id.clone(),
         }
     }
