@@ -307,7 +307,10 @@ impl World {
 }
 
 /// A server that takes a second for a full batch, and one that takes 40 ms.
-const SPEEDS: [(f64, fn(f64) -> f64); 2] = [(4000.0, |_| 4000.0), (100_000.0, |_| 100_000.0)];
+/// Speed as a function of time, in tokens a second.
+type Speed = fn(f64) -> f64;
+
+const SPEEDS: [(f64, Speed); 2] = [(4000.0, |_| 4000.0), (100_000.0, |_| 100_000.0)];
 
 /// Clients that together send ten times what the server does, each so many times as much as its neighbour.
 fn deaf(speed: f64, greed: impl Fn(usize) -> f64) -> Vec<Kind> {

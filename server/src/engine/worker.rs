@@ -15,7 +15,6 @@ use super::scheduler::{ModelKey, NewSequence, Plan, Scheduler, SequenceId, Slice
 use super::step::{self, Device, Input, Outcome, Values};
 use super::watchdog::Pulse;
 use super::{EngineOptions, Finish, GenerateEvent, GenerateJob, Loss, Sequence, SequenceOutput, Want};
-use crate::admission::Permit;
 use crate::error::{Error, Result};
 use crate::telemetry::events::{BatchFailed, BatchRun, InputIsolated, PrefixEvictions, QueueChanged};
 
@@ -376,7 +375,9 @@ impl Worker {
             values: entry.into_values(),
         };
         // Before the answer: who calls again because of it finds the room.
-        sequence.meta.permit.map(Permit::finish);
+        if let Some(permit) = sequence.meta.permit {
+            permit.finish();
+        }
         // The caller may have gone meanwhile.
         drop(reply.send(Ok(output)));
     }
