@@ -42,7 +42,7 @@ pub mod transcript;
 pub use client::{Client, SERVICES};
 pub use error::{CallError, Error, FieldViolation, ItemFailure, reward, score};
 pub use input::{conversation, dialogue, text};
-pub use options::{ApiKey, ClientOptions};
+pub use options::{ApiKey, ClientIdentity, ClientOptions};
 /// The messages of package `plumb.v1`, and the names of status codes.
 pub use plumb_proto::{code_name, v1};
 pub use retry::{Failure, RetryPolicy};
