@@ -91,7 +91,7 @@ fn publishing_that_is_killed_never_leaves_half_a_version() {
         half_way += usize::from(!entries(root).1.is_empty());
         finish(publish(folder.path(), root));
         assert_eq!(verify(root), before + 1, "the next one is published");
-        assert_eq!(entries(root).1, [PathBuf::new(); 0], "nothing is left of the one that was killed");
+        assert_eq!(entries(root).1, Vec::<PathBuf>::new(), "nothing is left of the one that was killed");
         // Room on the disk.
         for version in entries(root).0 {
             std::fs::remove_dir_all(version).unwrap();

@@ -97,7 +97,7 @@ fn probes_go_with_a_version_and_not_with_an_adapter_on_top_of_it() {
     let copy = Copy::of("llama-lm");
     let probe = Probe { input: ProbeInput::Text("ab".to_owned()), score: -2.5, dtype: DType::F32 };
     Manifest::write(copy.path(), std::slice::from_ref(&probe)).unwrap();
-    assert_eq!(copy.open().unwrap().probes, [probe.clone()]);
+    assert_eq!(copy.open().unwrap().probes, std::slice::from_ref(&probe));
     assert_eq!(copy.open().unwrap().files_digest, open("llama-lm").files_digest, "probes are no part of the digest");
     assert_eq!(open_with_adapter(copy.path(), &fixture("lora-lm")).unwrap().probes, []);
     assert_eq!(open("llama-lm").probes, []);
