@@ -8,9 +8,9 @@
 # them, which is quick. --asan adds AddressSanitizer, in `target/asan`, by what stable Rust calls unstable.
 #
 # What is new stays in `target/fuzz-corpus`, from which the next run goes on. Exit code 1 if an input ends a target, takes
-# longer than a second (ten with --own) or more memory than it may have: the input is in `target/fuzz-findings`, beside what the program
-# said. The programs are named in `build.log` there: one runs an input that it is given, and makes it smaller with
-# `-minimize_crash=1`. Put it into `corpus/TARGET`, and fix the bug.
+# longer than a second (ten with --own) or more memory than it may have: the input is in `target/fuzz-findings`, beside
+# what the program said. The programs are named in `build.log` there: one runs an input that it is given, and makes it
+# smaller with `-minimize_crash=1`. Put it into `corpus/TARGET`, and fix the bug.
 #
 # With cargo-fuzz: cargo +nightly fuzz run --dev --fuzz-dir tests/fuzz --features libfuzzer TARGET
 set -euo pipefail
