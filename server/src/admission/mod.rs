@@ -112,6 +112,8 @@ pub struct Ask {
     pub certain: usize,
     /// When its answer is of no use any more.
     pub deadline: Option<Instant>,
+    /// It waits where others are told to come back: then that is no refusal.
+    pub waits: bool,
 }
 
 /// Why a call is not let in.
@@ -196,7 +198,9 @@ impl Admission {
             }
             Err(refusal) => {
                 drop(policy);
-                AdmissionRefused { reason: refusal.reason() }.emit();
+                if !ask.waits {
+                    AdmissionRefused { reason: refusal.reason() }.emit();
+                }
                 Err(refusal.into())
             }
         }

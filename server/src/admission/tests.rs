@@ -8,7 +8,7 @@ fn gate(max_queue_tokens: Option<usize>) -> Arc<Admission> {
 
 fn ask(client: &str, tokens: usize) -> Ask {
     let work = Work::prompt(tokens);
-    Ask { client: client.into(), priority: Priority::Normal, work, certain: tokens, deadline: None }
+    Ask { client: client.into(), priority: Priority::Normal, work, certain: tokens, deadline: None, waits: false }
 }
 
 fn held(gate: &Admission) -> Work {

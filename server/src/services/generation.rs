@@ -168,7 +168,7 @@ fn seed_of(seed: u64, sample: usize) -> u64 {
 /// Gets room for the call, renders the prompt and puts all samples into the queue.
 async fn start(context: Arc<Context>, plan: Plan) -> Result<Run> {
     let size = Size::of(&plan.prompt);
-    let (mut permit, ranking) = admit(&context, &plan, size)?;
+    let (mut permit, ranking) = admit(&context, &plan, size).await?;
     let ranking = permit.take(ranking);
     let began = Instant::now();
     let (plan, rendered) = context
@@ -202,13 +202,13 @@ async fn start(context: Arc<Context>, plan: Plan) -> Result<Run> {
 ///
 /// All, and not as many as are likely: a sequence takes pages for all of them when it begins, and those that are not drawn
 /// are given back.
-fn admit(context: &Context, plan: &Plan, prompt: Size) -> Result<(Permit, Work)> {
+async fn admit(context: &Context, plan: &Plan, prompt: Size) -> Result<(Permit, Work)> {
     let tokens = |model: &Served| prompt.tokens(&context.estimator, model.name(), model.info.max_input_tokens);
     let new = plan.samples * plan.max_new_tokens.min(plan.model.info.max_input_tokens);
     let samples = Work { prompt: tokens(&plan.model), new };
     let ranking = plan.ranker.as_ref().map_or(0, |ranker| tokens(ranker) + new);
     let (ranking, certain) = (Work::prompt(ranking), prompt.ids + new);
-    Ok((context.admit(&plan.call, plan.priority, samples + ranking, certain)?, ranking))
+    Ok((context.admit(&plan.call, plan.priority, samples + ranking, certain).await?, ranking))
 }
 
 fn start_samples(

@@ -60,10 +60,26 @@ pub(crate) struct Context {
 }
 
 impl Context {
-    /// Room for a call's work, of which so many tokens are `certain` and the rest is a guess.
-    fn admit(&self, call: &Call, priority: Priority, work: Work, certain: usize) -> Result<Permit> {
-        let ask = Ask { client: Arc::clone(&call.caller.0), priority, work, certain, deadline: call.deadline };
-        self.admission.admit(ask).inspect_err(|error| Rejected { error }.emit())
+    /// Room for a call's work, of which so many tokens are `certain` and the rest is a guess. A request of a stream waits
+    /// for it: meanwhile the stream is read no further, and its sender is held up by flow control.
+    async fn admit(&self, call: &Call, priority: Priority, work: Work, certain: usize) -> Result<Permit> {
+        let Call { ref caller, deadline, in_stream: waits, .. } = *call;
+        let ask = Ask { client: Arc::clone(&caller.0), priority, work, certain, deadline, waits };
+        loop {
+            let refusal = match self.admission.admit(ask.clone()) {
+                Ok(permit) => return Ok(permit),
+                Err(refusal) => refusal,
+            };
+            match refusal.retry_after().map(|after| Instant::now() + after) {
+                Some(then) if waits && deadline.is_none_or(|deadline| then < deadline) => {
+                    tokio::time::sleep_until(then.into()).await;
+                }
+                _ => {
+                    Rejected { error: &refusal }.emit();
+                    return Err(refusal);
+                }
+            }
+        }
     }
 
     /// Refuses a list that is empty or longer than a call may bring.
@@ -83,6 +99,8 @@ pub(crate) struct Call {
     pub(crate) caller: Caller,
     pub(crate) arrived: Instant,
     pub(crate) deadline: Option<Instant>,
+    /// It is one request of a stream.
+    pub(crate) in_stream: bool,
 }
 
 impl Call {
@@ -92,6 +110,7 @@ impl Call {
             caller: Caller::of(extensions),
             arrived: extensions.get().map_or_else(Instant::now, |&Arrived(arrived)| arrived),
             deadline: extensions.get().map(|&Deadline(deadline)| deadline),
+            in_stream: false,
         }
     }
 }

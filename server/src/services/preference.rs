@@ -72,7 +72,7 @@ async fn answer(
     _room: Option<Room>,
 ) -> Result<v1::ScoreResponse, Status> {
     let request = message?;
-    let call = Call { arrived: std::time::Instant::now(), ..stream };
+    let call = Call { arrived: std::time::Instant::now(), in_stream: true, ..stream };
     let request_id = request.request_id.clone();
     let response = score(&context, request, call).await;
     Ok(response.unwrap_or_else(|error| v1::ScoreResponse {

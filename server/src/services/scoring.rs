@@ -79,7 +79,7 @@ impl Context {
             Some(permit) => permit,
             None => {
                 let (tokens, certain) = self.estimate(&model, &inputs, objective);
-                self.admit(&call, priority, Work::prompt(tokens), certain)?
+                self.admit(&call, priority, Work::prompt(tokens), certain).await?
             }
         };
         let sizes: Vec<Size> = inputs.iter().map(|input| input.as_ref().map_or(Size::default(), Size::of)).collect();
