@@ -28,7 +28,7 @@ use crate::pool::CpuPool;
 use crate::registry::Registry;
 use crate::services::{Context, GenerationService, ModelsService, PreferenceService, TokensService};
 use crate::shutdown::{self, Shutdown};
-use crate::telemetry::events::{ConfigLoaded, Fatal, Listening, OpenToNetwork, Serving};
+use crate::telemetry::events::{ConfigLoaded, Fatal, Listening, OpenToNetwork, Serving, ThreadPanicked};
 use crate::telemetry::{exporter, metrics, tracing};
 
 /// Calls that a client may open and take back before they were looked at: with more of them at a time, its connection
@@ -113,6 +113,8 @@ pub fn run(config: Config) -> ExitCode {
             eprintln!("error: {}", failure.error());
         }
         let _guard = guard?;
+        // The usual hook prints the message, and one about a slice of a text prints the text.
+        std::panic::set_hook(Box::new(|panic| ThreadPanicked { location: panic.location() }.emit()));
         let ended = serve(config).await;
         if let Err(failure) = &ended {
             Fatal { error: failure.error() }.emit();

@@ -279,14 +279,16 @@ mod tests {
         check(&config, Some("c"), &outside, CLIENT);
         let access = Access::load(&config, false).unwrap();
         let name = |key| access.check(Class::Score, Some(key), Some(&outside)).unwrap().unwrap();
-        assert_eq!([name("s"), name("s2"), name("c")].each_ref().map(|name| &**name), ["scorer", "scorer", "api-key-1"]);
+        assert_eq!(
+            [name("s"), name("s2"), name("c")].each_ref().map(|name| &**name),
+            ["scorer", "scorer", "api-key-1"]
+        );
     }
 
     #[test]
     fn a_certificate_counts_where_no_key_is_shown() {
         let verified = config::Access { client_certificates: true, ..keys(&[], &[]) };
-        let (trainer, nobody) =
-            (peer(OUTSIDE, Kind::Public, Some("trainer")), peer(INSIDE, Kind::Public, None));
+        let (trainer, nobody) = (peer(OUTSIDE, Kind::Public, Some("trainer")), peer(INSIDE, Kind::Public, None));
         check(&verified, None, &trainer, CLIENT);
         check(&verified, None, &nobody, NONE);
         check(&verified, Some("wrong"), &trainer, NONE);

@@ -80,12 +80,7 @@ impl Table {
 
 /// Keys from an option and from the lines of a file, named by their place. An empty key would let everybody in who
 /// sends none, and an empty file is a mistake that must not open the server.
-fn plain(
-    given: &[Secret],
-    file: Option<&Path>,
-    name: &str,
-    roles: &[Role],
-) -> Result<Vec<([u8; 32], Grant)>, String> {
+fn plain(given: &[Secret], file: Option<&Path>, name: &str, roles: &[Role]) -> Result<Vec<([u8; 32], Grant)>, String> {
     let mut keys: Vec<String> = given.iter().map(|key| key.reveal().to_owned()).collect();
     if let Some(path) = file {
         let named = |error: &dyn std::fmt::Display| format!("{}: {error}", path.display());

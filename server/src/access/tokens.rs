@@ -116,7 +116,9 @@ fn digest(text: &str) -> Option<[u8; 32]> {
 
 fn instant(datetime: &toml::value::Datetime) -> Result<SystemTime, String> {
     let parsed = OffsetDateTime::parse(&datetime.to_string(), &Rfc3339);
-    parsed.map(SystemTime::from).map_err(|_| "`expires` needs a date, a time and a zone: 2027-01-01T00:00:00Z".to_owned())
+    parsed
+        .map(SystemTime::from)
+        .map_err(|_| "`expires` needs a date, a time and a zone: 2027-01-01T00:00:00Z".to_owned())
 }
 
 #[cfg(test)]

@@ -20,8 +20,8 @@ use tokio::time::{Instant, timeout_at};
 use tokio_stream::Stream;
 use tokio_util::task::AbortOnDropHandle;
 
-pub(crate) use self::connection::{Connection, Peer};
 use self::connection::Io;
+pub(crate) use self::connection::{Connection, Peer};
 use self::tls::Tls;
 use crate::config::Connections;
 use crate::telemetry::events::{ConnectionRefused, ConnectionsChanged};

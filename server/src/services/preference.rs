@@ -10,7 +10,7 @@ use tonic::{Request, Response, Status, Streaming};
 
 use super::input::{self, Objective};
 use super::scoring::{ScoreCall, Scored};
-use super::{CallTimes, Context, rank};
+use super::{CallTimes, Context, limits, rank};
 use crate::error::{Error, Result};
 use crate::layers::trace::record_request_id;
 use crate::registry::Need;
@@ -81,7 +81,9 @@ async fn answer(
 
 async fn score(context: &Context, request: v1::ScoreRequest, times: CallTimes) -> Result<v1::ScoreResponse> {
     let v1::ScoreRequest { model, items, text, objective, per_token, request_id, priority } = request;
+    limits::request_id(&request_id)?;
     record_request_id(&request_id);
+    limits::spec("model", model.as_ref())?;
     context.check_count("items", items.len())?;
     let model = context.registry.resolve(model.as_ref(), Need::Any)?;
     let call = ScoreCall {
@@ -113,9 +115,12 @@ async fn score(context: &Context, request: v1::ScoreRequest, times: CallTimes) -
 
 async fn rank_candidates(context: &Context, request: v1::RankRequest, times: CallTimes) -> Result<v1::RankResponse> {
     let v1::RankRequest { model, prompt, candidates, text, objective, request_id, priority } = request;
+    limits::request_id(&request_id)?;
     record_request_id(&request_id);
+    limits::spec("model", model.as_ref())?;
     context.check_count("candidates", candidates.len())?;
     let prompt = input::text_input(&prompt.unwrap_or_default()).map_err(|error| error.within("prompt"))?;
+    limits::candidates(&prompt, &candidates, context.limits.max_message_bytes)?;
     let model = context.registry.resolve(model.as_ref(), Need::Any)?;
     let call = ScoreCall {
         text: input::render_options(text.as_ref(), model.info.max_input_tokens, context.limits.auto_truncate)?,

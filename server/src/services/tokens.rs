@@ -9,7 +9,7 @@ use rayon::prelude::*;
 use tonic::{Request, Response, Status};
 
 use super::scoring::count;
-use super::{Context, input};
+use super::{Context, input, limits};
 use crate::error::{Error, Result};
 use crate::registry::Need;
 
@@ -29,6 +29,7 @@ impl Tokens for TokensService {
     async fn tokenize(&self, request: Request<v1::TokenizeRequest>) -> Result<Response<v1::TokenizeResponse>, Status> {
         let v1::TokenizeRequest { model, texts, add_special_tokens } = request.into_inner();
         self.context.check_count("texts", texts.len())?;
+        limits::spec("model", model.as_ref())?;
         let model = self.context.registry.resolve(model.as_ref(), Need::Any)?;
         let identity = model.identity();
         let add_special = add_special_tokens.unwrap_or(true);
@@ -48,6 +49,7 @@ impl Tokens for TokensService {
 
     async fn render(&self, request: Request<v1::RenderRequest>) -> Result<Response<v1::RenderResponse>, Status> {
         let v1::RenderRequest { model, input, text, add_generation_prompt } = request.into_inner();
+        limits::spec("model", model.as_ref())?;
         let input = input::text_input(&input.unwrap_or_default()).map_err(|error| error.within("input"))?;
         let model = self.context.registry.resolve(model.as_ref(), Need::Any)?;
         let longest = model.info.max_input_tokens;
