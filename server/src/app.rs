@@ -33,7 +33,7 @@ use crate::record::Recorder;
 use crate::registry::{Registry, Root};
 use crate::services::{Context, GenerationService, ModelsService, PreferenceService, TokensService};
 use crate::shutdown::{self, Shutdown};
-use crate::telemetry::events::{ConfigLoaded, Fatal, Listening, OpenToNetwork, Serving};
+use crate::telemetry::events::{ConfigLoaded, Fatal, Listening, OpenToNetwork, Serving, ThreadPanicked};
 use crate::telemetry::{exporter, metrics, tracing};
 
 /// From the loss of the engine to the end of the process, if it does not come by itself: callers are told within a second.
@@ -128,6 +128,8 @@ pub fn run(config: Config) -> ExitCode {
             eprintln!("error: {}", failure.error());
         }
         let _guard = guard?;
+        // The usual hook prints the message, and one about a slice of a text prints the text.
+        std::panic::set_hook(Box::new(|panic| ThreadPanicked { location: panic.location() }.emit()));
         let ended = serve(config).await;
         if let Err(failure) = &ended {
             Fatal { error: failure.error() }.emit();

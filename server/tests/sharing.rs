@@ -31,10 +31,10 @@ impl Running {
         let server = Server::start(Config::parse([&base[..], &ports, flags].concat()).unwrap()).await.unwrap();
         let endpoint = Endpoint::from_shared(format!("http://{}", server.grpc_address())).unwrap();
         let (stop, stopped) = oneshot::channel::<()>();
-        tokio::spawn(server.run(async move {
+        tokio::spawn(server.run(futures::stream::once(async move {
             let _ = stopped.await;
             "the test"
-        }));
+        })));
         let running = Self { endpoint, _stop: stop };
         let mut client = running.client().await;
         while client.score(items(1, 10)).await.is_err_and(|status| status.code() == Code::Unavailable) {

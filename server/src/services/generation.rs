@@ -16,7 +16,7 @@ use super::sample::{Piece, Sample};
 use super::scoring::{count, timings};
 use super::stop::StopStrings;
 use super::work::{Size, Tokens};
-use super::{Call, Context, input, split_hash, work};
+use super::{Call, Context, input, limits, split_hash, work};
 use crate::admission::{Permit, Work};
 use crate::engine::sampling::{Sampler, SamplingParams};
 use crate::engine::{GenerateJob, JobMeta, Priority};
@@ -25,9 +25,6 @@ use crate::layers::trace::record_request_id;
 use crate::record::Origin;
 use crate::registry::{Need, Served};
 use crate::telemetry::events::{Computed, InputAccepted, Tokenized};
-
-/// Most stop strings, and most banned strings, of a call: each is looked for after every token.
-const MAX_STRINGS: usize = 64;
 
 type Sender = mpsc::Sender<Result<v1::GenerateResponse, Status>>;
 
@@ -77,8 +74,9 @@ struct Plan {
 
 impl Plan {
     fn check(context: &Context, request: v1::GenerateRequest, call: Call, origin: Origin) -> Result<Self> {
+        limits::request_id(&request.request_id)?;
         record_request_id(&request.request_id);
-        let limits = &context.limits;
+        limits::spec("model", request.model.as_ref())?;
         let hash = || split_hash(&request.request_id, &request);
         let n = request.n.unwrap_or(1) as usize;
         context.check_count("n", n)?;
@@ -90,6 +88,7 @@ impl Plan {
                     return Err(Error::invalid("best_of.samples", format!("{samples} are fewer than n, which is {n}")));
                 }
                 context.check_count("best_of.samples", samples)?;
+                limits::spec("best_of.ranker", best_of.ranker.as_ref())?;
                 (Some(context.registry.resolve(best_of.ranker.as_ref(), Need::Preference, hash)?), samples)
             }
         };
@@ -100,14 +99,16 @@ impl Plan {
             return Err(Error::invalid("prompt", "best_of needs text: the ranker has a tokenizer of its own"));
         }
         let stopping = request.stopping.unwrap_or_default();
-        check_strings("stopping.stop_strings", &stopping.stop_strings)?;
-        let max_new_tokens = stopping.max_new_tokens.map_or(limits.default_max_new_tokens, |tokens| tokens as usize);
-        if max_new_tokens == 0 || max_new_tokens > limits.max_new_tokens_limit {
-            let message = format!("{max_new_tokens} is not in 1..={}", limits.max_new_tokens_limit);
+        limits::strings("stopping.stop_strings", &stopping.stop_strings)?;
+        let max_new_tokens =
+            stopping.max_new_tokens.map_or(context.limits.default_max_new_tokens, |tokens| tokens as usize);
+        if max_new_tokens == 0 || max_new_tokens > context.limits.max_new_tokens_limit {
+            let message = format!("{max_new_tokens} is not in 1..={}", context.limits.max_new_tokens_limit);
             return Err(Error::invalid("stopping.max_new_tokens", message));
         }
         let sampling = sampling(request.sampling.unwrap_or_default())?;
-        let mut text = input::render_options(request.text.as_ref(), model.info.max_input_tokens, limits.auto_truncate)?;
+        let mut text =
+            input::render_options(request.text.as_ref(), model.info.max_input_tokens, context.limits.auto_truncate)?;
         // Truncation makes room for the new tokens. Without it, a long prompt leaves less room than was asked for.
         let reserved = if text.truncation == Truncation::Refuse { 1 } else { max_new_tokens };
         text.max_tokens.get_or_insert(model.info.max_input_tokens.saturating_sub(reserved).max(1));
@@ -150,7 +151,7 @@ fn ranking_record(context: &Context, request: &v1::GenerateRequest) -> Option<v1
 }
 
 fn sampling(wire: v1::Sampling) -> Result<SamplingParams> {
-    check_strings("sampling.banned_strings", &wire.banned_strings)?;
+    limits::strings("sampling.banned_strings", &wire.banned_strings)?;
     let params = SamplingParams {
         repetition_penalty: wire.repetition_penalty.unwrap_or(1.0),
         banned_strings: wire.banned_strings,
@@ -162,16 +163,6 @@ fn sampling(wire: v1::Sampling) -> Result<SamplingParams> {
     };
     params.check()?;
     Ok(params)
-}
-
-fn check_strings(field: &str, strings: &[String]) -> Result<()> {
-    if strings.len() > MAX_STRINGS {
-        return Err(Error::invalid(field, format!("{} are given, {MAX_STRINGS} are allowed", strings.len())));
-    }
-    match strings.iter().position(String::is_empty) {
-        Some(i) => Err(Error::invalid(format!("{field}[{i}]"), "is empty")),
-        None => Ok(()),
-    }
 }
 
 /// The seed of a sample: samples of a call differ, and the first ones stay the same if more are asked for (SplitMix64,
@@ -382,13 +373,5 @@ mod tests {
         assert_eq!(distinct.len(), 100);
         assert_ne!(seed_of(7, 1), seed_of(8, 0), "neighbouring seeds share no samples");
         assert_eq!(seed_of(0, 1), 0xe220_a839_7b1d_cdaf, "the reference's first number");
-    }
-
-    #[test]
-    fn strings_are_bounded_and_not_empty() {
-        assert!(check_strings("stops", &["a".to_owned()]).is_ok());
-        let error = check_strings("stops", &["a".to_owned(), String::new()]).unwrap_err();
-        assert!(matches!(error, Error::InvalidArgument { field, .. } if field == "stops[1]"));
-        assert!(check_strings("stops", &vec!["a".to_owned(); MAX_STRINGS + 1]).is_err());
     }
 }

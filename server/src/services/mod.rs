@@ -6,6 +6,7 @@
 mod best_of;
 mod generation;
 mod input;
+pub(crate) mod limits;
 mod models;
 mod preference;
 mod rank;

@@ -10,7 +10,7 @@ use tonic::{Request, Response, Status, Streaming};
 
 use super::input::{self, Objective};
 use super::scoring::{ScoreCall, Scored};
-use super::{Call, Context, rank, split_hash};
+use super::{Call, Context, limits, rank, split_hash};
 use crate::error::{Error, Result};
 use crate::layers::inflow::{Received, Room};
 use crate::layers::trace::record_request_id;
@@ -102,6 +102,8 @@ async fn score(context: &Context, request: v1::ScoreRequest, call: Call, origin:
 
 async fn score_items(context: &Context, request: &v1::ScoreRequest, call: Call) -> Result<v1::ScoreResponse> {
     let v1::ScoreRequest { model, items, text, objective, per_token, request_id, priority } = request;
+    limits::request_id(request_id)?;
+    limits::spec("model", model.as_ref())?;
     context.check_count("items", items.len())?;
     let model = context.registry.resolve(model.as_ref(), Need::Any, || split_hash(request_id, request))?;
     let work = ScoreCall {
@@ -134,9 +136,12 @@ async fn score_items(context: &Context, request: &v1::ScoreRequest, call: Call) 
 
 async fn rank_candidates(context: &Context, request: &v1::RankRequest, call: Call) -> Result<v1::RankResponse> {
     let v1::RankRequest { model, prompt, candidates, text, objective, request_id, priority } = request;
+    limits::request_id(request_id)?;
+    limits::spec("model", model.as_ref())?;
     context.check_count("candidates", candidates.len())?;
     let prompt =
         input::text_input(prompt.as_ref().unwrap_or(&v1::Input::default())).map_err(|error| error.within("prompt"))?;
+    limits::candidates(&prompt, candidates, context.limits.max_message_bytes)?;
     let model = context.registry.resolve(model.as_ref(), Need::Any, || split_hash(request_id, request))?;
     let work = ScoreCall {
         text: input::render_options(text.as_ref(), model.info.max_input_tokens, context.limits.auto_truncate)?,

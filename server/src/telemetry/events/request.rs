@@ -59,7 +59,7 @@ pub struct Rejected<'a> {
 impl Rejected<'_> {
     /// Logs and counts it.
     pub fn emit(self) {
-        debug!(target: "plumb::request", error = %self.error, "rejected");
+        debug!(target: "plumb::request", error = self.error.for_logs(), "rejected");
         counter!(names::REJECTIONS.name, "reason" => self.error.reason()).increment(1);
     }
 }
@@ -149,7 +149,7 @@ impl ItemFailed<'_> {
     pub fn emit(self) {
         let Self { model, version, error } = self;
         let code = code_name(error.code());
-        debug!(target: "plumb::request", model, version, code, %error, "item failed");
+        debug!(target: "plumb::request", model, version, code, error = error.for_logs(), "item failed");
         if matches!(error, Error::NonFinite { .. }) {
             warn!(target: "plumb::request", model, version, %error, "the model computes no number");
             counter!(names::NON_FINITE.name, "model" => model.to_owned(), "version" => version.to_string())
