@@ -130,28 +130,37 @@ pub(crate) fn damaged(published: &Path, to: &Path, damage: Damage) -> Result<()>
     }
 }
 
-/// Gives the model a vocabulary whose embedding takes more than the memory that is free, most of it a hole in the file.
+/// Gives the model a feed-forward width with which it takes more than the memory that is free, most of it a hole in the
+/// file.
 fn inflate(folder: &Path) -> Result<()> {
     let tensors = read(folder)?;
-    let embedding = tensors.get(EMBEDDING).context(EMBEDDING)?;
-    let row = embedding.bytes.len() / embedding.shape.first().copied().unwrap_or(1).max(1);
-    let rows = free_memory()? * 5 / 4 / row;
-    edit_json(&folder.join("config.json"), |config| config["vocab_size"] = rows.into())?;
+    let is_wide = |name: &str| name.contains(".mlp.");
+    let wide = tensors.iter().filter(|(name, _)| is_wide(name));
+    let narrow = |tensor: &Stored| tensor.shape.iter().copied().min().unwrap_or(1);
+    let bytes_of_one = wide.map(|(_, tensor)| narrow(tensor) * tensor.dtype.bitsize() / 8).sum::<usize>().max(1);
+    let width = free_memory()? * 5 / 4 / bytes_of_one;
+    edit_json(&folder.join("config.json"), |config| config["intermediate_size"] = width.into())?;
     let mut header = serde_json::Map::new();
     let mut data = Vec::new();
-    for (name, tensor) in tensors.iter().filter(|(name, _)| *name != EMBEDDING) {
+    for (name, tensor) in tensors.iter().filter(|(name, _)| !is_wide(name)) {
         let begin = data.len();
         data.extend_from_slice(&tensor.bytes);
         header.insert(name.clone(), entry(tensor.dtype, &tensor.shape, begin, data.len())?);
     }
-    let shape = [&[rows], &embedding.shape[1..]].concat();
-    header.insert(EMBEDDING.to_owned(), entry(embedding.dtype, &shape, data.len(), data.len() + rows * row)?);
+    let mut end = data.len();
+    for (name, tensor) in tensors.iter().filter(|(name, _)| is_wide(name)) {
+        let hidden = narrow(tensor);
+        let shape: Vec<usize> = tensor.shape.iter().map(|&n| if n == hidden { hidden } else { width }).collect();
+        let begin = end;
+        end += hidden * width * tensor.dtype.bitsize() / 8;
+        header.insert(name.clone(), entry(tensor.dtype, &shape, begin, end)?);
+    }
     let header = serde_json::to_vec(&header)?;
     let mut file = File::create(folder.join(WEIGHTS))?;
     file.write_all(&(header.len() as u64).to_le_bytes())?;
     file.write_all(&header)?;
     file.write_all(&data)?;
-    Ok(file.set_len((8 + header.len() + data.len() + rows * row) as u64)?)
+    Ok(file.set_len((8 + header.len() + end) as u64)?)
 }
 
 fn entry(dtype: Dtype, shape: &[usize], begin: usize, end: usize) -> Result<Value> {

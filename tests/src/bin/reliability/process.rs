@@ -39,15 +39,6 @@ impl Held {
     }
 }
 
-/// Seconds of processor time that a process has taken.
-pub(crate) fn processor_seconds(pid: u32) -> Result<f64> {
-    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).context("the process has ended")?;
-    // The name in parentheses may hold spaces; utime and stime are the 14th and 15th field, in clock ticks.
-    let after = stat.rsplit_once(')').map_or("", |(_, after)| after);
-    let ticks = after.split_whitespace().skip(11).take(2).map(|field| field.parse::<f64>().unwrap_or_default());
-    Ok(ticks.sum::<f64>() / rustix::param::clock_ticks_per_second() as f64)
-}
-
 /// Sends SIGTERM.
 pub(crate) fn terminate(pid: u32) -> Result<()> {
     signal(pid, Signal::TERM)

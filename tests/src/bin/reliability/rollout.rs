@@ -79,12 +79,7 @@ impl Rollout {
         }
     }
 
-    /// The newest version of a model: 0 is the preference model, 1 the language model.
-    pub(crate) fn version(&self, index: usize) -> u64 {
-        self.models[index].version
-    }
-
-    /// Swaps a model for its next variant; answers the time from the request for the new version to the end of the old.
+    /// Swaps a model, 0 the preference and 1 the language model, for its next variant; answers the time from the request for the new version to the end of the old.
     pub(crate) async fn swap(&mut self, client: &Client, index: usize) -> Result<Window> {
         let from = Instant::now();
         let model = &self.models[index];
@@ -109,7 +104,7 @@ impl Rollout {
     }
 
     /// Which variant a version is.
-    pub(crate) fn variant(&self, index: usize, version: u64) -> usize {
+    fn variant(&self, index: usize, version: u64) -> usize {
         (version as usize - 1) % self.models[index].variants.len()
     }
 

@@ -89,6 +89,9 @@ impl Experiment for FailedLoads {
             reconnect_after: None,
             seed: context.seed,
         };
+        // Connected before and after.
+        let client = server.client()?;
+        client.list_models().await?;
         // Memory that the load alone takes is taken once.
         let warming = load.start(self.mix());
         context.pause(context.or_quick(Duration::from_secs(5), Duration::from_millis(500))).await;
@@ -98,7 +101,7 @@ impl Experiment for FailedLoads {
         let before = server.held()?;
 
         let running = load.start(self.mix());
-        let seen = self.fail_all(context, &server.client()?, &sources, &faults).await?;
+        let seen = self.fail_all(context, &client, &sources, &faults).await?;
         running.stop().await?;
         context.pause(idle).await;
         let after = server.held()?;

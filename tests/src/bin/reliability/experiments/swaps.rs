@@ -101,6 +101,9 @@ impl Swaps {
     async fn phase(&self, context: &Context, cast: &Cast, way: Way, flags: &str, swaps: usize) -> Result<Phase> {
         let (mut rollout, server) = Rollout::start(context, cast, way, flags, None).await?;
         let log = Arc::new(Log::default());
+        // Connected before and after.
+        let client = server.client()?;
+        client.list_models().await?;
         let load = Load {
             url: server.url(),
             retry: RetryPolicy::none(),
@@ -116,7 +119,6 @@ impl Swaps {
         let before = idle(context, &server).await?;
         log.drain();
 
-        let client = server.client()?;
         let (began, busy) = (Instant::now(), busy_seconds(&server).await?);
         let running = load.start(self.mix());
         context.begin(swaps as u64, "swaps");
