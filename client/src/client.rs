@@ -177,6 +177,16 @@ impl Client {
         Ok(self.call(true, request, |c, r| async move { models(c).set_label(r).await }).await?.model)
     }
 
+    /// Splits the calls of a model that name neither version nor label between labels, by weight; no shares end the split.
+    pub async fn set_traffic(
+        &self,
+        name: impl Into<String>,
+        shares: Vec<v1::TrafficShare>,
+    ) -> Result<Vec<v1::ModelStatus>, Error> {
+        let request = v1::SetTrafficRequest { name: name.into(), shares };
+        Ok(self.call(true, request, |c, r| async move { models(c).set_traffic(r).await }).await?.models)
+    }
+
     /// Streams the present state of every version of a model (empty: of all), then every change, without a deadline.
     pub async fn watch_models(&self, name: impl Into<String>) -> Result<Answers<v1::WatchModelsResponse>, Error> {
         let request = v1::WatchModelsRequest { name: name.into() };

@@ -43,6 +43,9 @@ pub use client::{Client, SERVICES};
 pub use error::{CallError, Error, FieldViolation, ItemFailure, reward, score};
 pub use input::{conversation, dialogue, text};
 pub use options::{ApiKey, ClientOptions};
+/// The format of recorded calls.
+#[cfg(feature = "cli")]
+pub use plumb_proto::record;
 /// The messages of package `plumb.v1`, and the names of status codes.
 pub use plumb_proto::{code_name, v1};
 pub use retry::{Failure, RetryPolicy};

@@ -2,6 +2,8 @@
 //!
 //! The linear layers' throughput in elements per second is multiply-adds; twice that is FLOP/s.
 
+#![expect(clippy::unwrap_used, reason = "a benchmark without memory ends")]
+
 use std::hint::black_box;
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
@@ -28,7 +30,7 @@ fn values<E: Element>(n: usize) -> Vec<E> {
 }
 
 fn layer<E: Element>(outputs: usize, inputs: usize) -> Linear<E> {
-    Linear::new(&[Matrix { weights: Rows::Plain(&values(outputs * inputs)), bias: None }], inputs)
+    Linear::new(&[Matrix { weights: Rows::Plain(&values(outputs * inputs)), bias: None }], inputs).unwrap()
 }
 
 /// What the machine can do at most, on all threads: the matrix kernel over operands that stay in the caches of a core, and
@@ -49,7 +51,7 @@ fn limits(c: &mut Criterion) {
         });
     });
     // Far more than any cache holds; written, since zeros that nobody has written all lie in the same page.
-    let mut words = Buffer::<u64>::zeros(1 << 26);
+    let mut words = Buffer::<u64>::zeros(1 << 26).unwrap();
     words.fill(1);
     group.throughput(Throughput::Bytes(size_of_val(&*words) as u64));
     group.bench_function("reads", |b| {
@@ -108,7 +110,7 @@ fn quantised(c: &mut Criterion) {
             scales: vec![1.0 / 512.0; outputs * inputs / 32],
             offsets: vec![-1.0 / 64.0; offsets],
         };
-        let layer = Linear::<bf16>::new(&[Matrix { weights: Rows::Quantised(&rows), bias: None }], inputs);
+        let layer = Linear::<bf16>::new(&[Matrix { weights: Rows::Quantised(&rows), bias: None }], inputs).unwrap();
         for rows in [1, 16, 512] {
             let x = values::<bf16>(rows * inputs);
             let mut out = vec![0.0; rows * outputs];
@@ -123,7 +125,7 @@ fn quantised(c: &mut Criterion) {
 fn gated(c: &mut Criterion) {
     let weights = values::<bf16>(INNER * HIDDEN);
     let part = Matrix { weights: Rows::Plain(&weights), bias: None };
-    let layer = Activated::new(Activation::Silu, part, HIDDEN, Some(part));
+    let layer = Activated::new(Activation::Silu, part, HIDDEN, Some(part)).unwrap();
     let mut group = c.benchmark_group("gated/bf16");
     for rows in [1, 16, 512, 4096] {
         let x = values::<bf16>(rows * HIDDEN);
@@ -149,7 +151,7 @@ fn attend<E: Element>(c: &mut Criterion) {
     for (tokens, before) in [(256, 0), (2048, 0), (1, 6000)] {
         let total: usize = tokens + before;
         let pages: Vec<u32> = (0..total.div_ceil(PAGE) as u32).collect();
-        let mut kv = KvPages::<E>::new(1, KV_HEADS, HEAD_DIM, pages.len());
+        let mut kv = KvPages::<E>::new(1, KV_HEADS, HEAD_DIM, pages.len()).unwrap();
         let rotary = Rotary::new(&[0.1; HEAD_DIM / 2], total);
         let how = Prepare { heads: HEADS, head_dim: HEAD_DIM, q_norm: None, k_norm: None, rotary: &rotary };
         let width = (HEADS + 2 * KV_HEADS) * HEAD_DIM;

@@ -174,7 +174,7 @@ mod tests {
         let x: Vec<f32> = (0..rows * inputs).map(|i| (i * 31 % 89) as f32 / 44.0 - 1.0).collect();
         let targets: Vec<u32> = (0..rows).map(|r| (r * 37 % vocabulary) as u32).collect();
         let plain: Vec<f32> = weights.iter().map(|w| w.to_f32()).collect();
-        let head = Linear::new(&[Matrix { weights: Weights::Plain(&weights), bias: None }], inputs);
+        let head = Linear::new(&[Matrix { weights: Weights::Plain(&weights), bias: None }], inputs).unwrap();
         let found = token_log_probs(&head, softcap, &x, &targets);
         let mut logits = reference::linear(&x, &plain, None, inputs);
         if let Some(cap) = softcap {
@@ -201,7 +201,7 @@ mod tests {
         let (vocabulary, inputs, rows, count) = (1000, 6, ROWS + 3, 7);
         let weights: Vec<f32> = (0..vocabulary * inputs).map(|i| (i * 7919 % 1013) as f32 / 506.0 - 1.0).collect();
         let x: Vec<f32> = (0..rows * inputs).map(|i| (i * 31 % 89) as f32 / 44.0 - 1.0).collect();
-        let head = Linear::new(&[Matrix { weights: Weights::Plain(&weights), bias: None }], inputs);
+        let head = Linear::new(&[Matrix { weights: Weights::Plain(&weights), bias: None }], inputs).unwrap();
         for softcap in [None, Some(0.5)] {
             let (ids, log_probs) = top_log_probs(&head, softcap, &x, count);
             let mut logits = reference::linear(&x, &weights, None, inputs);

@@ -5,12 +5,12 @@ use std::ops::Range;
 use crate::activation::Activation;
 use crate::element::{Element, round};
 use crate::gemm::{LANES, Tile};
-use crate::memory::{Buffer, carve, carved, with_scratch};
+use crate::memory::{Buffer, OutOfMemory, carve, carved, with_scratch};
 use crate::parallel::{self, Shared, for_each_piece};
 use crate::quantised::{QuantPanels, QuantRows};
 
 /// Outputs that a packed panel holds: four vectors, so that six rows fill the registers.
-pub(crate) const PANEL: usize = 4 * LANES;
+pub const PANEL: usize = 4 * LANES;
 /// Most rows of the input that stay in the second-level cache while the weights stream by.
 const BLOCK_ROWS: usize = 96;
 /// Rows that the kernel takes at a time.
@@ -84,14 +84,17 @@ pub enum Store {
 impl<E: Element> Linear<E> {
     /// A layer of matrices on top of one another. It is held quantised if all of them are.
     ///
+    /// # Errors
+    /// If there is no memory for it.
+    ///
     /// # Panics
     /// If rows are not whole, a bias has another length than its rows, or `inputs` is odd and the element is bf16.
-    pub fn new(parts: &[Matrix<'_, E>], inputs: usize) -> Self {
+    pub fn new(parts: &[Matrix<'_, E>], inputs: usize) -> Result<Self, OutOfMemory> {
         Self::stack(parts, inputs, 1)
     }
 
     /// As [`Linear::new`], with each part filled up to a multiple of `align` outputs.
-    fn stack(parts: &[Matrix<'_, E>], inputs: usize, align: usize) -> Self {
+    fn stack(parts: &[Matrix<'_, E>], inputs: usize, align: usize) -> Result<Self, OutOfMemory> {
         assert!(inputs.is_multiple_of(E::PAIR), "an odd number of inputs: {inputs}");
         let outputs = parts.iter().map(|part| part.weights.len(inputs).next_multiple_of(align)).sum();
         let quantised: Vec<&QuantRows> = parts
@@ -102,8 +105,8 @@ impl<E: Element> Linear<E> {
             })
             .collect();
         let weights = match quantised.len() == parts.len() {
-            true => Weights::Quantised(QuantPanels::new(&quantised, inputs, align)),
-            false => Weights::Plain(pack(parts, inputs, outputs, align)),
+            true => Weights::Quantised(QuantPanels::new(&quantised, inputs, align)?),
+            false => Weights::Plain(pack(parts, inputs, outputs, align)?),
         };
         let mut bias = Vec::new();
         if parts.iter().any(|part| part.bias.is_some()) {
@@ -114,12 +117,18 @@ impl<E: Element> Linear<E> {
                 bias.resize(start + rows.next_multiple_of(align), 0.0);
             }
         }
-        Self { outputs, inputs, weights, bias: (!bias.is_empty()).then_some(bias) }
+        Ok(Self { outputs, inputs, weights, bias: (!bias.is_empty()).then_some(bias) })
     }
 
     /// A layer without inputs and outputs, to be filled.
     pub fn empty() -> Self {
-        Self { outputs: 0, inputs: 0, weights: Weights::Plain(Buffer::zeros(0)), bias: None }
+        let weights = Buffer::zeros(0).unwrap_or_else(|error| error.abort());
+        Self { outputs: 0, inputs: 0, weights: Weights::Plain(weights), bias: None }
+    }
+
+    /// Bytes that weights `[outputs, inputs]` take in panels.
+    pub fn packed_bytes(outputs: usize, inputs: usize) -> usize {
+        outputs.next_multiple_of(PANEL) * inputs * size_of::<E>()
     }
 
     /// Takes new weights `rows[_, inputs]` for the outputs from `first` on.
@@ -186,7 +195,7 @@ impl<E: Element> Linear<E> {
         (self.inputs, self.outputs, self.bias) = (inputs, outputs, None);
         let needed = outputs.next_multiple_of(PANEL) * inputs;
         if !matches!(&self.weights, Weights::Plain(packed) if packed.len() >= needed) {
-            self.weights = Weights::Plain(Buffer::zeros(needed));
+            self.weights = Weights::Plain(Buffer::zeros(needed).unwrap_or_else(|error| error.abort()));
         }
         let Weights::Plain(packed) = &mut self.weights else { return };
         let shared = Shared::new(packed);
@@ -344,8 +353,13 @@ impl<E: Element> Linear<E> {
 }
 
 /// Packs rows into panels, one part after the other.
-fn pack<E: Element>(parts: &[Matrix<'_, E>], inputs: usize, outputs: usize, align: usize) -> Buffer<E> {
-    let mut packed = Buffer::<E>::zeros(outputs.next_multiple_of(PANEL) * inputs);
+fn pack<E: Element>(
+    parts: &[Matrix<'_, E>],
+    inputs: usize,
+    outputs: usize,
+    align: usize,
+) -> Result<Buffer<E>, OutOfMemory> {
+    let mut packed = Buffer::<E>::zeros(outputs.next_multiple_of(PANEL) * inputs)?;
     let mut first = 0;
     for part in parts {
         let expanded;
@@ -366,7 +380,7 @@ fn pack<E: Element>(parts: &[Matrix<'_, E>], inputs: usize, outputs: usize, alig
         }
         first += (rows.len() / inputs).next_multiple_of(align);
     }
-    packed
+    Ok(packed)
 }
 
 /// Calls `f` for blocks of rows and columns that together are all of them, on all threads.
@@ -424,12 +438,20 @@ pub struct Kept<'a, E> {
 impl<E: Element> Activated<E> {
     /// A layer of the rows `[outputs, inputs]`, with their biases.
     ///
+    /// # Errors
+    /// If there is no memory for it.
+    ///
     /// # Panics
     /// If the shapes do not fit.
-    pub fn new(activation: Activation, rows: Matrix<'_, E>, inputs: usize, gate: Option<Matrix<'_, E>>) -> Self {
+    pub fn new(
+        activation: Activation,
+        rows: Matrix<'_, E>,
+        inputs: usize,
+        gate: Option<Matrix<'_, E>>,
+    ) -> Result<Self, OutOfMemory> {
         let parts: Vec<_> = gate.into_iter().chain([rows]).collect();
-        let linear = Linear::stack(&parts, inputs, PANEL);
-        Self { linear, activation, outputs: rows.weights.len(inputs), gated: gate.is_some() }
+        let linear = Linear::stack(&parts, inputs, PANEL)?;
+        Ok(Self { linear, activation, outputs: rows.weights.len(inputs), gated: gate.is_some() })
     }
 
     /// Number of outputs.
@@ -573,7 +595,7 @@ mod tests {
         let (first, second) = weights.split_at(outputs / 3 * inputs);
         let (first_bias, second_bias) = bias.split_at(outputs / 3);
         let part = |weights, bias| Matrix { weights: Rows::Plain(weights), bias: Some(bias) };
-        let layer = Linear::new(&[part(first, first_bias), part(second, second_bias)], inputs);
+        let layer = Linear::new(&[part(first, first_bias), part(second, second_bias)], inputs).unwrap();
         let x = values::<E>(rows * inputs, 2);
         let mut out = vec![1.0; rows * outputs];
         layer.forward(&x, &mut out, Store::Add);
@@ -625,12 +647,12 @@ mod tests {
             [part(Rows::Plain(&expanded[0]), Some(&bias[..])), part(Rows::Quantised(&parts[1]), None)],
         ];
         let results = layers.map(|parts| {
-            let layer = Linear::new(&parts, inputs);
+            let layer = Linear::new(&parts, inputs).unwrap();
             let mut out = vec![0.0; rows * layer.outputs()];
             layer.forward(&x, &mut out, Store::Set);
             let mut exact = out.clone();
             layer.forward_f32(&values::<f32>(rows * inputs, 3), &mut exact, Store::Add);
-            let activated = Activated::new(Activation::Silu, parts[0], inputs, Some(parts[0]));
+            let activated = Activated::new(Activation::Silu, parts[0], inputs, Some(parts[0])).unwrap();
             let mut gated = vec![E::default(); rows * activated.outputs()];
             activated.forward(&x, &mut gated, None);
             (out, exact, gated)

@@ -27,19 +27,52 @@ pub struct Buffer<T> {
     numbers: PhantomData<T>,
 }
 
+/// The system has no memory for an array.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct OutOfMemory {
+    /// Bytes that were asked for.
+    pub bytes: usize,
+}
+
+impl OutOfMemory {
+    /// Ends the process, as a vector does that cannot grow: for what cannot do without.
+    pub fn abort(self) -> ! {
+        handle_alloc_error(Layout::from_size_align(self.bytes, 1).unwrap_or_else(|_| Layout::new::<u8>()))
+    }
+}
+
+impl fmt::Display for OutOfMemory {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "the system has no memory for an array of {} bytes", self.bytes)
+    }
+}
+
+impl std::error::Error for OutOfMemory {}
+
 impl<T: Pod> Buffer<T> {
     /// `len` zeros.
-    pub fn zeros(len: usize) -> Self {
+    ///
+    /// # Errors
+    /// If the system does not map so much: whoever asks may do without, as a server without another model.
+    pub fn zeros(len: usize) -> Result<Self, OutOfMemory> {
         // The last mapping, and how much of it is given out.
         static LAST: Mutex<Option<(Arc<MmapRaw>, usize)>> = Mutex::new(None);
-        let bytes = carved::<T>(len);
+        let bytes = len.checked_mul(size_of::<T>()).and_then(|bytes| bytes.checked_next_multiple_of(size_of::<Line>()));
+        let bytes = bytes.ok_or(OutOfMemory { bytes: usize::MAX })?;
         let mut last = LAST.lock().unwrap_or_else(PoisonError::into_inner);
         let (map, offset) = match last.take() {
             Some((map, used)) if bytes <= map.len() - used => (map, used),
-            _ => (Arc::new(map(bytes.max(MAPPING))), 0),
+            // What is left of the last one may do for the next array.
+            other => match map(bytes.max(MAPPING)) {
+                Some(map) => (Arc::new(map), 0),
+                None => {
+                    *last = other;
+                    return Err(OutOfMemory { bytes });
+                }
+            },
         };
         *last = Some((Arc::clone(&map), offset + bytes));
-        Self { map, offset, len, numbers: PhantomData }
+        Ok(Self { map, offset, len, numbers: PhantomData })
     }
 
     /// Takes all the memory from the system now, where it can be told to: nobody has to wait for a page later.
@@ -52,15 +85,12 @@ impl<T: Pod> Buffer<T> {
     }
 }
 
-fn map(bytes: usize) -> MmapRaw {
-    let Ok(map) = MmapMut::map_anon(bytes) else {
-        // As every other allocation that fails.
-        handle_alloc_error(Layout::from_size_align(bytes, 1).unwrap_or_else(|_| Layout::new::<u8>()));
-    };
+fn map(bytes: usize) -> Option<MmapRaw> {
+    let map = MmapMut::map_anon(bytes).ok()?;
     #[cfg(target_os = "linux")]
     // A kernel without huge pages refuses; small ones do as well, only slower.
     drop(map.advise(memmap2::Advice::HugePage));
-    map.into()
+    Some(map.into())
 }
 
 impl<T: Pod> Deref for Buffer<T> {
@@ -101,6 +131,28 @@ impl<T> Drop for Buffer<T> {
 impl<T> fmt::Debug for Buffer<T> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Buffer").field("len", &self.len).finish_non_exhaustive()
+    }
+}
+
+/// Makes the allocator map every array of a MiB or more by itself, so that the system has it back as soon as it is freed.
+///
+/// Left alone, glibc takes the size of what was freed for a sign that as much will be wanted again, up to 32 MiB, and
+/// keeps it: after models of 120 MiB had been loaded and dropped, 130 to 180 MiB were still resident, and 13 MiB with
+/// this. Buffers that are used again and again are kept by those who use them.
+pub fn return_large_arrays() {
+    #[cfg(all(target_os = "linux", target_env = "gnu"))]
+    {
+        static ONCE: std::sync::Once = std::sync::Once::new();
+        const LARGE: libc::c_int = 1 << 20;
+        ONCE.call_once(|| {
+            // SAFETY: sets two numbers under the allocator's lock, and may be called at any time. What is refused leaves
+            // them as they were.
+            unsafe {
+                libc::mallopt(libc::M_MMAP_THRESHOLD, LARGE);
+                // Otherwise 128 KiB from now on, and small arrays would go back and forth.
+                libc::mallopt(libc::M_TRIM_THRESHOLD, 2 * LARGE);
+            }
+        });
     }
 }
 
@@ -157,7 +209,7 @@ mod tests {
     use half::bf16;
 
     fn check<T: Pod + PartialEq + fmt::Debug>(len: usize, one: T) {
-        let mut buffer = Buffer::<T>::zeros(len);
+        let mut buffer = Buffer::<T>::zeros(len).unwrap();
         assert_eq!(buffer.len(), len);
         assert!(buffer.iter().all(|x| *x == T::zeroed()));
         buffer.fill(one);
@@ -167,7 +219,7 @@ mod tests {
 
     #[test]
     fn buffers_do_not_overlap() {
-        let mut buffers: Vec<_> = (0..50).map(|i| Buffer::<u32>::zeros(i * 40_000).populated()).collect();
+        let mut buffers: Vec<_> = (0..50).map(|i| Buffer::<u32>::zeros(i * 40_000).unwrap().populated()).collect();
         for (i, buffer) in buffers.iter_mut().enumerate() {
             assert!(buffer.iter().all(|x| *x == 0));
             buffer.fill(i as u32 + 1);
@@ -191,7 +243,7 @@ mod tests {
     #[cfg(target_os = "linux")]
     fn memory_goes_back_although_a_neighbour_stays() {
         const PAGES: usize = 1000;
-        let [mut first, mut large, mut last] = [1000, PAGES * 4096, 1000].map(Buffer::<u8>::zeros);
+        let [mut first, mut large, mut last] = [1000, PAGES * 4096, 1000].map(|len| Buffer::<u8>::zeros(len).unwrap());
         large.fill(1);
         let start = large.as_ptr().addr().div_ceil(4096);
         let pages = start..start + PAGES - 1;
@@ -201,6 +253,15 @@ mod tests {
         first.fill(1);
         last.fill(2);
         assert!(first.iter().all(|x| *x == 1) && last.iter().all(|x| *x == 2));
+    }
+
+    #[test]
+    fn what_the_system_does_not_have_is_an_error() {
+        for len in [usize::MAX / 4, usize::MAX / 4 + 1, 1 << 60] {
+            let error = Buffer::<u32>::zeros(len).unwrap_err();
+            assert!(error.bytes >= 1 << 60 && error.to_string().contains("no memory"), "{len}: {error}");
+        }
+        check::<u32>(1000, 1);
     }
 
     #[test]

@@ -10,7 +10,7 @@ use half::f16;
 use crate::Element;
 use crate::gemm::LANES;
 use crate::linear::PANEL;
-use crate::memory::Buffer;
+use crate::memory::{Buffer, OutOfMemory};
 use crate::simd::vectorised;
 
 /// Inputs whose codes lie in one 32-bit word: eight of four bits, or four of eight.
@@ -78,6 +78,31 @@ impl QuantRows {
     }
 }
 
+/// What is known of rows of quantised weights before they are read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Described {
+    /// Inputs that share a scale: 16 or 32.
+    pub group: usize,
+    /// All codes are in 0 to 15, or all in -8 to 7.
+    pub nibbles: bool,
+    /// Scales and offsets are exact as f16.
+    pub half_scales: bool,
+    /// There are offsets.
+    pub offsets: bool,
+}
+
+/// Bytes that rows `[_, inputs]` of these descriptions take as one matrix, `outputs` with what fills up its parts. What
+/// the weights turn out to be can only make it less.
+pub fn packed_bytes(parts: &[Described], outputs: usize, inputs: usize) -> usize {
+    let form = Form {
+        group: parts.iter().map(|part| part.group).min().unwrap_or(32),
+        nibbles_from: parts.iter().all(|part| part.nibbles).then_some(0),
+        half_scales: parts.iter().all(|part| part.half_scales),
+        offsets: parts.iter().any(|part| part.offsets),
+    };
+    form.panel_bytes(outputs, inputs)
+}
+
 /// How codes, scales and offsets are held: the narrowest form that holds all parts of a matrix exactly.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Form {
@@ -116,6 +141,11 @@ impl Form {
         (1 + usize::from(self.offsets)) * PANEL * self.scale_bytes() + self.code_bytes()
     }
 
+    /// Bytes of all panels of so many rows.
+    fn panel_bytes(self, rows: usize, inputs: usize) -> usize {
+        rows.div_ceil(PANEL) * (inputs / self.group) * self.bytes()
+    }
+
     /// Where a group's codes begin.
     fn codes_at(self) -> usize {
         self.bytes() - self.code_bytes()
@@ -134,19 +164,19 @@ pub(crate) struct QuantPanels {
 
 impl QuantPanels {
     /// The rows of all parts on top of one another; each part but the last is filled up to `align` outputs.
-    pub(crate) fn new(parts: &[&QuantRows], inputs: usize, align: usize) -> Self {
+    pub(crate) fn new(parts: &[&QuantRows], inputs: usize, align: usize) -> Result<Self, OutOfMemory> {
         parts.iter().for_each(|part| part.check());
         assert!(parts.iter().all(|part| part.inputs == inputs), "parts of different widths");
         let form = Form::of(parts);
         let rows: usize = parts.iter().map(|part| part.rows().next_multiple_of(align)).sum();
-        let bytes = Buffer::zeros(rows.div_ceil(PANEL) * (inputs / form.group) * form.bytes());
+        let bytes = Buffer::zeros(form.panel_bytes(rows, inputs))?;
         let mut panels = Self { form, inputs, bytes };
         let mut first = 0;
         for part in parts {
             (0..part.rows()).for_each(|row| panels.put(first + row, part, row));
             first += part.rows().next_multiple_of(align);
         }
-        panels
+        Ok(panels)
     }
 
     /// Stores a row of a part as an output.
@@ -408,7 +438,7 @@ pub(crate) mod tests {
     }
 
     fn check<E: Element>(parts: &[&QuantRows], inputs: usize, align: usize) {
-        let panels = QuantPanels::new(parts, inputs, align);
+        let panels = QuantPanels::new(parts, inputs, align).unwrap();
         let mut output = 0;
         for part in parts {
             let expected = part.expand::<E>();

@@ -39,9 +39,10 @@ impl Bench {
             hhh: Arc::default(),
             max_input_tokens: None,
             kv_cache_bytes: 1 << 30,
+            background: Default::default(),
         };
         let model = LoadedModel::load(&source, &options).unwrap();
-        Self { kv: model.decoder.kv_store(model.kv_pages), workspace: model.decoder.workspace(), model }
+        Self { kv: model.decoder.kv_store(model.kv_pages).unwrap(), workspace: model.decoder.workspace(), model }
     }
 
     fn step(&mut self, shape: Shape) {

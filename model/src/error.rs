@@ -2,6 +2,8 @@
 
 use std::path::PathBuf;
 
+use plumb_kernels::memory::OutOfMemory;
+
 /// What can go wrong between a source and a number.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -51,7 +53,7 @@ pub enum Error {
         expected: Vec<usize>,
     },
     /// The checkpoint holds tensors that nothing uses.
-    #[error("the checkpoint holds {} tensors that a {architecture} model has no use for: {}", names.len(), names.join(", "))]
+    #[error("the checkpoint holds {} tensors that a {architecture} model has no use for: {}", names.len(), first(names))]
     ExtraTensors {
         /// What the checkpoint says it is.
         architecture: String,
@@ -69,12 +71,28 @@ pub enum Error {
         /// The limit.
         limit: usize,
     },
+    /// A model does not fit into the memory that is free.
+    #[error("not enough memory: {0}")]
+    OutOfMemory(String),
     /// The Hugging Face hub did not deliver.
     #[error("hub: {0}")]
     Hub(String),
     /// A fault inside a tensor operation.
     #[error(transparent)]
     Tensor(#[from] candle_core::Error),
+}
+
+impl From<OutOfMemory> for Error {
+    fn from(error: OutOfMemory) -> Self {
+        Self::OutOfMemory(error.to_string())
+    }
+}
+
+/// The first of many names: an error is a line.
+fn first(names: &[String]) -> String {
+    const SHOWN: usize = 16;
+    let shown = names.iter().take(SHOWN).map(String::as_str).collect::<Vec<_>>().join(", ");
+    if names.len() > SHOWN { shown + ", ..." } else { shown }
 }
 
 /// Result of this crate.

@@ -7,19 +7,19 @@
 /// What can go wrong on demand. The text is how a line begins.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Fault {
-    /// Every read of a checkpoint takes so many milliseconds longer.
+    /// Every read of a checkpoint, of a MiB at most, takes so many milliseconds longer.
     SlowRead,
     /// Files of a checkpoint end after so many bytes.
     ShortRead,
     /// The byte at this offset of every file of a checkpoint is another one.
     CorruptByte,
-    /// Memory for a model is refused.
+    /// Memory for a model's weights is refused beyond so many bytes, and for its keys and values if they take more.
     FailedAllocation,
     /// A step that computes this token id answers an error.
     KernelError,
     /// A step that computes this token id panics.
     KernelPanic,
-    /// The next step takes so many milliseconds longer.
+    /// Every step takes so many milliseconds longer.
     StuckEngine,
 }
 

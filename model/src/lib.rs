@@ -6,12 +6,14 @@
 //!
 //! Nothing here knows gRPC, async, scheduling or training loops.
 
+mod background;
 pub mod cache;
 pub mod checkpoint;
 pub mod config;
 pub mod decoder;
 pub mod error;
 pub mod faults;
+mod footprint;
 pub mod loaded;
 pub mod text;
 

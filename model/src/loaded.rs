@@ -3,12 +3,16 @@
 use std::sync::Arc;
 
 use candle_core::DType as TensorType;
+use plumb_kernels::memory::return_large_arrays;
 use sha2::{Digest, Sha256};
 
+pub use crate::background::Background;
 use crate::cache::PAGE;
-use crate::checkpoint::{Checkpoint, Source};
-use crate::config::Head;
+use crate::checkpoint::manifest::Probe;
+use crate::checkpoint::{Checkpoint, Reader, Source};
+use crate::config::{Config, Head};
 use crate::decoder::{DType, Decoder};
+pub use crate::footprint::Footprint;
 use crate::text::{HhhPrompts, TextConfig, TextPipeline};
 use crate::{Error, Result};
 
@@ -39,6 +43,8 @@ pub struct LoadOptions {
     pub max_input_tokens: Option<usize>,
     /// Bytes for keys and values; the limit of a sequence is lowered to what fits.
     pub kv_cache_bytes: usize,
+    /// How to go about it beside others.
+    pub background: Background,
 }
 
 /// What a model can do.
@@ -92,28 +98,26 @@ pub struct LoadedModel {
     pub kv_pages: usize,
     /// Bytes of one of them.
     pub page_bytes: usize,
+    /// Inputs with the scores that they had where the version was published.
+    pub probes: Vec<Probe>,
 }
 
-impl LoadedModel {
-    /// Reads, checks and packs a checkpoint. Takes seconds to minutes.
-    pub fn load(source: &Source, options: &LoadOptions) -> Result<Self> {
-        let Checkpoint {
-            config,
-            mut weights,
-            tokenizer,
-            special,
-            chat_template,
-            stored_dtype,
-            files_digest,
-            source,
-            folder: _,
-        } = Checkpoint::open(source)?;
-        let dtype = match (options.dtype, stored_dtype) {
+/// What follows from a configuration and the options.
+pub(crate) struct Sizes {
+    pub(crate) dtype: DType,
+    pub(crate) page_bytes: usize,
+    pub(crate) kv_pages: usize,
+    pub(crate) max_input_tokens: usize,
+}
+
+impl Sizes {
+    pub(crate) fn of(config: &Config, stored: TensorType, options: &LoadOptions) -> Result<Self> {
+        let dtype = match (options.dtype, stored) {
             (DTypeChoice::F32, _) => DType::F32,
             (DTypeChoice::Bf16, _) | (DTypeChoice::Auto, TensorType::BF16) => DType::Bf16,
             (DTypeChoice::Auto, _) => DType::F32,
         };
-        let page_bytes = Decoder::page_bytes(&config, dtype);
+        let page_bytes = Decoder::page_bytes(config, dtype);
         let useful = config.max_position_embeddings.saturating_mul(MOST_SEQUENCES).div_ceil(PAGE);
         let kv_pages = (options.kv_cache_bytes / page_bytes).min(useful);
         let limit = options.max_input_tokens.unwrap_or(usize::MAX);
@@ -124,6 +128,34 @@ impl LoadedModel {
                 options.kv_cache_bytes
             )));
         }
+        Ok(Self { dtype, page_bytes, kv_pages, max_input_tokens })
+    }
+}
+
+impl LoadedModel {
+    /// Reads, checks and packs a checkpoint. Takes seconds to minutes.
+    ///
+    /// # Errors
+    /// What is missing, damaged or not served, or that there is no memory. Nothing of it stays in memory then.
+    pub fn load(source: &Source, options: &LoadOptions) -> Result<Self> {
+        return_large_arrays();
+        options.background.run(|| Self::load_here(source, options))
+    }
+
+    fn load_here(source: &Source, options: &LoadOptions) -> Result<Self> {
+        let Checkpoint {
+            config,
+            mut weights,
+            tokenizer,
+            special,
+            chat_template,
+            stored_dtype,
+            files_digest,
+            source,
+            folder: _,
+            probes,
+        } = Checkpoint::open_with(source, &Reader::new(options.background.bytes_per_second))?;
+        let Sizes { dtype, page_bytes, kv_pages, max_input_tokens } = Sizes::of(&config, stored_dtype, options)?;
         let text = TextPipeline::new(TextConfig {
             tokenizer,
             chat_template,
@@ -158,6 +190,6 @@ impl LoadedModel {
             reward_head,
             normalization,
         };
-        Ok(Self { info, text, decoder, kv_pages, page_bytes })
+        Ok(Self { info, text, decoder, kv_pages, page_bytes, probes })
     }
 }

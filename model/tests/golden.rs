@@ -51,7 +51,7 @@ fn load(model: &str, adapter: Option<&str>, dtype: DType) -> Model {
 
 /// Runs sequences in one step, after their first `split` tokens ran in a step of their own.
 fn run(model: &Model, sequences: &[(&[u32], usize, Read<'_>)]) -> Vec<Vec<f32>> {
-    let mut kv = model.decoder.kv_store(256);
+    let mut kv = model.decoder.kv_store(256).unwrap();
     let mut workspace = model.decoder.workspace();
     let mut next = 0u32;
     let tables: Vec<Vec<u32>> = sequences

@@ -28,7 +28,7 @@ fn random_sequences_agree_with_an_independent_llama() {
     let sequences = proptest::collection::vec(0..vocabulary, 1..200);
     TestRunner::new(ProptestConfig::with_cases(32))
         .run(&sequences, |tokens| {
-            let (mut kv, mut workspace) = (ours.kv_store(8), ours.workspace());
+            let (mut kv, mut workspace) = (ours.kv_store(8).unwrap(), ours.workspace());
             let pages: Vec<u32> = (0..tokens.len().div_ceil(PAGE) as u32).collect();
             let sequence = StepSequence { tokens: &tokens, position: 0, pages: &pages, read: Read::LastLogits };
             let found = ours.step(&Step { sequences: vec![sequence] }, &mut kv, &mut workspace).unwrap().remove(0);

@@ -72,7 +72,8 @@ fn a_gguf_file_gives_the_bits_of_the_folder_in_less_memory() {
         let pages: Vec<u32> = (0..tokens.len().div_ceil(PAGE) as u32).collect();
         let read = Read::LogProbs { rows: 0..tokens.len() - 1, targets: &tokens[1..] };
         let step = Step { sequences: vec![StepSequence { tokens: &tokens, position: 0, pages: &pages, read }] };
-        let answers = decoder.step(&step, &mut decoder.kv_store(pages.len()), &mut decoder.workspace()).unwrap();
+        let answers =
+            decoder.step(&step, &mut decoder.kv_store(pages.len()).unwrap(), &mut decoder.workspace()).unwrap();
         assert!(answers[0].len() > 10 && answers[0].iter().all(|log_prob| (-40.0..=0.0).contains(log_prob)));
         (answers[0].iter().map(|log_prob| log_prob.to_bits()).collect::<Vec<_>>(), decoder.size())
     };

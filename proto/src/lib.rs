@@ -1,6 +1,11 @@
 //! The wire contract of Plumb, generated from `plumb/v1/*.proto`, and the names of its codes. Nothing here has
 //! logic.
 
+#[cfg(feature = "record")]
+mod json;
+#[cfg(feature = "record")]
+pub mod record;
+
 /// Messages, clients and servers of package `plumb.v1`.
 #[expect(
     clippy::allow_attributes,

@@ -4,31 +4,44 @@ use std::net::SocketAddr;
 use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
-use futures::FutureExt as _;
-use plumb_model::loaded::{DTypeChoice, LoadOptions};
+use futures::{Stream, StreamExt as _, stream};
+use metrics_exporter_prometheus::PrometheusHandle;
+use plumb_model::loaded::{Background, DTypeChoice, LoadOptions};
 use plumb_model::text::HhhPrompts;
 use plumb_proto::v1;
 use tokio::net::TcpListener;
+use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 use tonic::service::Routes;
-use tonic::transport::server::TcpIncoming;
 
+use crate::access::{Access, is_this_machine};
 use crate::admission::TokenBudget;
-use crate::config::{Config, ConfigError, DType, Http2};
-use crate::engine::{Engine, EngineOptions};
+use crate::config::{Config, ConfigError, DType};
+use crate::connections::tls::Tls;
+use crate::connections::{self, Incoming, Kind};
+use crate::engine::{Engine, EngineOptions, Loss};
 use crate::error::{Error, Result};
 use crate::health::{Health, Phase};
 use crate::layers;
 use crate::layers::admission::Gate;
-use crate::layers::auth::Keys;
 use crate::pool::CpuPool;
-use crate::registry::Registry;
+use crate::record::Recorder;
+use crate::registry::{Registry, Root};
 use crate::services::{Context, GenerationService, ModelsService, PreferenceService, TokensService};
 use crate::shutdown::{self, Shutdown};
-use crate::telemetry::events::{ConfigLoaded, Fatal, Listening, Serving};
+use crate::telemetry::events::{ConfigLoaded, Fatal, Listening, OpenToNetwork, Serving};
 use crate::telemetry::{exporter, metrics, tracing};
+
+/// From the loss of the engine to the end of the process, if it does not come by itself: callers are told within a second.
+const LAST_RESORT: Duration = Duration::from_secs(5);
+/// Calls that a client may open and take back before they were looked at: with more of them at a time, its connection
+/// ends (rapid reset, CVE-2023-44487).
+const MAX_RESET_STREAMS: usize = 20;
+/// The same for calls that end because the client broke the protocol (CVE-2025-8671).
+const MAX_ERROR_STREAMS: usize = 256;
 
 /// Why the server ended although nobody asked it to.
 #[derive(Clone, Debug, PartialEq)]
@@ -37,8 +50,9 @@ pub enum Failure {
     Configuration(Error),
     /// A model does not load, or a port is taken: exit code 1.
     Start(Error),
-    /// The engine died: exit code 70, an internal software error.
-    Engine,
+    /// The engine cannot compute any more. Exit code 70 if it died, an internal software error; 71 if the device fails
+    /// whatever it is given, an error of the system; 75 if the engine got stuck: another process may well do better.
+    Engine(Loss),
 }
 
 impl Failure {
@@ -48,14 +62,16 @@ impl Failure {
         match self {
             Self::Configuration(_) => 64,
             Self::Start(_) => 1,
-            Self::Engine => 70,
+            Self::Engine(Loss::Died) => 70,
+            Self::Engine(Loss::Broken) => 71,
+            Self::Engine(Loss::Stuck) => 75,
         }
     }
 
     fn error(&self) -> &Error {
         match self {
             Self::Configuration(error) | Self::Start(error) => error,
-            Self::Engine => &Error::DeviceLost,
+            Self::Engine(_) => &Error::DeviceLost,
         }
     }
 }
@@ -121,7 +137,23 @@ async fn serve(config: Config) -> Result<(), Failure> {
     ConfigLoaded { origins: &config.origins }.emit();
     let asked = shutdown::asked().map_err(Failure::Start)?;
     let server = Server::start(config).await?;
+    end_with(server.lost.clone()).map_err(Failure::Start)?;
     server.run(asked).await
+}
+
+/// Ends the process some time after the engine is lost, from a thread of its own: the runtime may hang with the engine.
+fn end_with(mut lost: watch::Receiver<Option<Loss>>) -> Result<()> {
+    let failed = |error: std::io::Error| Error::internal(format!("cannot start a thread: {error}"));
+    let runtime = tokio::runtime::Builder::new_current_thread().build().map_err(failed)?;
+    let end = move || {
+        // An engine whose handles are gone has died in good order.
+        let is_fatal = |loss: &Option<Loss>| loss.is_some_and(|loss| loss != Loss::Died);
+        if let Ok(Some(loss)) = runtime.block_on(lost.wait_for(is_fatal)).as_deref() {
+            std::thread::sleep(LAST_RESORT);
+            std::process::exit(Failure::Engine(*loss).exit_code().into());
+        }
+    };
+    std::thread::Builder::new().name("plumb-last-resort".into()).spawn(end).map(drop).map_err(failed)
 }
 
 /// A server that listens. Until it is [run](Server::run) it serves nothing.
@@ -131,8 +163,11 @@ pub struct Server {
     background: Vec<AbortOnDropHandle<()>>,
     config: Config,
     grpc: SocketAddr,
+    admin: Option<SocketAddr>,
     metrics: SocketAddr,
     registry: Arc<Registry>,
+    lost: watch::Receiver<Option<Loss>>,
+    recorder: Arc<Recorder>,
     shutdown: Shutdown,
 }
 
@@ -140,20 +175,35 @@ impl Server {
     /// Binds the ports and starts the engine. Health checks are answered from now on, with NOT_SERVING.
     ///
     /// # Errors
-    /// If the HHH prompt makes no sense, a port is taken or threads cannot be started.
+    /// If the HHH prompt, a certificate or a file of keys makes no sense, a port is taken or threads cannot be started.
     pub async fn start(config: Config) -> Result<Self, Failure> {
         let hhh = match &config.hhh_prompt_file {
             Some(path) => HhhPrompts::from_file(path).map_err(|error| Failure::Configuration(error.into()))?,
             None => HhhPrompts::default(),
         };
-        Self::start_with(config, hhh).await.map_err(Failure::Start)
+        let exposition = metrics::install().map_err(Failure::Start)?;
+        let wrong = |message| Failure::Configuration(Error::invalid("", message));
+        let tls = config.tls.as_ref().map(Tls::load).transpose().map_err(wrong)?.map(Arc::new);
+        let access = Access::load(&config.access, config.listen.admin.is_some()).map_err(wrong)?;
+        Self::start_with(config, hhh, exposition, tls, Arc::new(access)).await.map_err(Failure::Start)
     }
 
-    async fn start_with(config: Config, hhh: HhhPrompts) -> Result<Self> {
-        let exposition = metrics::install()?;
+    async fn start_with(
+        config: Config,
+        hhh: HhhPrompts,
+        exposition: &'static PrometheusHandle,
+        tls: Option<Arc<Tls>>,
+        access: Arc<Access>,
+    ) -> Result<Self> {
+        connections::raise_file_limit();
         let listener = bind(&config.listen.hostname, config.listen.port).await?;
+        let admin_listener = match &config.listen.admin {
+            Some(admin) => Some(bind(&admin.hostname, admin.port).await?),
+            None => None,
+        };
         let metrics_listener = bind(&config.listen.hostname, config.listen.prometheus_port).await?;
         let (grpc, metrics) = (address(&listener)?, address(&metrics_listener)?);
+        let admin = admin_listener.as_ref().map(address).transpose()?;
 
         let engine = Engine::start(EngineOptions {
             max_batch_tokens: config.engine.max_batch_tokens,
@@ -162,48 +212,65 @@ impl Server {
             decode_share: config.engine.decode_share,
             prefix_cache: config.engine.prefix_cache,
             threads: config.engine.threads,
+            stall_timeout: config.engine.stall_timeout,
         })?;
-        let registry = Registry::new(engine.clone(), load_options(&config, hhh), config.defaults.clone());
+        let registry =
+            Registry::new(engine.clone(), load_options(&config, hhh), config.defaults.clone(), &config.versions);
         let (reporter, health_service) = tonic_health::server::health_reporter();
         let health = Health::new(reporter).await;
         let gate = Gate::new(config.limits.max_concurrent_requests);
         let draining = CancellationToken::new();
+        let recorder = Arc::new(Recorder::start(config.recording.as_ref())?);
         let context = Arc::new(Context {
             registry: Arc::clone(&registry),
             engine: engine.clone(),
             pool: CpuPool::new(config.engine.tokenization_workers)?,
             budget: TokenBudget::new(config.limits.max_queue_tokens),
             limits: config.limits.clone(),
+            recorder: Arc::clone(&recorder),
             draining: draining.clone(),
             aborted: gate.aborted(),
         });
 
         let routes = services(&context)?.add_service(health_service);
-        let routes = layers::around(routes.into_axum_router(), Keys::new(&config.access), Arc::clone(&gate));
+        let routes = layers::around(
+            routes.into_axum_router(),
+            Arc::clone(&access),
+            config.http2.receive_timeout,
+            Arc::clone(&gate),
+        );
         let accepting = CancellationToken::new();
-        let stop = accepting.clone().cancelled_owned();
-        let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
-        let connections = builder(&config.http2).add_routes(Routes::from(routes));
+        let listeners = [(Some(listener), Kind::Public), (admin_listener, Kind::Admin)];
+        let served = listeners.into_iter().filter_map(|(listener, kind)| {
+            let incoming = Incoming::new(listener?, kind, config.connections, tls.clone());
+            let routes = Routes::from(routes.clone());
+            let stop = accepting.clone().cancelled_owned();
+            Some(builder(&config).add_routes(routes).serve_with_incoming_shutdown(incoming, stop))
+        });
+        let served = futures::future::try_join_all(served.collect::<Vec<_>>());
         let connections = tokio::spawn(async move {
-            let served = connections.serve_with_incoming_shutdown(incoming, stop).await;
-            served.map_err(|error| Error::internal(format!("listening: {error}")))
+            served.await.map(drop).map_err(|error| Error::internal(format!("listening: {error}")))
         });
 
         let probes = exporter::Probes { alive: health.alive(), ready: health.ready() };
-        let exporter = axum::serve(metrics_listener, exporter::routes(exposition.clone(), probes)).into_future();
-        let (follower, kinds, alive) = (Arc::clone(&health), registry.kinds(), engine.alive());
+        let exporter = exporter::serve(metrics_listener, exporter::routes(exposition.clone(), probes));
+        let (follower, kinds, lost) = (Arc::clone(&health), registry.kinds(), engine.lost());
         let background = vec![
-            AbortOnDropHandle::new(tokio::spawn(exporter.map(drop))),
+            AbortOnDropHandle::new(tokio::spawn(exporter)),
+            AbortOnDropHandle::new(tokio::spawn(async move { access.follow().await })),
+            AbortOnDropHandle::new(tokio::spawn(follow(tls))),
             AbortOnDropHandle::new(tokio::spawn(metrics::upkeep(exposition))),
-            AbortOnDropHandle::new(tokio::spawn(async move { follower.follow(kinds, alive).await })),
+            AbortOnDropHandle::new(tokio::spawn(async move { follower.follow(kinds, lost).await })),
         ];
 
-        Listening { grpc, metrics }.emit();
+        Listening { grpc, admin, metrics }.emit();
+        warn_if_open(&config, grpc, admin);
         if let Some(path) = &config.listen.port_file {
-            write_ports(path, grpc, metrics)?;
+            write_ports(path, grpc, admin, metrics)?;
         }
         let shutdown = Shutdown { health, gate, accepting, draining, connections };
-        Ok(Self { background, config, grpc, metrics, registry, shutdown })
+        let lost = engine.lost();
+        Ok(Self { background, config, grpc, admin, metrics, registry, lost, recorder, shutdown })
     }
 
     /// Where rpcs are taken.
@@ -212,39 +279,75 @@ impl Server {
         self.grpc
     }
 
+    /// Where models are changed, if not where rpcs are taken.
+    #[must_use]
+    pub fn admin_address(&self) -> Option<SocketAddr> {
+        self.admin
+    }
+
     /// Where metrics and probes are taken.
     #[must_use]
     pub fn metrics_address(&self) -> SocketAddr {
         self.metrics
     }
 
-    /// Loads the models, serves until `asked` says who wants an end, and stops in good order.
+    /// Loads the models, serves until `asked` yields who wants an end, and stops in good order; faster if it yields
+    /// another one.
     ///
     /// # Errors
-    /// If a model does not load, or the engine dies.
-    pub async fn run(self, asked: impl Future<Output = &'static str>) -> Result<(), Failure> {
-        let mut asked = std::pin::pin!(asked);
+    /// If a model does not load, or the engine is lost.
+    pub async fn run(mut self, asked: impl Stream<Item = &'static str>) -> Result<(), Failure> {
+        let mut asked = std::pin::pin!(asked.chain(stream::pending()));
+        let mut asked = async || asked.next().await.unwrap_or_default();
         let by = tokio::select! {
-            by = &mut asked => by,
+            by = asked() => by,
             failure = self.serve() => {
-                self.shutdown.give_up().await;
+                self.shutdown.give_up(failure.error().clone()).await;
+                self.recorder.close(Instant::now()).await;
                 return Err(failure);
             }
         };
-        self.shutdown.run(by, self.config.shutdown).await;
-        Ok(())
+        let health = Arc::clone(&self.shutdown.health);
+        let times = self.config.shutdown;
+        let deadline = Instant::now() + times.lame_duck + times.drain_timeout;
+        tokio::select! {
+            () = self.shutdown.run(by, times, asked()) => {
+                self.recorder.close(deadline).await;
+                return Ok(());
+            }
+            () = health.engine_lost() => {}
+        }
+        self.shutdown.give_up(Error::DeviceLost).await;
+        self.recorder.close(Instant::now()).await;
+        Err(self.loss())
     }
 
     /// Loads the models, then serves. Returns only if that is not possible, or not any more.
     async fn serve(&self) -> Failure {
-        if let Err(error) = self.load_models().await {
-            return Failure::Start(error);
+        let loads = async {
+            if let Err(error) = self.load_models().await {
+                return Failure::Start(error);
+            }
+            let root = match self.watch_root().await {
+                Ok(root) => root,
+                Err(error) => return Failure::Start(error),
+            };
+            self.registry.finish_start();
+            self.shutdown.health.set_phase(Phase::Serving).await;
+            Serving { models: &self.registry.statuses() }.emit();
+            if let Some(root) = root {
+                root.follow().await;
+            }
+            std::future::pending().await
+        };
+        tokio::select! {
+            failure = loads => failure,
+            () = self.shutdown.health.engine_lost() => self.loss(),
         }
-        self.registry.finish_start();
-        self.shutdown.health.set_phase(Phase::Serving).await;
-        Serving { models: &self.registry.statuses() }.emit();
-        self.shutdown.health.engine_died().await;
-        Failure::Engine
+    }
+
+    fn loss(&self) -> Failure {
+        Failure::Engine(self.lost.borrow().unwrap_or(Loss::Died))
     }
 
     /// All are listed from the start; they are loaded one after the other.
@@ -257,6 +360,13 @@ impl Server {
             self.registry.load(load).await?;
         }
         Ok(())
+    }
+
+    /// Brings in what lies in the watched folder, and answers what follows it from then on.
+    async fn watch_root(&self) -> Result<Option<Root>> {
+        let Some(mut root) = Root::new(&self.config.versions, Arc::clone(&self.registry)) else { return Ok(None) };
+        root.settle().await?;
+        Ok(Some(root))
     }
 }
 
@@ -289,16 +399,41 @@ fn services(context: &Arc<Context>) -> Result<Routes> {
         .add_service(reflection().build_v1alpha().map_err(wrong)?))
 }
 
-fn builder(http2: &Http2) -> tonic::transport::Server {
+fn builder(config: &Config) -> tonic::transport::Server {
+    let http2 = &config.http2;
     let mut builder = tonic::transport::Server::builder()
         .http2_keepalive_interval(Some(http2.keepalive_interval))
         .http2_keepalive_timeout(Some(http2.keepalive_timeout))
+        .http2_max_header_list_size(http2.max_header_bytes)
+        .http2_max_pending_accept_reset_streams(Some(MAX_RESET_STREAMS))
+        .http2_max_local_error_reset_streams(Some(MAX_ERROR_STREAMS))
         .max_concurrent_streams(http2.max_concurrent_streams);
-    if let Some(age) = http2.max_connection_age {
-        // Asks clients to go elsewhere; calls in flight end where they are.
+    if let Some(age) = config.connections.max_age {
+        // Asks clients to go elsewhere; calls in flight end where they are, until the connection is cut. tonic's own
+        // grace leaves the asking out.
         builder = builder.max_connection_age(age);
     }
     builder
+}
+
+async fn follow(tls: Option<Arc<Tls>>) {
+    if let Some(tls) = tls {
+        tls.follow().await;
+    }
+}
+
+/// A server without keys is for its own machine.
+fn warn_if_open(config: &Config, grpc: SocketAddr, admin: Option<SocketAddr>) {
+    let is_public = |address: SocketAddr| !is_this_machine(address.ip());
+    let open_admin = config.access.is_open_to_admins() && admin.is_some_and(is_public);
+    if (config.access.is_open_to_clients() && is_public(grpc)) || open_admin {
+        let changes = match config.access.is_open_to_admins() {
+            true if open_admin => "by everybody who reaches the admin port",
+            true => "from this machine only",
+            false => "with an admin's key",
+        };
+        OpenToNetwork { tls: config.tls.is_some(), changes }.emit();
+    }
 }
 
 fn load_options(config: &Config, hhh: HhhPrompts) -> LoadOptions {
@@ -311,6 +446,10 @@ fn load_options(config: &Config, hhh: HhhPrompts) -> LoadOptions {
         hhh: Arc::new(hhh),
         max_input_tokens: config.limits.max_input_tokens,
         kv_cache_bytes: config.engine.kv_cache_bytes,
+        background: Background {
+            threads: Some(config.engine.load_threads),
+            bytes_per_second: config.engine.load_bytes_per_second,
+        },
     }
 }
 
@@ -324,8 +463,12 @@ fn address(listener: &TcpListener) -> Result<SocketAddr> {
 }
 
 /// Appears with its whole content, so that a test that waits for it reads all of it.
-fn write_ports(path: &Path, grpc: SocketAddr, metrics: SocketAddr) -> Result<()> {
-    let text = serde_json::json!({ "grpc": grpc, "metrics": metrics }).to_string() + "\n";
+fn write_ports(path: &Path, grpc: SocketAddr, admin: Option<SocketAddr>, metrics: SocketAddr) -> Result<()> {
+    let mut ports = serde_json::json!({ "grpc": grpc, "metrics": metrics });
+    if let Some(admin) = admin {
+        ports["admin"] = admin.to_string().into();
+    }
+    let text = ports.to_string() + "\n";
     let mut temporary = path.as_os_str().to_owned();
     temporary.push(".tmp");
     let written = std::fs::write(&temporary, text).and_then(|()| std::fs::rename(&temporary, path));

@@ -234,7 +234,9 @@ impl From<plumb_model::Error> for Error {
             | Model::Unsupported(_)
             | Model::MissingTensor { .. }
             | Model::MisshapenTensor { .. }
-            | Model::ExtraTensors { .. } => Self::failed_precondition(message),
+            | Model::ExtraTensors { .. }
+            // Until somebody makes room.
+            | Model::OutOfMemory(_) => Self::failed_precondition(message),
             Model::Hub(_) => Self::Unavailable { message, retry_after: Duration::from_secs(10) },
             Model::Io { .. } | Model::Tensor(_) => Self::internal(message),
         }

@@ -5,13 +5,15 @@
 
 use std::sync::Arc;
 
+use futures::FutureExt as _;
 use plumb_proto::v1;
 use tokio::sync::{Mutex, watch};
 use tonic_health::ServingStatus;
 use tonic_health::server::HealthReporter;
 
+use crate::engine::Loss;
 use crate::registry::Kinds;
-use crate::telemetry::events::{EngineDied, ReadinessChanged};
+use crate::telemetry::events::{EngineLost, ReadinessChanged};
 
 /// Where the server is in its life.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -87,16 +89,15 @@ impl Health {
     }
 
     /// Follows the models and the engine, for as long as it is polled.
-    pub(crate) async fn follow(&self, mut kinds: watch::Receiver<Kinds>, mut engine: watch::Receiver<bool>) {
+    pub(crate) async fn follow(&self, mut kinds: watch::Receiver<Kinds>, mut lost: watch::Receiver<Option<Loss>>) {
         loop {
             let now = *kinds.borrow_and_update();
             self.change(|inputs| inputs.kinds = now).await;
             tokio::select! {
                 Ok(()) = kinds.changed() => {}
-                // The engine's thread says nothing while it lives; the channel closes with it.
-                Err(_) = engine.changed() => {
-                    EngineDied.emit();
+                Some(loss) = lost.wait_for(Option::is_some).map(|loss| *loss.ok()?) => {
                     self.change(|inputs| inputs.engine_alive = false).await;
+                    EngineLost { loss }.emit();
                     self.alive.send_replace(false);
                     return;
                 }
@@ -115,8 +116,8 @@ impl Health {
         self.alive.subscribe()
     }
 
-    /// Returns once the engine has died.
-    pub(crate) async fn engine_died(&self) {
+    /// Returns once the engine is lost, and health says so.
+    pub(crate) async fn engine_lost(&self) {
         // The sender is ours and lives as long.
         let _ = self.alive().wait_for(|alive| !alive).await;
     }
@@ -188,17 +189,17 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn the_end_of_the_engine_is_noticed() {
+    async fn the_loss_of_the_engine_is_noticed() {
         let health = Health::new(HealthReporter::new()).await;
         health.set_phase(Phase::Serving).await;
         let kinds = watch::Sender::new(Kinds { language: true, preference: false });
-        let (engine, alive) = watch::channel(true);
+        let (engine, lost) = watch::channel(None);
         let follower = Arc::clone(&health);
-        let following = tokio::spawn(async move { follower.follow(kinds.subscribe(), alive).await });
+        let following = tokio::spawn(async move { follower.follow(kinds.subscribe(), lost).await });
         let mut ready = health.ready();
         ready.wait_for(|ready| *ready).await.unwrap();
-        drop(engine);
-        health.engine_died().await;
+        engine.send_replace(Some(Loss::Stuck));
+        health.engine_lost().await;
         following.await.unwrap();
         assert!(!*ready.borrow() && !*health.alive().borrow());
     }

@@ -1,9 +1,14 @@
 //! How the server stops: first it says so, then it takes nothing new, then it finishes what it has, and it does not
-//! take for ever.
+//! take for ever. Whoever asks a second time is in a hurry.
+//!
+//! The listening socket is closed as soon as nothing new is taken: a load balancer whose connection is refused tries
+//! another server at once, while one whose call is refused has to hear of it.
 
 use std::sync::Arc;
+use std::task::Poll;
 use std::time::{Duration, Instant};
 
+use futures::{Stream, stream};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::task::JoinHandle;
 use tokio::time::{sleep, timeout, timeout_at};
@@ -32,51 +37,78 @@ pub(crate) struct Shutdown {
 }
 
 impl Shutdown {
-    /// Stops, in this order.
-    pub(crate) async fn run(self, by: &'static str, times: config::Shutdown) {
+    /// Stops, in this order; `again` returns who asks for it a second time.
+    pub(crate) async fn run(
+        &mut self,
+        by: &'static str,
+        times: config::Shutdown,
+        again: impl Future<Output = &'static str>,
+    ) {
         ShutdownStep::Asked { by }.emit();
         self.health.set_phase(Phase::Stopping).await;
-        if !times.lame_duck.is_zero() {
-            ShutdownStep::LameDuck { pause: times.lame_duck }.emit();
-            sleep(times.lame_duck).await;
-        }
-        self.accepting.cancel();
-        self.gate.close();
-        self.draining.cancel();
-        let deadline = Instant::now() + times.drain_timeout;
-        ShutdownStep::Draining { in_flight: self.gate.in_flight(), timeout: times.drain_timeout }.emit();
-        // Calls, not only the engine's queue: one that is still being tokenized is finished too.
-        if timeout_at(deadline.into(), self.gate.empty()).await.is_err() {
+        let drained = tokio::select! {
+            drained = self.drain(times) => drained,
+            by = again => {
+                ShutdownStep::Hurried { by }.emit();
+                self.close(Error::Draining);
+                false
+            }
+        };
+        if !drained {
             ShutdownStep::TimedOut { in_flight: self.gate.in_flight() }.emit();
             // The rest fails with UNAVAILABLE.
-            self.gate.abort();
-            let _ = timeout(LAST_BYTES, self.gate.empty()).await;
+            self.gate.abort(Error::Draining);
         }
-        let _ = timeout(LAST_BYTES, self.connections).await;
+        self.end().await;
         ShutdownStep::Done.emit();
     }
 
     /// Lets calls that have failed tell their callers, where there is nothing left to be done for them.
-    pub(crate) async fn give_up(&self) {
+    pub(crate) async fn give_up(&mut self, cause: Error) {
+        self.close(cause.clone());
+        self.gate.abort(cause);
+        self.end().await;
+    }
+
+    /// Lets calls in flight finish. False if they have not in time.
+    async fn drain(&self, times: config::Shutdown) -> bool {
+        if !times.lame_duck.is_zero() {
+            ShutdownStep::LameDuck { pause: times.lame_duck }.emit();
+            sleep(times.lame_duck).await;
+        }
+        self.close(Error::Draining);
+        ShutdownStep::Draining { in_flight: self.gate.in_flight(), timeout: times.drain_timeout }.emit();
+        // Calls, not only the engine's queue: one that is still being tokenized is finished too.
+        timeout(times.drain_timeout, self.gate.empty()).await.is_ok()
+    }
+
+    /// Takes nothing new: calls that are still on their way along open connections are refused with the cause.
+    fn close(&self, cause: Error) {
+        self.gate.close(cause);
         self.accepting.cancel();
-        self.gate.close();
-        self.gate.abort();
-        let _ = timeout(LAST_BYTES, self.gate.empty()).await;
+        self.draining.cancel();
+    }
+
+    /// Waits until all is said, but not for long.
+    async fn end(&mut self) {
+        let end = Instant::now() + LAST_BYTES;
+        let _ = timeout_at(end.into(), self.gate.empty()).await;
+        let _ = timeout_at(end.into(), &mut self.connections).await;
     }
 }
 
-/// Returns the name of the signal that asks for an end.
+/// Yields the name of every signal that asks for an end.
 ///
 /// # Errors
 /// If signals cannot be listened to.
-pub fn asked() -> Result<impl Future<Output = &'static str>> {
+pub fn asked() -> Result<impl Stream<Item = &'static str>> {
     let listen = |kind| signal(kind).map_err(|error| Error::internal(format!("signals: {error}")));
     let mut terminate = listen(SignalKind::terminate())?;
     let mut interrupt = listen(SignalKind::interrupt())?;
-    Ok(async move {
-        tokio::select! {
-            _ = terminate.recv() => "SIGTERM",
-            _ = interrupt.recv() => "SIGINT",
+    Ok(stream::poll_fn(move |context| {
+        if terminate.poll_recv(context).is_ready() {
+            return Poll::Ready(Some("SIGTERM"));
         }
-    })
+        interrupt.poll_recv(context).map(|_| Some("SIGINT"))
+    }))
 }

@@ -1,19 +1,21 @@
-//! The engine under mixes of requests: a result never depends on what else there is to do, nor on the cache.
+//! The engine under mixes of requests: a result never depends on what else there is to do, nor on the cache, nor on what
+//! fails beside it.
 
 #![expect(clippy::unwrap_used, reason = "a test may stop where it stands, in its helpers too")]
 
 use std::path::Path;
 use std::sync::{Arc, LazyLock};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use futures::future::join_all;
 use plumb_model::cache::PAGE;
 use plumb_model::checkpoint::Source;
-use plumb_model::loaded::{DTypeChoice, LoadOptions, LoadedModel, ModelKind};
+use plumb_model::loaded::{Background, DTypeChoice, LoadOptions, LoadedModel, ModelKind};
 use plumb_server::engine::sampling::{Sampler, SamplingParams};
 use plumb_server::engine::{
     Engine, EngineOptions, GenerateEvent, GenerateJob, JobMeta, ModelHandle, Priority, Sequence, Want,
 };
+use plumb_server::error::Error;
 use proptest::prelude::*;
 use proptest::test_runner::TestRunner;
 
@@ -24,13 +26,21 @@ const MODELS: [(&str, DTypeChoice); 4] = [
     ("llama-lm", DTypeChoice::Bf16),
     ("qwen2-lm", DTypeChoice::F32),
 ];
+/// In no vocabulary: a step that holds it fails as a whole.
+const UNKNOWN: u32 = 1_000_000;
 /// Longest sequence: a prefix, what follows it, and what is generated.
 const LONGEST: usize = 200 + 60 + 8;
 
 fn load((name, dtype): (&str, DTypeChoice), kv_cache_bytes: usize) -> Arc<LoadedModel> {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures").join(name);
     let source = Source { model: folder.to_str().unwrap().to_owned(), ..Source::default() };
-    let options = LoadOptions { dtype, hhh: Arc::default(), max_input_tokens: None, kv_cache_bytes };
+    let options = LoadOptions {
+        dtype,
+        hhh: Arc::default(),
+        max_input_tokens: None,
+        kv_cache_bytes,
+        background: Background::default(),
+    };
     Arc::new(LoadedModel::load(&source, &options).unwrap())
 }
 
@@ -85,9 +95,14 @@ fn requests() -> impl Strategy<Value = Request> {
         ),
         // One of three texts that many begin with, and what is a request's own.
         (0u32..3, 0usize..200, prop::collection::vec(0u32..250, 1..60), any::<bool>()),
+        prop_oneof![6 => Just(None), 1 => (0usize..1000).prop_map(Some)],
     )
-        .prop_map(|((model, goal, priority, cancelled), (text, shared, own, pinned))| {
-            let tokens = (0..shared as u32).map(|i| (i * 7 + text * 31) % 250).chain(own).collect();
+        .prop_map(|((model, goal, priority, cancelled), (text, shared, own, pinned), poison)| {
+            let mut tokens: Vec<_> = (0..shared as u32).map(|i| (i * 7 + text * 31) % 250).chain(own).collect();
+            if let Some(at) = poison {
+                let at = at % tokens.len();
+                tokens[at] = UNKNOWN;
+            }
             let pinned_prefix = if pinned && shared > 150 { shared } else { 0 };
             Request { model, goal, tokens, pinned_prefix, priority, cancelled }
         })
@@ -104,6 +119,7 @@ fn options() -> impl Strategy<Value = (EngineOptions, bool)> {
                 decode_share,
                 prefix_cache,
                 threads,
+                stall_timeout: Duration::from_secs(60),
             };
             (options, tight)
         },
@@ -111,7 +127,7 @@ fn options() -> impl Strategy<Value = (EngineOptions, bool)> {
 }
 
 /// The bits of everything that is answered, or `None` for a request that was cancelled.
-async fn answer(engine: &Engine, model: ModelHandle, request: &Request) -> Option<Vec<u32>> {
+async fn answer(engine: &Engine, model: ModelHandle, request: &Request) -> Option<Result<Vec<u32>, Error>> {
     let Request { goal, tokens, priority, pinned_prefix, .. } = request.clone();
     let meta = JobMeta { priority, deadline: None, arrived: Instant::now(), pinned_prefix, permit: None };
     let language = model.info.kind == ModelKind::Language;
@@ -126,10 +142,11 @@ async fn answer(engine: &Engine, model: ModelHandle, request: &Request) -> Optio
                 if request.cancelled == Cancelled::AtOnce || (request.cancelled == Cancelled::Later && bits.len() > 4) {
                     return None;
                 }
-                match events.recv().await.unwrap().unwrap() {
-                    GenerateEvent::Started { .. } => {}
-                    GenerateEvent::Token { id, log_prob } => bits.extend([id, log_prob.to_bits()]),
-                    GenerateEvent::Finished(_) => return Some(bits),
+                match events.recv().await.unwrap() {
+                    Ok(GenerateEvent::Started { .. }) => {}
+                    Ok(GenerateEvent::Token { id, log_prob }) => bits.extend([id, log_prob.to_bits()]),
+                    Ok(GenerateEvent::Finished(_)) => return Some(Ok(bits)),
+                    Err(error) => return Some(Err(error)),
                 }
             }
         }
@@ -144,7 +161,10 @@ async fn answer(engine: &Engine, model: ModelHandle, request: &Request) -> Optio
     }
     let pending = engine.submit(Sequence { model, tokens, want, meta }).unwrap();
     match request.cancelled {
-        Cancelled::No => Some(pending.await.unwrap().unwrap().values.iter().map(|value| value.to_bits()).collect()),
+        Cancelled::No => {
+            let output = pending.await.unwrap();
+            Some(output.map(|output| output.values.iter().map(|value| value.to_bits()).collect()))
+        }
         Cancelled::AtOnce => None,
         Cancelled::Later => {
             tokio::task::yield_now().await;
@@ -159,7 +179,7 @@ async fn attach(engine: &Engine, models: &[Arc<LoadedModel>]) -> Vec<ModelHandle
 }
 
 /// On an engine that has seen nothing and does nothing else.
-async fn alone(request: &Request) -> Option<Vec<u32>> {
+async fn alone(request: &Request) -> Option<Result<Vec<u32>, Error>> {
     let options = EngineOptions {
         max_batch_tokens: 4096,
         max_batch_sequences: 1,
@@ -167,6 +187,7 @@ async fn alone(request: &Request) -> Option<Vec<u32>> {
         decode_share: 0.0,
         prefix_cache: false,
         threads: 1,
+        stall_timeout: Duration::from_secs(60),
     };
     let engine = Engine::start(options).unwrap();
     let model = attach(&engine, &ROOMY[request.model..=request.model]).await.remove(0);
@@ -187,8 +208,10 @@ fn every_result_has_the_bits_of_the_request_alone_on_a_fresh_engine() {
             for round in 0..2 {
                 let answers = requests.iter().map(|request| answer(&engine, models[request.model].clone(), request));
                 for (request, found) in requests.iter().zip(join_all(answers).await) {
-                    if found.is_some() {
-                        prop_assert!(found == alone(request).await, "round {}, {:?}", round, request);
+                    if let Some(found) = &found {
+                        let is_poisoned = request.tokens.contains(&UNKNOWN);
+                        prop_assert!(found.is_err() == is_poisoned, "round {}, {:?}: {:?}", round, request, found);
+                        prop_assert!(Some(found) == alone(request).await.as_ref(), "round {}, {:?}", round, request);
                     }
                 }
             }

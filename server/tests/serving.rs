@@ -48,7 +48,7 @@ impl Running {
             let _ = stopped.await;
             "the test"
         };
-        let ended = tokio::spawn(server.run(asked));
+        let ended = tokio::spawn(server.run(futures::stream::once(asked)));
         let mut running = Self { channel, metrics, stop, ended };
         let mut statuses = running.health("").await;
         loop {

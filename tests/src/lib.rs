@@ -12,8 +12,10 @@ mod binary;
 pub mod call;
 mod exposition;
 pub mod fixture;
+mod publish;
 mod server;
 
 pub use binary::binary;
 pub use exposition::{Exposition, Family, Kind, Sample};
+pub use publish::publish;
 pub use server::{Launch, Server};

@@ -235,7 +235,9 @@ impl Lora {
             outer.add(&trained[b.clone()], product);
             add(product, a);
             let weights = Rows::Plain(&trained[a.clone()]);
+            // Ends the run as the vectors around it would.
             let linear = Linear::<f32>::new(&[Matrix { weights, bias: None }], *inputs);
+            let linear = linear.unwrap_or_else(|error| error.abort());
             product.clear();
             product.resize(full.len() / *inputs * *rank, 0.0);
             linear.forward(full, product, Store::Set);

@@ -11,7 +11,7 @@ use plumb_trainer::evaluate;
 use plumb_trainer::prepare::{Dataset, Options, prepare};
 use plumb_trainer::recipe::with_file;
 use plumb_trainer::sandbox::{Confinement, Limits, Sandbox};
-use plumb_trainer::{Error, Measures, Recipe, Sampling, Shape, TeachOptions};
+use plumb_trainer::{Error, Measures, Probes, Recipe, Sampling, Shape, TeachOptions};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -157,6 +157,13 @@ enum Command {
         /// results.json files of `plumb-train evaluate`, for the model card
         #[arg(long, value_name = "FILE", num_args = 1.., action = ArgAction::Append)]
         results: Vec<PathBuf>,
+        /// JSON lines as `plumb score` reads them, whose scores go into the manifest, for servers to compare with their
+        /// own before they switch to this version [default: four short dialogues]
+        #[arg(long, value_name = "FILE")]
+        probes: Option<PathBuf>,
+        /// Write no scores into the manifest
+        #[arg(long, conflicts_with = "probes")]
+        no_probes: bool,
     },
     /// Become a program that may do next to nothing: what the sandbox starts
     #[command(hide = true)]
@@ -271,9 +278,15 @@ fn run(command: Command) -> anyhow::Result<()> {
             let evaluation = evaluate::evaluate(&options, &mut |line| eprintln!("{line}"))?;
             if options.json { format!("{:#}\n", evaluation.to_json()) } else { evaluation.table() }
         }
-        Command::Publish { source, root, name, version, results } => {
-            let published = plumb_trainer::publish(&source, &root, &name, version, &results)?;
-            format!("published {}\ndigest    {}\n", published.folder.display(), published.weights_digest)
+        Command::Publish { source, root, name, version, results, probes, no_probes } => {
+            let probes = match probes {
+                Some(file) => Probes::File(file),
+                None if no_probes => Probes::None,
+                None => Probes::Usual,
+            };
+            let published = plumb_trainer::publish(&source, &root, &name, version, &results, &probes)?;
+            let folder = published.folder.display();
+            format!("published {folder}\ndigest    {}\nprobes    {}\n", published.weights_digest, published.probes)
         }
         Command::Confined { confinement, command } => anyhow::bail!(confinement.become_program(&command)),
         Command::Inspect { source } => {

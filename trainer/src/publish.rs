@@ -5,9 +5,9 @@ use std::path::{Path, PathBuf};
 
 use plumb_model::Error;
 use plumb_model::checkpoint::{Source, manifest};
-use plumb_model::loaded::{DTypeChoice, LoadOptions, LoadedModel, ModelInfo, ModelKind};
+use plumb_model::loaded::{Background, DTypeChoice, LoadOptions, LoadedModel, ModelInfo, ModelKind};
 
-use crate::{Result, card};
+use crate::{Probes, Result, card};
 
 /// What a checkpoint is. Displayed as a table of names and values.
 #[derive(Clone, Debug)]
@@ -16,6 +16,8 @@ pub struct Inspection {
     pub info: ModelInfo,
     /// sha256 of the chat template in hexadecimal, where there is one.
     pub chat_template_sha256: Option<String>,
+    /// How many probes its manifest has.
+    pub probes: usize,
 }
 
 /// Loads a checkpoint and tells what it is.
@@ -23,15 +25,26 @@ pub struct Inspection {
 /// # Errors
 /// Whatever makes a server refuse it.
 pub fn inspect(source: &Source) -> Result<Inspection> {
+    Ok(Inspection::of(load(source)?))
+}
+
+fn load(source: &Source) -> Result<LoadedModel> {
     let options = LoadOptions {
         dtype: DTypeChoice::Auto,
         hhh: Default::default(),
         max_input_tokens: None,
         // Only counted here, never taken: no limit but the model's own.
         kv_cache_bytes: usize::MAX,
+        background: Background::default(),
     };
-    let model = LoadedModel::load(source, &options)?;
-    Ok(Inspection { chat_template_sha256: model.text.chat_template_sha256().map(str::to_owned), info: model.info })
+    Ok(LoadedModel::load(source, &options)?)
+}
+
+impl Inspection {
+    fn of(model: LoadedModel) -> Self {
+        let chat_template_sha256 = model.text.chat_template_sha256().map(str::to_owned);
+        Self { chat_template_sha256, probes: model.probes.len(), info: model.info }
+    }
 }
 
 /// A version that was published.
@@ -41,16 +54,18 @@ pub struct Published {
     pub folder: PathBuf,
     /// The digest that a server reports for it with the type `auto`.
     pub weights_digest: String,
+    /// How many scores the manifest has, for whoever loads it to compare.
+    pub probes: usize,
 }
 
 /// Copies the folder of a checkpoint that loads to `<root>/<model>/<version>/`, whole or not at all. Without a `version`
 /// it becomes the one after the highest there, or 1.
 ///
 /// A model card is written beside the copies, with the scores of `results`, which are files of `plumb-train evaluate`; a
-/// card that somebody else wrote stays as it is.
+/// card that somebody else wrote stays as it is. The manifest gets the scores of `probes`.
 ///
 /// # Errors
-/// If the checkpoint does not load, the name is none for a folder, the version exists, or the results make no sense, are
+/// If the checkpoint does not load or score, the name is none for a folder, the version exists, or the results make no sense, are
 /// another model's or have no card to stand in; nothing is published then.
 pub fn publish(
     folder: &Path,
@@ -58,6 +73,7 @@ pub fn publish(
     model: &str,
     version: Option<u64>,
     results: &[PathBuf],
+    probes: &Probes,
 ) -> Result<Published> {
     // Anything else would be taken for a file or a repository, neither of which has a folder to copy.
     let name = match folder.to_str() {
@@ -67,16 +83,18 @@ pub fn publish(
             return Err(Error::MissingFile { path: folder.to_owned(), what }.into());
         }
     };
-    let Inspection { info, chat_template_sha256 } = inspect(&Source { model: name, ..Source::default() })?;
+    let loaded = load(&Source { model: name, ..Source::default() })?;
+    let probes = probes.record(&loaded)?;
+    let Inspection { info, chat_template_sha256, .. } = Inspection::of(loaded);
     let card = card::for_publishing(folder, model, &info, chat_template_sha256.is_some(), results)?;
     let added: Vec<(&str, &str)> = card.iter().map(|text| (card::CARD, &text[..])).collect();
-    let folder = manifest::publish(folder, root, model, version, &added)?;
-    Ok(Published { folder, weights_digest: info.weights_digest })
+    let folder = manifest::publish(folder, root, model, version, &added, &probes)?;
+    Ok(Published { folder, weights_digest: info.weights_digest, probes: probes.len() })
 }
 
 impl fmt::Display for Inspection {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { info, chat_template_sha256 } = self;
+        let Self { info, chat_template_sha256, probes } = self;
         let (kind, head) = match (info.kind, &info.reward_head, info.normalization) {
             (ModelKind::Language, ..) => ("language", "vocabulary".to_owned()),
             (ModelKind::Preference, Some(head), Some((mean, std))) => {
@@ -94,6 +112,7 @@ impl fmt::Display for Inspection {
             ("vocabulary", info.vocab_size.to_string()),
             ("context", info.max_input_tokens.to_string()),
             ("chat template", chat_template_sha256.clone().unwrap_or_else(|| "none".to_owned())),
+            ("probes", probes.to_string()),
             ("digest", info.weights_digest.clone()),
         ];
         for (name, value) in rows {

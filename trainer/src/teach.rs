@@ -75,6 +75,7 @@ pub fn teach(source: &Source, files: &[PathBuf], output: &Path, options: &TeachO
         max_input_tokens: None,
         // Only counted here: the pages that are needed are taken below.
         kv_cache_bytes: usize::MAX,
+        background: Default::default(),
     };
     let model = LoadedModel::load(source, &load)?;
     if model.info.kind != ModelKind::Language {
@@ -196,7 +197,7 @@ impl<'a> Class<'a> {
         let shared = ids.len() / PAGE * PAGE;
         // A step's last text may be as long as one can be.
         let free = STEP / PAGE + model.info.max_input_tokens.div_ceil(PAGE);
-        let mut kv = model.decoder.kv_store(shared / PAGE + free);
+        let mut kv = model.decoder.kv_store(shared / PAGE + free)?;
         let mut workspace = model.decoder.workspace();
         let pages: Vec<u32> = (0..(shared / PAGE) as u32).collect();
         for (i, tokens) in ids[..shared].chunks(STEP).enumerate() {

@@ -5,8 +5,11 @@
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use plumb_model::cache::PAGE;
 use plumb_model::checkpoint::Source;
-use plumb_model::checkpoint::manifest::Manifest;
+use plumb_model::checkpoint::manifest::{Manifest, Probe, ProbeInput};
+use plumb_model::decoder::{Read, Step, StepSequence};
+use plumb_model::loaded::{DTypeChoice, LoadOptions, LoadedModel};
 use tempfile::TempDir;
 
 /// Runs the program: its exit code, standard output and standard error.
@@ -255,4 +258,86 @@ fn a_card_of_somebody_else_stays() {
     let again = ["publish", text(&version), text(root.path()), "--name", "other"];
     assert_eq!(run(&again).0, 0);
     assert_eq!(std::fs::read_to_string(root.path().join("other/1/README.md")).unwrap(), published);
+}
+
+#[test]
+fn probes_are_recorded_with_the_scores_of_the_decoder_that_serves() {
+    let root = tempfile::tempdir().unwrap();
+    for (name, count) in [("llama-pm", 4), ("neox-pm", 3), ("qwen2-lm", 3), ("llama-lm", 3)] {
+        let (code, out, err) = run(&["publish", text(&fixture(name)), text(root.path()), "--name", name]);
+        assert_eq!((code, err.as_str()), (0, ""), "{name}");
+        assert_eq!(value(&out, "probes"), count.to_string(), "{name}: those that its context has room for");
+        let folder = root.path().join(name).join("1");
+        let manifest = Manifest::read(&folder).unwrap().unwrap();
+        assert_eq!(manifest.probes().len(), count, "{name}");
+        let mut scores: Vec<f32> = manifest.probes().iter().map(|probe| probe.score).collect();
+        scores.dedup();
+        assert_eq!(scores.len(), count, "{name}: {scores:?}");
+        assert!(name.ends_with("-pm") || scores.iter().all(|score| *score < 0.0), "{name}: {scores:?}");
+        let (_, inspected, _) = run(&["inspect", text(&folder)]);
+        assert_eq!(value(&inspected, "probes"), count.to_string());
+        assert_eq!(value(&inspected, "dtype"), manifest.probes()[0].dtype.name());
+    }
+}
+
+#[test]
+fn own_probes_are_recorded_and_what_cannot_be_scored_is_refused() {
+    let root = tempfile::tempdir().unwrap();
+    let file = root.path().join("probes.jsonl");
+    let publish = |lines: &str, more: &[&str]| {
+        std::fs::write(&file, lines).unwrap();
+        let source = fixture("llama-pm");
+        run(&[&["publish", text(&source), text(root.path()), "--name", "pm"], more].concat())
+    };
+    let own = &["--probes", text(&file)];
+    let long = format!("{{\"text\": \"{}\"}}\n", "ab ".repeat(160));
+    let lines = format!("{{\"text\": \"ab\"}}\n\n{{\"prompt\": \"q\", \"response\": \"a\"}}\n{long}");
+    let (code, out, err) = publish(&lines, own);
+    assert_eq!((code, value(&out, "probes")), (0, "3"), "{err}");
+    let manifest = Manifest::read(&root.path().join("pm/1")).unwrap().unwrap();
+    assert_eq!(manifest.probes()[0].input, ProbeInput::Text("ab".to_owned()));
+    // The published version gives its own scores again, and other weights do not.
+    let options = LoadOptions {
+        dtype: DTypeChoice::F32,
+        hhh: Default::default(),
+        max_input_tokens: None,
+        kv_cache_bytes: 1 << 24,
+        background: Default::default(),
+    };
+    let load = |folder: &Path| {
+        LoadedModel::load(&Source { model: text(folder).to_owned(), ..Source::default() }, &options).unwrap()
+    };
+    let agree = |model: &LoadedModel| {
+        let probes = manifest.probes().iter();
+        probes.filter(|probe| probe.agrees(reward(model, probe), model.decoder.dtype())).count()
+    };
+    let published = load(&root.path().join("pm/1"));
+    assert_eq!(published.probes, manifest.probes());
+    assert_eq!(agree(&published), 3);
+    assert!(agree(&load(&fixture("qwen2-pm"))) < 3);
+
+    let (code, out, _) = publish("", &["--no-probes"]);
+    assert_eq!((code, value(&out, "probes")), (0, "0"));
+    for (lines, words) in [
+        ("", "there is no probe in it"),
+        ("{\"text\": \"ab\"}\n{\"prompt\": \"q\"}\n", "line 2: a probe needs exactly one of"),
+        (&format!("{{\"text\": \"{}\"}}", "ab ".repeat(3000)), "line 1: the input has"),
+        (&"{\"text\": \"ab\"}\n".repeat(65), "line 65: a manifest holds 64 probes"),
+    ] {
+        let (code, out, err) = publish(lines, own);
+        assert_eq!((code, out.as_str()), (1, ""), "{words}");
+        assert!(err.contains(words), "{words}: {err}");
+    }
+    let (code, _, err) = publish("", &["--probes", text(&file), "--no-probes"]);
+    assert!(code == 64 && err.contains("cannot be used with"), "{err}");
+    assert_eq!(names(&root.path().join("pm")), ["1", "2"], "nothing else was published");
+}
+
+/// What a preference model gives a probe, in one step.
+fn reward(model: &LoadedModel, probe: &Probe) -> f32 {
+    let tokens = probe.render(&model.text).unwrap().ids;
+    let pages: Vec<u32> = (0..tokens.len().div_ceil(PAGE) as u32).collect();
+    let sequence = StepSequence { tokens: &tokens, position: 0, pages: &pages, read: Read::LastReward };
+    let mut kv = model.decoder.kv_store(pages.len()).unwrap();
+    model.decoder.step(&Step { sequences: vec![sequence] }, &mut kv, &mut model.decoder.workspace()).unwrap()[0][0]
 }

@@ -84,7 +84,13 @@ impl Work {
 }
 
 fn options_of(dtype: DTypeChoice) -> LoadOptions {
-    LoadOptions { dtype, hhh: Default::default(), max_input_tokens: None, kv_cache_bytes: 1 << 24 }
+    LoadOptions {
+        dtype,
+        hhh: Default::default(),
+        max_input_tokens: None,
+        kv_cache_bytes: 1 << 24,
+        background: Default::default(),
+    }
 }
 
 /// The reward that a server would give.
@@ -92,7 +98,7 @@ fn reward(model: &LoadedModel, answer: &str) -> f32 {
     let messages = vec![Message::new("user", "Do you see the hat and the hat?"), Message::new("assistant", answer)];
     let input = TextInput::Conversation(messages);
     let tokens = model.text.render(&input, &RenderOptions::default(), RenderMode::Score).unwrap().ids;
-    let mut kv = model.decoder.kv_store(model.kv_pages);
+    let mut kv = model.decoder.kv_store(model.kv_pages).unwrap();
     let pages: Vec<u32> = (0..tokens.len().div_ceil(32) as u32).collect();
     let sequence = StepSequence { tokens: &tokens, position: 0, pages: &pages, read: Read::LastReward };
     let step = Step { sequences: vec![sequence] };

@@ -91,6 +91,10 @@ impl Models for Fake {
         Err(Status::unimplemented(""))
     }
 
+    async fn set_traffic(&self, _: Request<v1::SetTrafficRequest>) -> Result<Response<v1::SetTrafficResponse>, Status> {
+        Err(Status::unimplemented(""))
+    }
+
     type WatchModelsStream = Out<v1::WatchModelsResponse>;
 
     async fn watch_models(

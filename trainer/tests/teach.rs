@@ -62,6 +62,7 @@ fn a_student_learns_what_its_teacher_expects_behind_a_prompt() {
         hhh: Default::default(),
         max_input_tokens: None,
         kv_cache_bytes: 1 << 26,
+        background: Default::default(),
     };
     let model = LoadedModel::load(&Source { model: lm.clone(), ..Source::default() }, &options).unwrap();
     let turns = [Message::new("user", "Where is the cup?"), Message::new("assistant", "Beside the ball.")];
@@ -76,7 +77,7 @@ fn a_student_learns_what_its_teacher_expects_behind_a_prompt() {
     assert_eq!((&record[..3], &record[3..15]), (&[2, 1, 12][..], &own[..12]));
     let (first, top, ids) = (record[15], record[16], record[17]);
     assert_eq!((first, top, ids), (0, 5, 5 * 11));
-    let mut kv = model.decoder.kv_store(model.kv_pages);
+    let mut kv = model.decoder.kv_store(model.kv_pages).unwrap();
     for row in first as usize..11 {
         let tokens = &[&behind[..human], &own[..row + 1]].concat()[..];
         let pages: Vec<u32> = (0..tokens.len().div_ceil(32) as u32).collect();

@@ -55,36 +55,63 @@ pub(crate) struct Reading {
 }
 
 /// The keys a line may have. Others are the data's own and are passed over.
-#[derive(Deserialize)]
+#[derive(Default, PartialEq, Deserialize)]
 struct Line {
     id: Option<Value>,
     text: Option<String>,
     messages: Option<Vec<Turn>>,
     prompt: Option<Words>,
     response: Option<String>,
-    candidates: Option<Vec<String>>,
+    candidates: Option<Vec<CandidateWords>>,
     chosen: Option<Words>,
     rejected: Option<Words>,
 }
 
-#[derive(Deserialize)]
+#[derive(PartialEq, Deserialize)]
 struct Turn {
     role: String,
     content: String,
 }
 
-#[derive(Deserialize)]
+#[derive(PartialEq, Deserialize)]
 #[serde(untagged, expecting = "expected a string or a list of {\"role\", \"content\"}")]
 enum Words {
     Text(String),
     Turns(Vec<Turn>),
+    /// As the wire contract and records have it.
+    Input(v1::Input),
+}
+
+#[derive(PartialEq, Deserialize)]
+#[serde(untagged, expecting = "expected a string")]
+enum CandidateWords {
+    Text(String),
+    /// As the wire contract and records have it.
+    Candidate(v1::Candidate),
+}
+
+impl CandidateWords {
+    fn text(self) -> Result<String, String> {
+        match self {
+            Self::Text(text)
+            | Self::Candidate(v1::Candidate { candidate: Some(v1::candidate::Candidate::Text(text)) }) => Ok(text),
+            Self::Candidate(_) => Err("a candidate must be text".into()),
+        }
+    }
 }
 
 /// Reads a line: its id and what it asks for.
 pub(crate) fn parse(line: &[u8], reading: Reading) -> Result<(Option<Value>, Body), String> {
-    let line: Line = serde_json::from_slice(line).map_err(|e| e.to_string())?;
-    let id = line.id.clone();
-    body(line, reading).map(|body| (id, body))
+    let mut keys: Line = serde_json::from_slice(line).map_err(|e| e.to_string())?;
+    let id = keys.id.take();
+    if keys != Line::default() {
+        return body(keys, reading).map(|body| (id, body));
+    }
+    // An item as the wire contract and records have it.
+    match serde_json::from_slice(line) {
+        Ok(item @ v1::Input { input: Some(_) }) => Ok((id, Body::Single(input(Words::Input(item), reading)?))),
+        _ => body(keys, reading).map(|body| (id, body)),
+    }
 }
 
 fn body(line: Line, reading: Reading) -> Result<Body, String> {
@@ -107,6 +134,7 @@ fn body(line: Line, reading: Reading) -> Result<Body, String> {
             if candidates.is_empty() {
                 return Err("candidates is empty".into());
             }
+            let candidates = candidates.into_iter().map(CandidateWords::text).collect::<Result<_, _>>()?;
             Ok(Body::Candidates { prompt: prompt_input(prompt, reading)?, candidates })
         }
         _ => Err("needs exactly one of: text; messages; prompt and response; prompt and candidates; \
@@ -151,7 +179,7 @@ fn side(prompt: Option<&v1::Input>, words: Words, reading: Reading) -> Result<v1
             conversation.messages.extend(turns.into_iter().map(message));
             Ok(v1::Input { input: Some(v1::input::Input::Conversation(conversation)) })
         }
-        turns => input(turns, reading),
+        words => input(words, reading),
     }
 }
 
@@ -160,6 +188,9 @@ fn input(words: Words, reading: Reading) -> Result<v1::Input, String> {
         Words::Text(words) if reading.split_turns => plumb_client::transcript::turns(&words),
         Words::Text(words) => return Ok(text(words)),
         Words::Turns(turns) => turns.into_iter().map(message).collect(),
+        Words::Input(v1::Input { input: Some(v1::input::Input::Conversation(c)) }) => c.messages,
+        Words::Input(input) if input.input.is_some() => return Ok(input),
+        Words::Input(_) => return Err("needs one of conversation, text and token_ids".into()),
     };
     if messages.is_empty() {
         return Err("has no turns".into());
@@ -258,6 +289,26 @@ mod tests {
             PLAIN,
             Ok(Candidates { prompt: conversation([("user", "q")]), candidates: vec!["a".into(), "b".into()] }),
         );
+    }
+
+    #[test]
+    fn items_and_prompts_of_the_wire_contract() {
+        let turns = r#"{"conversation": {"messages": [{"role": "user", "content": "q"}]}}"#;
+        check(turns, PLAIN, Ok(Body::Single(conversation([("user", "q")]))));
+        let ids = v1::TokenIds { ids: vec![1, 2], response_start: Some(1) };
+        let ids = v1::Input { input: Some(v1::input::Input::TokenIds(ids)) };
+        check(r#"{"token_ids": {"ids": [1, 2], "response_start": 1}}"#, PLAIN, Ok(Body::Single(ids)));
+        check(
+            &format!(r#"{{"prompt": {turns}, "candidates": [{{"text": "a"}}, "b"]}}"#),
+            PLAIN,
+            Ok(Body::Candidates { prompt: conversation([("user", "q")]), candidates: vec!["a".into(), "b".into()] }),
+        );
+        check(r#"{"prompt": {"text": "q "}, "response": "a"}"#, PLAIN, Ok(Body::Single(text("q a"))));
+        check(r#"{"prompt": {}, "response": "a"}"#, PLAIN, Err("one of conversation"));
+        check(r#"{"prompt": "q", "candidates": [{"token_ids": {"ids": [1]}}]}"#, PLAIN, Err("must be text"));
+        check(r#"{"conversation": {"messages": []}}"#, PLAIN, Err("no turns"));
+        // Elsewhere the key is the data's own.
+        check(r#"{"text": "a", "conversation": ["x"]}"#, PLAIN, Ok(Body::Single(text("a"))));
     }
 
     #[test]

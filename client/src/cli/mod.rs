@@ -17,6 +17,8 @@ mod health;
 
 mod eval;
 
+mod replay;
+
 mod bench;
 
 // What the subcommands share: options, reading, scoring in order, writing.
@@ -39,6 +41,7 @@ Examples:
   plumb score --model pm --json pairs.jsonl.gz > rewards.jsonl
   plumb rank --prompt 'What is 2 + 2?' '4.' 'Five.' 'I am not sure.'
   plumb generate --hhh-prompt full 'How do I boil an egg?'
+  plumb replay calls/ --label canary --fail-if-flips-over 0.02
   plumb --server http://gpu1:50051,http://gpu2:50051 models
 
 Exit codes:
@@ -75,6 +78,8 @@ enum Command {
     Health,
     /// Measure the accuracy of a model's preferences, as a Markdown table
     Eval(eval::EvalArgs),
+    /// Score recorded calls on another version and show what changes
+    Replay(replay::ReplayArgs),
     /// Measure throughput and latency of a server
     Bench(bench::BenchArgs),
 }
@@ -125,6 +130,7 @@ async fn execute(cli: Cli) -> anyhow::Result<Outcome> {
         Command::Models(args) => models::run(global, args).await,
         Command::Health => health::run(global).await,
         Command::Eval(args) => eval::run(global, args).await,
+        Command::Replay(args) => replay::run(global, args).await,
         Command::Bench(args) => bench::run(global, args).await,
     }
 }

@@ -18,6 +18,7 @@ Examples:
   plumb models
   plumb models load pm /checkpoints/pm/2
   plumb models label pm stable 2
+  plumb models traffic pm stable=95 canary=5
   plumb models unload pm 1
   plumb models watch")]
 pub(crate) struct ModelsArgs {
@@ -61,6 +62,14 @@ enum ModelsCommand {
         /// The version; without it the label is removed
         version: Option<u64>,
     },
+    /// Split the calls that name neither version nor label between labels, or end the split
+    Traffic {
+        /// Name of the model
+        name: String,
+        /// A label and its weight, of the sum of all; without any the split ends
+        #[arg(value_name = "LABEL=WEIGHT", value_parser = share)]
+        shares: Vec<v1::TrafficShare>,
+    },
     /// Print the state of every version, then every change, until interrupted
     Watch {
         /// Only this model
@@ -82,6 +91,7 @@ pub(crate) async fn run(global: &Global, args: ModelsArgs) -> anyhow::Result<Out
         ModelsCommand::Label { name, label, version } => {
             client.set_label(name, label, version).await?.into_iter().collect()
         }
+        ModelsCommand::Traffic { name, shares } => client.set_traffic(name, shares).await?,
         ModelsCommand::Watch { name } => {
             let mut changes = client.watch_models(name).await?;
             while let Some(change) = changes.next().await {
@@ -121,7 +131,7 @@ fn models_table(models: &[v1::ModelStatus]) -> String {
             name + if model.is_default { " *" } else { "" },
             version.to_string(),
             state(model).into(),
-            model.labels.join(","),
+            labels(model),
             kind(&details).into(),
             details.architecture.clone(),
             details.dtype.clone(),
@@ -176,6 +186,7 @@ fn line(model: &v1::ModelStatus) -> serde_json::Value {
         "state": state(model),
         "error": model.error,
         "labels": model.labels,
+        "traffic_weight": model.traffic_weight,
         "is_default": model.is_default,
         "details": details,
     })
@@ -183,6 +194,20 @@ fn line(model: &v1::ModelStatus) -> serde_json::Value {
 
 fn name_and_version(model: &v1::ModelStatus) -> (String, u64) {
     model.model.as_ref().map(|m| (m.name.clone(), m.version)).unwrap_or_default()
+}
+
+fn labels(model: &v1::ModelStatus) -> String {
+    match model.traffic_weight {
+        0 => model.labels.join(","),
+        weight => format!("{} (weight {weight})", model.labels.join(",")),
+    }
+}
+
+/// `stable=95`.
+fn share(text: &str) -> Result<v1::TrafficShare, String> {
+    let parsed = text.split_once('=').and_then(|(label, weight)| Some((label.to_owned(), weight.parse().ok()?)));
+    let (label, weight) = parsed.ok_or_else(|| "expected LABEL=WEIGHT, such as canary=5".to_owned())?;
+    Ok(v1::TrafficShare { label, weight })
 }
 
 fn state(model: &v1::ModelStatus) -> &'static str {

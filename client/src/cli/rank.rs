@@ -32,7 +32,7 @@ pub(crate) struct RankArgs {
     /// The prompt
     #[arg(long, value_name = "TEXT", requires = "candidates")]
     prompt: Option<String>,
-    /// JSONL file of {"prompt", "candidates"} lines, also packed (.gz); - is standard input
+    /// JSONL file of {"prompt", "candidates"} lines, also packed (.gz, .zst); - is standard input
     #[arg(long, value_name = "FILE", conflicts_with = "prompt")]
     file: Vec<PathBuf>,
     /// The prompt is plain text that candidates continue, not a user's turn

@@ -36,7 +36,7 @@ Examples:
 #[derive(Args)]
 #[command(after_help = EXAMPLES)]
 pub(crate) struct ScoreArgs {
-    /// JSONL files, also packed (.gz); - is standard input
+    /// JSONL files, also packed (.gz, .zst); - is standard input
     #[arg(value_name = "FILE", conflicts_with_all = ["text", "prompt"])]
     pub(crate) files: Vec<PathBuf>,
     /// A text to score as it is; may be given several times

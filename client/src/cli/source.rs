@@ -1,5 +1,6 @@
 //! Files of lines, read on a thread of their own and handed on a few at a time, so that a file of any size fits.
 
+use std::ffi::OsStr;
 use std::fs::File;
 use std::io::{self, BufRead, BufReader, IsTerminal, Read};
 use std::path::{Path, PathBuf};
@@ -114,10 +115,20 @@ pub(crate) fn count_lines(files: &[PathBuf]) -> Option<u64> {
     let mut count = 0;
     for file in files {
         let mut lines = open(file).ok()?;
-        let mut line = Vec::new();
-        while lines.read_until(b'\n', &mut line).ok()? > 0 {
-            count += u64::from(!line.trim_ascii().is_empty());
-            line.clear();
+        let mut is_blank = true;
+        // Without holding a line: it may be longer than anybody wants to read.
+        loop {
+            let bytes = lines.fill_buf().ok()?;
+            if bytes.is_empty() {
+                break;
+            }
+            for byte in bytes {
+                // A line counts when its first character is seen.
+                count += u64::from(is_blank && !byte.is_ascii_whitespace());
+                is_blank = *byte == b'\n' || is_blank && byte.is_ascii_whitespace();
+            }
+            let n = bytes.len();
+            lines.consume(n);
         }
     }
     Some(count)
@@ -129,14 +140,18 @@ pub(crate) fn records(bodies: impl IntoIterator<Item = Body>) -> Vec<ReadLine> {
     bodies.into_iter().enumerate().map(|(i, body)| Ok(Record { place: place(i), id: None, body })).collect()
 }
 
-fn open(path: &Path) -> io::Result<Box<dyn BufRead>> {
+/// Opens a file, and unpacks it if its name says that it is packed.
+pub(crate) fn open(path: &Path) -> io::Result<Box<dyn BufRead>> {
     const BUFFER: usize = 1 << 16;
     if is_stdin(path) {
         return Ok(Box::new(BufReader::with_capacity(BUFFER, io::stdin())));
     }
     let file = File::open(path)?;
-    let bytes: Box<dyn Read> =
-        if path.extension().is_some_and(|e| e == "gz") { Box::new(MultiGzDecoder::new(file)) } else { Box::new(file) };
+    let bytes: Box<dyn Read> = match path.extension().and_then(OsStr::to_str) {
+        Some("gz") => Box::new(MultiGzDecoder::new(file)),
+        Some("zst") => Box::new(zstd::Decoder::new(file)?),
+        _ => Box::new(file),
+    };
     Ok(Box::new(BufReader::with_capacity(BUFFER, bytes)))
 }
 
@@ -175,10 +190,13 @@ mod tests {
         let bytes = encoder.finish().unwrap();
         std::fs::write(&packed, &bytes).unwrap();
         std::fs::write(&cut, &bytes[..4]).unwrap();
+        let zst = folder.path().join("a.jsonl.zst");
+        std::fs::write(&zst, zstd::encode_all(LINES.as_bytes(), 0).unwrap()).unwrap();
 
         let expect = ["1 None", "3 broken", "4 Some(Number(7))"];
         assert_eq!(collect(&[&plain], None).await, expect);
         assert_eq!(collect(&[&packed], None).await, expect);
+        assert_eq!(collect(&[&zst], None).await, expect);
         assert_eq!(collect(&[&cut, &plain], None).await, [&["1 broken"], expect.as_slice()].concat());
         assert_eq!(collect(&[&plain, &packed], Some(4)).await, [expect.as_slice(), &["1 None"]].concat());
         assert_eq!(collect(&[&plain], Some(0)).await, [""; 0]);

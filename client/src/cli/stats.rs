@@ -80,7 +80,7 @@ impl Distribution {
 }
 
 /// Bars over equal bins.
-fn histogram(sorted: &[f64]) -> String {
+pub(crate) fn histogram(sorted: &[f64]) -> String {
     const BINS: usize = 12;
     const WIDTH: usize = 40;
     let (Some(&min), Some(&max)) = (sorted.first(), sorted.last()) else { return String::new() };

@@ -253,6 +253,10 @@ async fn tokens_models_and_health() {
     assert!(plumb(&fake, &["models", "load", "pm", "/x", "--version", "9"]).await.ok().contains("AVAILABLE"));
     assert!(plumb(&fake, &["models", "unload", "pm", "2"]).await.ok().contains("DRAINING"));
     assert!(plumb(&fake, &["models", "label", "pm", "stable", "3"]).await.ok().contains("stable"));
+    let split = plumb(&fake, &["models", "traffic", "pm", "stable=95", "canary=5"]).await;
+    let split = split.ok();
+    assert!(split.contains("stable (weight 95)") && split.contains("canary (weight 5)"), "{split}");
+    assert!(plumb(&fake, &["models", "traffic", "pm", "stable"]).await.err.contains("LABEL=WEIGHT"));
     assert_eq!(plumb(&fake, &["models", "watch"]).await.ok(), "pm 2 AVAILABLE\npm 3 AVAILABLE\n");
 
     assert!(plumb(&fake, &["health"]).await.ok().contains("plumb.v1.Generation  SERVING"));

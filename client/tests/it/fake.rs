@@ -301,6 +301,19 @@ impl Models for Fake {
         Ok(Response::new(v1::SetLabelResponse { model: request.version.map(|v| status(&request.name, v)) }))
     }
 
+    async fn set_traffic(
+        &self,
+        request: Request<v1::SetTrafficRequest>,
+    ) -> Result<Response<v1::SetTrafficResponse>, Status> {
+        let v1::SetTrafficRequest { name, shares } = request.into_inner();
+        let status = |(version, share): (u64, v1::TrafficShare)| v1::ModelStatus {
+            labels: vec![share.label],
+            traffic_weight: share.weight,
+            ..status(&name, version)
+        };
+        Ok(Response::new(v1::SetTrafficResponse { models: (1..).zip(shares).map(status).collect() }))
+    }
+
     type WatchModelsStream = Out<v1::WatchModelsResponse>;
 
     async fn watch_models(

@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use crate::element::{Element, round};
 use crate::gemm::LANES;
-use crate::memory::{Buffer, carve, carved, with_scratch};
+use crate::memory::{Buffer, OutOfMemory, carve, carved, with_scratch};
 use crate::norm::Norm;
 use crate::parallel::{Shared, for_each_piece};
 use crate::rotary::Rotary;
@@ -37,13 +37,15 @@ pub fn padded(head_dim: usize) -> usize {
 
 impl<E: Element> KvPages<E> {
     /// Empty pages, whose memory is taken from the system at once.
-    pub fn new(layers: usize, kv_heads: usize, head_dim: usize, pages: usize) -> Self {
+    ///
+    /// # Errors
+    /// If there is no memory for them.
+    pub fn new(layers: usize, kv_heads: usize, head_dim: usize, pages: usize) -> Result<Self, OutOfMemory> {
         let padded_dim = padded(head_dim);
         let len = pages * kv_heads * padded_dim * PAGE;
-        let layers = (0..layers)
-            .map(|_| KvLayer { keys: Buffer::zeros(len).populated(), values: Buffer::zeros(len).populated() })
-            .collect();
-        Self { kv_heads, padded_dim, pages, layers }
+        let zeros = || Ok(Buffer::zeros(len)?.populated());
+        let layers = (0..layers).map(|_| Ok(KvLayer { keys: zeros()?, values: zeros()? })).collect::<Result<_, _>>()?;
+        Ok(Self { kv_heads, padded_dim, pages, layers })
     }
 
     /// Number of pages.
@@ -164,6 +166,14 @@ pub fn prepare<E: Element>(
                     }
                     let v = &qkv[(how.heads + kv_heads + h) * dim..(how.heads + kv_heads + h + 1) * dim];
                     round(v, &mut narrow[..dim]);
+                    if !narrow[..dim].iter().fold(true, |finite, x| finite & x.to_f32().is_finite()) {
+                        // A weight of zero does not keep it from queries that do not see this position, and whose
+                        // results others may share; a NaN in the key is seen by those that do, and masked for others.
+                        narrow[..dim].fill(E::default());
+                        for keys in keys.chunks_exact_mut(PAGE * E::PAIR) {
+                            keys[slot * E::PAIR..][..E::PAIR].fill(E::from_f32(f32::NAN));
+                        }
+                    }
                     let values = &mut values[slot / E::PAIR * padded_dim * E::PAIR..];
                     for (value, x) in values.chunks_exact_mut(E::PAIR).zip(&narrow[..dim]) {
                         value[slot % E::PAIR] = *x;

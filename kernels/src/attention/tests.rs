@@ -31,7 +31,7 @@ fn rule(case: &Case) -> Rule {
 fn run<E: Element>(case: &Case, qkv: &[f32], steps: &[usize], neighbour: usize) -> Vec<f32> {
     let width = (case.heads + 2 * case.kv_heads) * case.dim;
     let pages = case.tokens.div_ceil(PAGE);
-    let mut kv = KvPages::<E>::new(1, case.kv_heads, case.dim, pages + neighbour.div_ceil(PAGE));
+    let mut kv = KvPages::<E>::new(1, case.kv_heads, case.dim, pages + neighbour.div_ceil(PAGE)).unwrap();
     kv.layers[0].keys.fill(E::from_f32(f32::NAN));
     kv.layers[0].values.fill(E::from_f32(f32::NAN));
     let table: Vec<u32> = (0..pages as u32).rev().collect();
@@ -120,5 +120,40 @@ proptest! {
         let case = Case { heads: groups * kv_heads, kv_heads, dim, softcap, window, tokens };
         check::<f32>(&case, cut, 1e-5);
         check::<bf16>(&case, cut, 1e-2);
+    }
+}
+
+/// A value that is no number at a position: queries that do not see it keep their bits, in the same step too, whose pages
+/// others may share; those that do see it have no number either.
+fn check_masked<E: Element>(case: &Case, bad: usize, value: f32) {
+    let width = (case.heads + 2 * case.kv_heads) * case.dim;
+    let mut qkv = numbers(case.tokens * width, 1);
+    let sound = run::<E>(case, &qkv, &[case.tokens], 0);
+    // The first value of every head.
+    for head in 0..case.kv_heads {
+        qkv[bad * width + (case.heads + case.kv_heads + head) * case.dim] = value;
+    }
+    for steps in [vec![case.tokens], vec![bad + 1, case.tokens - bad - 1]] {
+        let found = run::<E>(case, &qkv, &steps, 0);
+        let rows = case.heads * case.dim;
+        for (position, (found, sound)) in found.chunks(rows).zip(sound.chunks(rows)).enumerate() {
+            let sees = position >= bad && case.window.is_none_or(|window| position < bad + window);
+            match sees {
+                true => assert!(found.iter().any(|x| !x.is_finite()), "{value} is lost at {position}"),
+                false => assert_eq!(found, sound, "{value} of {bad} is seen at {position}"),
+            }
+        }
+    }
+}
+
+#[test]
+fn what_is_no_number_stays_with_those_who_see_it() {
+    for (window, bad) in [(None, 41), (None, 0), (None, 127), (Some(20), 41), (Some(40), 130)] {
+        for value in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+            let case = Case { heads: 4, kv_heads: 2, dim: 16, softcap: None, window, tokens: 200 };
+            check_masked::<f32>(&case, bad, value);
+            check_masked::<bf16>(&case, bad, value);
+            check_masked::<bf16>(&Case { softcap: Some(2.0), ..case }, bad, value);
+        }
     }
 }

@@ -598,7 +598,7 @@ mod tests {
         let qkv: Vec<f32> = (0..rows * width).map(|i| number(i, 1)).collect();
         let d_out: Vec<f32> = (0..rows * heads * dim).map(|i| number(i, 7)).collect();
 
-        let mut kv = KvPages::<E>::new(1, kv_heads, dim, 6);
+        let mut kv = KvPages::<E>::new(1, kv_heads, dim, 6).unwrap();
         // What nobody writes must not be seen.
         kv.layers[0].keys.fill(E::from_f32(f32::NAN));
         kv.layers[0].values.fill(E::from_f32(f32::NAN));

@@ -1,11 +1,17 @@
 //! Typed reading of JSON objects, with errors that name the key, what was found and what was expected.
 
+use std::borrow::Cow;
 use std::fmt::Display;
 use std::path::Path;
 
 use serde_json::{Map, Value};
 
+use super::read;
 use crate::{Error, Result};
+
+/// Bytes of a JSON file. The largest are indices of shards, about 100 bytes a tensor. As values in memory, a byte can
+/// become 32.
+const MOST_JSON: u64 = 16 << 20;
 
 /// A JSON object and the file it came from.
 #[derive(Clone, Copy)]
@@ -39,7 +45,7 @@ impl<'a> Fields<'a> {
     /// An error about the value at `key`.
     pub(super) fn wrong(&self, key: &str, expected: impl Display) -> Error {
         let reason = match self.get(key) {
-            Some(found) => format!("`{key}` is {found}, expected {expected}"),
+            Some(found) => format!("`{key}` is {}, expected {expected}", excerpt(&found.to_string())),
             None => format!("`{key}` is missing, expected {expected}"),
         };
         Error::Malformed { path: self.path.to_owned(), reason }
@@ -125,9 +131,17 @@ impl<'a> Fields<'a> {
     }
 }
 
-/// Reads and parses a JSON file.
+/// Reads and parses a JSON file of up to [`MOST_JSON`] bytes.
 pub(super) fn read_json(path: &Path) -> Result<Value> {
-    let text = std::fs::read(path).map_err(|source| Error::Io { path: path.to_owned(), source })?;
-    serde_json::from_slice(&text)
+    serde_json::from_slice(&read::whole(path, MOST_JSON)?)
         .map_err(|error| Error::Malformed { path: path.to_owned(), reason: format!("not valid JSON: {error}") })
+}
+
+/// The beginning of a text that is to be shown: what a file says can be long.
+pub(super) fn excerpt(text: &str) -> Cow<'_, str> {
+    const SHOWN: usize = 200;
+    match text.char_indices().nth(SHOWN) {
+        Some((end, _)) => Cow::Owned(format!("{}...", &text[..end])),
+        None => Cow::Borrowed(text),
+    }
 }

@@ -1,15 +1,17 @@
 //! GGUF files, llama.cpp's format: the metadata becomes what a `config.json` would say, so that one parser checks both.
 
-use std::fs::File;
 use std::io::BufReader;
 use std::path::Path;
 
 use candle_core::quantized::gguf_file::{Content, Value};
 use serde_json::json;
 
+use super::fields::excerpt;
+use super::gguf_header;
 use super::gguf_tensors::GgufTensors;
 use super::gguf_tokenizer;
 use super::hf_config::{self, Holdings};
+use super::read::{Bytes, Reader};
 use super::tokenizer::TextParts;
 use super::weights::TensorStore;
 use crate::config::{Config, RopeScaling};
@@ -34,21 +36,21 @@ pub(super) struct Gguf {
 }
 
 /// Opens a file; `holdings` is what an adapter adds.
-pub(super) fn open(path: &Path, holdings: &Holdings<'_>) -> Result<Gguf> {
-    let file = File::open(path).map_err(|source| Error::Io { path: path.to_owned(), source })?;
-    let content = read_content(path, &file)?;
+pub(super) fn open(path: &Path, holdings: &Holdings<'_>, reader: &Reader) -> Result<Gguf> {
+    let file = reader.open(path)?;
+    let content = read_content(&file)?;
     let metadata = Metadata { path, content: &content };
     let name = metadata.text("general.architecture")?;
     let Some((architecture, class)) = ARCHITECTURES.iter().find(|(architecture, _)| *architecture == name) else {
         let served: Vec<&str> = ARCHITECTURES.iter().map(|(architecture, _)| *architecture).collect();
-        let served = served.join(", ");
+        let (name, served) = (excerpt(name), served.join(", "));
         return Err(Error::Unsupported(format!("GGUF architecture `{name}`; served are {served}")));
     };
     let text = gguf_tokenizer::read(&metadata)?;
     let json = config_json(&metadata, architecture, class)?;
     let mut config = hf_config::parse(path, &json, holdings)?;
     config.architecture = name.to_owned();
-    let mut tensors = GgufTensors::new(path, file, content, &config);
+    let mut tensors = GgufTensors::new(file, content, &config);
     if *architecture == "llama" {
         // The metadata does not say; conversions of Llama models with biases have the tensors.
         config.qkv_bias = tensors.holds("model.layers.0.self_attn.q_proj.bias");
@@ -62,16 +64,9 @@ pub(super) fn open(path: &Path, holdings: &Holdings<'_>) -> Result<Gguf> {
     Ok(Gguf { config, tensors, text })
 }
 
-fn read_content(path: &Path, file: &File) -> Result<Content> {
-    // candle bounds counts and lengths by the file's size, but divides by the alignment that the file states, which
-    // can be 0.
-    let content = std::panic::catch_unwind(|| Content::read(&mut BufReader::new(file)));
-    let reason = match content {
-        Ok(Ok(content)) => return Ok(content),
-        Ok(Err(error)) => error.to_string(),
-        Err(_) => "the header is impossible".to_owned(),
-    };
-    Err(Error::Malformed { path: path.to_owned(), reason: format!("not GGUF: {reason}") })
+fn read_content(file: &Bytes) -> Result<Content> {
+    let content = gguf_header::read(BufReader::new(file.stream()), file.len());
+    content.map_err(|reason| Error::Malformed { path: file.path().to_owned(), reason: format!("not GGUF: {reason}") })
 }
 
 /// Divisors of the frequencies, `[dim / 2]`.
@@ -168,8 +163,9 @@ impl<'a> Metadata<'a> {
 
     pub(super) fn wrong(&self, key: &str, expected: &str) -> Error {
         let reason = match self.get(key) {
-            // Arrays can be long.
+            // Both can be long.
             Some(Value::Array(_)) => format!("`{key}` is an array, expected {expected}"),
+            Some(Value::String(text)) => format!("`{key}` is {:?}, expected {expected}", excerpt(text)),
             Some(found) => format!("`{key}` is {found:?}, expected {expected}"),
             None => format!("`{key}` is missing, expected {expected}"),
         };
@@ -198,12 +194,14 @@ impl<'a> Metadata<'a> {
     }
 
     fn number(&self, key: &str) -> Result<Option<f64>> {
-        match self.get(key) {
-            None => Ok(None),
-            Some(Value::F32(number)) => Ok(Some(f64::from(*number))),
-            Some(Value::F64(number)) => Ok(Some(*number)),
-            Some(_) => Ok(self.whole(key)?.map(|number| number as f64)),
-        }
+        let number = match self.get(key) {
+            None => return Ok(None),
+            Some(Value::F32(number)) => Some(f64::from(*number)),
+            Some(Value::F64(number)) => Some(*number),
+            Some(_) => self.whole(key)?.map(|number| number as f64),
+        };
+        // JSON, which this becomes, has no other.
+        number.filter(|number| number.is_finite()).map(Some).ok_or_else(|| self.wrong(key, "a finite number"))
     }
 
     pub(super) fn flag(&self, key: &str) -> Result<Option<bool>> {

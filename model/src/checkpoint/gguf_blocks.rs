@@ -6,7 +6,7 @@
 
 use candle_core::quantized::GgmlDType;
 use half::f16;
-use plumb_kernels::quantised::QuantRows;
+use plumb_kernels::quantised::{Described, QuantRows};
 
 /// Weights of the largest block.
 const LARGEST: usize = 256;
@@ -70,6 +70,18 @@ impl Format {
             _ => return None,
         };
         Some(Self { bytes, low, high, zero, scale, min, groups })
+    }
+
+    /// What its weights are like, whatever they are.
+    pub(super) fn described(&self) -> Described {
+        let bits = self.low.bits + self.high.map_or(0, |high| high.bits);
+        Described {
+            group: self.groups.sizes().1,
+            nibbles: bits <= 4 && matches!((bits, self.zero), (_, 0) | (4, 8) | (3, 4)),
+            // A product of the block's f16 and a small integer is no f16.
+            half_scales: matches!(self.groups, Groups::Whole),
+            offsets: self.min.is_some(),
+        }
     }
 
     /// Takes `data` apart into `[rows, inputs]`. The weights are ggml's, to the bit, but for the sign of a 0.

@@ -1,22 +1,20 @@
 //! The tensors of a GGUF file, under the names and in the layout of Hugging Face checkpoints.
 
 use std::collections::BTreeMap;
-use std::fs::File;
-use std::path::{Path, PathBuf};
 
 use candle_core::quantized::gguf_file::Content;
 use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{DType, Device, Tensor};
 
 use super::gguf_blocks::Format;
+use super::read::Bytes;
 use super::weights::{Description, Stored, TensorStore};
 use crate::config::{Block, Config};
 use crate::{Error, Result};
 
 /// An open file. Tensors are read one at a time.
 pub(super) struct GgufTensors {
-    path: PathBuf,
-    file: File,
+    file: Bytes,
     content: Content,
     /// By Hugging Face name; names that have no such counterpart stay.
     tensors: BTreeMap<String, Origin>,
@@ -40,7 +38,7 @@ enum Layout {
 }
 
 impl GgufTensors {
-    pub(super) fn new(path: &Path, file: File, content: Content, config: &Config) -> Self {
+    pub(super) fn new(file: Bytes, content: Content, config: &Config) -> Self {
         let named = |name: &String| {
             let hf_name = hf_name(name, config.block);
             let layout = match hf_name.rsplit('.').nth(1) {
@@ -53,7 +51,7 @@ impl GgufTensors {
             (hf_name, Origin { name: name.clone(), layout })
         };
         let tensors = content.tensor_infos.keys().map(named).collect();
-        Self { path: path.to_owned(), file, content, tensors }
+        Self { file, content, tensors }
     }
 
     /// Reads a tensor as llama.cpp's converter left it.
@@ -61,12 +59,12 @@ impl GgufTensors {
         let missing = || Error::MissingTensor { name: name.to_owned(), expected: Vec::new() };
         let origin = self.tensors.get(name).ok_or_else(missing)?;
         let info = self.content.tensor_infos.get(&origin.name).ok_or_else(missing)?;
-        let stored = info.read(&mut &self.file, self.content.tensor_data_offset, &Device::Cpu);
+        let stored = info.read(&mut self.file.stream(), self.content.tensor_data_offset, &Device::Cpu);
         Ok((origin, stored.map_err(|error| self.malformed(origin, error.to_string()))?))
     }
 
     fn malformed(&self, origin: &Origin, reason: String) -> Error {
-        Error::Malformed { path: self.path.clone(), reason: format!("tensor `{}`: {reason}", origin.name) }
+        Error::Malformed { path: self.file.path().to_owned(), reason: format!("tensor `{}`: {reason}", origin.name) }
     }
 
     /// Leaves out a tensor that has been dealt with.
@@ -117,7 +115,13 @@ impl TensorStore for GgufTensors {
                 GgmlDType::F16 => DType::F16,
                 _ => DType::BF16,
             };
-            Some((name.clone(), Description { shape: info.shape.dims().to_vec(), dtype: Some(dtype) }))
+            let shape = info.shape.dims().to_vec();
+            let quantised =
+                Format::of(info.ggml_dtype).filter(|_| shape.len() == 2 && origin.layout != Layout::PlusOne);
+            let quantised = quantised.map(|format| format.described());
+            // As stored, twice for a moment; then codes and scales, or f32; and once more to put rows in their order.
+            let reading = if quantised.is_some() { 4 } else { dtype.size_in_bytes() + 2 * size_of::<f32>() };
+            Some((name.clone(), Description { shape, dtype: Some(dtype), quantised, reading }))
         };
         self.tensors.iter().filter_map(describe).collect()
     }

@@ -9,8 +9,10 @@ use std::collections::HashMap;
 use candle_core::quantized::gguf_file::Value;
 use serde_json::{Map, Value as Json, json};
 
+use super::fields::excerpt;
 use super::gguf::Metadata;
 use super::tokenizer::{SpecialTokens, TextParts};
+use super::tokenizer_json::{self, MOST_TOKEN};
 use crate::{Error, Result};
 
 const TOKENS: &str = "tokenizer.ggml.tokens";
@@ -111,8 +113,8 @@ pub(super) fn read(metadata: &Metadata<'_>) -> Result<TextParts> {
     let bos = special.bos.as_deref().filter(|_| add_bos);
     let eos = special.eos.as_deref().filter(|_| add_eos);
     parts.insert("post_processor".to_owned(), frame(&tokens, bos, eos));
-    let tokenizer = serde_json::from_value(Json::Object(parts))
-        .map_err(|error| metadata.wrong(TOKENS, &format!("a vocabulary that fits its merges ({error})")))?;
+    let tokenizer = tokenizer_json::build(Json::Object(parts).to_string().as_bytes())
+        .map_err(|reason| metadata.wrong(TOKENS, &format!("a vocabulary that fits its merges ({reason})")))?;
 
     let chat_template = metadata.optional_text("tokenizer.chat_template")?.map(str::to_owned);
     let mut text = TextParts { tokenizer, special, chat_template };
@@ -136,6 +138,7 @@ fn byte_level(metadata: &Metadata<'_>, tokens: &[String]) -> Result<(Map<String,
     let name = metadata.optional_text(PRE)?.unwrap_or("missing");
     let Some(split) = SPLITS.iter().find(|split| split.names.contains(&name)) else {
         let served: Vec<&str> = SPLITS.iter().flat_map(|split| split.names.iter().copied()).collect();
+        let name = excerpt(name);
         return Err(Error::Unsupported(format!(
             "`{PRE}` is {name}, and how it splits text is not known; served are {}. The model's folder with its \
              tokenizer.json can be served instead",
@@ -224,6 +227,10 @@ fn derived_merges(metadata: &Metadata<'_>, tokens: &[String], types: &[TokenType
     let known: HashMap<&str, usize> = tokens.iter().enumerate().map(|(id, token)| (token.as_str(), id)).collect();
     let mut merges = Vec::new();
     for (id, token) in tokens.iter().enumerate() {
+        // Every way to cut it is looked up: a long one would take time with its square.
+        if token.len() > MOST_TOKEN {
+            return Err(metadata.wrong(TOKENS, &format!("tokens of up to {MOST_TOKEN} bytes")));
+        }
         if !matches!(types[id], TokenType::Normal | TokenType::UserDefined) {
             continue;
         }

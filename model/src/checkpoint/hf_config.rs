@@ -7,7 +7,7 @@ use std::path::Path;
 
 use serde_json::Value;
 
-use super::fields::Fields;
+use super::fields::{Fields, excerpt};
 use super::hf_rope::rope;
 use super::lora::Adapter;
 use super::weights::TensorStore;
@@ -222,8 +222,10 @@ fn kind_of(fields: &Fields<'_>, architecture: &str) -> Result<&'static Defaults>
     let prefixes: Vec<&str> = KINDS.iter().map(|kind| kind.prefix).collect();
     let model_type = fields.text("model_type")?.unwrap_or("unknown");
     Err(Error::Unsupported(format!(
-        "architecture `{architecture}` (model type `{model_type}`); served are {} with ForCausalLM or \
+        "architecture `{}` (model type `{}`); served are {} with ForCausalLM or \
          ForSequenceClassification",
+        excerpt(architecture),
+        excerpt(model_type),
         prefixes.join(", ")
     )))
 }
@@ -233,7 +235,8 @@ fn refuse_variants(fields: &Fields<'_>) -> Result<()> {
     if let Some(quantization) = fields.object("quantization_config")? {
         let method = quantization.text("quant_method")?.unwrap_or("unknown method");
         return Err(Error::Unsupported(format!(
-            "`quantization_config` ({method}); take the checkpoint in bf16, f16 or f32, or as GGUF"
+            "`quantization_config` ({}); take the checkpoint in bf16, f16 or f32, or as GGUF",
+            excerpt(method)
         )));
     }
     if fields.flag("use_bidirectional_attention", false)? {
@@ -284,7 +287,8 @@ fn activation(fields: &Fields<'_>, defaults: &Defaults) -> Result<Activation> {
         // One formula, written four times.
         "gelu_pytorch_tanh" | "gelu_python_tanh" | "gelu_new" | "gelu_fast" => Ok(Activation::GeluTanh),
         other => Err(Error::Unsupported(format!(
-            "`{key}` `{other}`; served are silu, gelu, gelu_new, gelu_fast and gelu_pytorch_tanh"
+            "`{key}` `{}`; served are silu, gelu, gelu_new, gelu_fast and gelu_pytorch_tanh",
+            excerpt(other)
         ))),
     }
 }
@@ -335,7 +339,8 @@ fn layer_types(fields: &Fields<'_>, types: &[Value], num_layers: usize) -> Resul
         Some("sliding_attention") => Ok(true),
         Some("full_attention") => Ok(false),
         _ => Err(Error::Unsupported(format!(
-            "`layer_types` entry {entry}; served are full_attention and sliding_attention"
+            "`layer_types` entry {}; served are full_attention and sliding_attention",
+            excerpt(&entry.to_string())
         ))),
     };
     types.iter().map(sliding).collect()

@@ -1,7 +1,7 @@
 //! The rotary embedding of a `config.json`, in the spelling of Transformers 4 (`rope_theta`, `rope_scaling`, NeoX's
 //! `rotary_emb_base` and `rotary_pct`) and of Transformers 5 (`rope_parameters`, possibly one for each layer type).
 
-use super::fields::Fields;
+use super::fields::{Fields, excerpt};
 use super::hf_config::{Kind, MOST_POSITIONS};
 use crate::config::{Rope, RopeScaling};
 use crate::{Error, Result};
@@ -93,6 +93,8 @@ fn scaling(fields: &Fields<'_>, nested: &Fields<'_>, max_position_embeddings: us
                 original_max_position_embeddings: original.unwrap_or(max_position_embeddings),
             })
         }
-        other => Err(Error::Unsupported(format!("rope scaling `{other}`; served are default, linear and llama3"))),
+        other => {
+            Err(Error::Unsupported(format!("rope scaling `{}`; served are default, linear and llama3", excerpt(other))))
+        }
     }
 }

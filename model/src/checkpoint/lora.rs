@@ -10,7 +10,8 @@ use std::path::Path;
 use candle_core::{DType, Tensor};
 use serde_json::Value;
 
-use super::fields::{Fields, read_json};
+use super::fields::{Fields, excerpt, read_json};
+use super::read::Reader;
 use super::safetensors::Safetensors;
 use super::weights::{Stored, TensorStore};
 use crate::{Error, Result};
@@ -68,12 +69,12 @@ struct Delta {
 }
 
 impl Adapter {
-    pub(super) fn open(folder: &Path) -> Result<Self> {
+    pub(super) fn open(folder: &Path, reader: &Reader) -> Result<Self> {
         let path = folder.join(CONFIG);
         let json = read_json(&path)?;
         let settings = Settings::parse(&Fields::new(&path, &json)?)?;
         let weights = folder.join(weight_file(folder)?);
-        let store = Safetensors::open(std::slice::from_ref(&weights))?;
+        let store = Safetensors::open(std::slice::from_ref(&weights), reader)?;
         let (deltas, replacements) = assign(&weights, &store, &settings)?;
         Ok(Self { store, deltas, replacements, classifier: settings.classifier })
     }
@@ -85,6 +86,11 @@ impl Adapter {
 
     pub(super) fn replaces(&self, name: &str) -> bool {
         self.replacements.contains_key(name)
+    }
+
+    /// Whether a tensor of the base gets a delta.
+    pub(super) fn changes(&self, name: &str) -> bool {
+        self.deltas.contains_key(name)
     }
 
     /// The tensor that stands in the place of the base's, if there is one.
@@ -159,7 +165,8 @@ impl Settings {
         };
         for (key, value) in fields.iter() {
             if !is_served(key, value) {
-                return Err(Error::Unsupported(format!("adapter option `{key}` = {value}")));
+                let (key, value) = (excerpt(key), value.to_string());
+                return Err(Error::Unsupported(format!("adapter option `{key}` = {}", excerpt(&value))));
             }
         }
         let mut alphas = Vec::new();
@@ -167,7 +174,8 @@ impl Settings {
             for (module, _) in pattern.iter() {
                 let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '_' | '-' | '.');
                 if !module.chars().all(plain) {
-                    let what = format!("adapter option `alpha_pattern` with the regular expression `{module}`");
+                    let what =
+                        format!("adapter option `alpha_pattern` with the regular expression `{}`", excerpt(module));
                     return Err(Error::Unsupported(what));
                 }
                 alphas.push((module.clone(), pattern.required_positive(module)?));

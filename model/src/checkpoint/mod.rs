@@ -9,6 +9,7 @@
 mod fields;
 mod gguf;
 mod gguf_blocks;
+mod gguf_header;
 mod gguf_tensors;
 mod gguf_tokenizer;
 mod hf_config;
@@ -16,8 +17,13 @@ mod hf_rope;
 mod hub;
 mod lora;
 pub mod manifest;
+mod probe;
+mod publish;
+mod read;
 mod safetensors;
 mod tokenizer;
+mod tokenizer_json;
+mod tokenizer_regex;
 mod weights;
 
 use std::collections::BTreeMap;
@@ -30,6 +36,8 @@ use self::fields::{Fields, read_json};
 use self::hf_config::Holdings;
 use self::hub::Hub;
 use self::lora::Adapter;
+use self::manifest::{Manifest, Probe};
+pub(crate) use self::read::Reader;
 use self::safetensors::Safetensors;
 pub use self::tokenizer::SpecialTokens;
 use self::tokenizer::TextParts;
@@ -72,6 +80,8 @@ pub struct Checkpoint {
     pub source: Source,
     /// The folder that it was found in; unset for a file.
     pub folder: Option<PathBuf>,
+    /// Those of its manifest; none with an adapter, which changes the scores.
+    pub probes: Vec<Probe>,
 }
 
 impl Checkpoint {
@@ -80,27 +90,30 @@ impl Checkpoint {
     /// # Errors
     /// What is missing, damaged or not served is named, with what was expected.
     pub fn open(source: &Source) -> Result<Self> {
-        let base = locate(&source.model, source.revision.as_deref())?;
-        let adapter_folder = match &source.adapter {
-            Some(adapter) => Some(locate_adapter(adapter)?),
-            None => None,
+        Self::open_with(source, &Reader::default())
+    }
+
+    pub(crate) fn open_with(source: &Source, reader: &Reader) -> Result<Self> {
+        let Places { base, adapter } = Places::find(source)?;
+        let manifest = match &base {
+            Location::Folder(folder) => Manifest::read(folder)?,
+            Location::Gguf(_) => None,
         };
-        let files_digest = files_digest(&base, adapter_folder.as_deref())?;
-        let adapter = adapter_folder.as_deref().map(Adapter::open).transpose()?;
+        let files_digest = files_digest(&base, manifest.as_ref(), adapter.as_deref(), reader)?;
+        let opened_adapter = adapter.as_deref().map(|folder| Adapter::open(folder, reader)).transpose()?;
         let Base { config, store, mut text } = match &base {
-            Location::Folder(folder) => open_folder(folder, adapter.as_ref())?,
-            Location::Gguf(path) => open_gguf(path, adapter.as_ref())?,
+            Location::Folder(folder) => open_folder(folder, opened_adapter.as_ref(), reader)?,
+            Location::Gguf(path) => open_gguf(path, opened_adapter.as_ref(), reader)?,
         };
-        if let Some(folder) = &adapter_folder {
+        if let Some(folder) = &adapter {
             text.override_from(folder)?;
         }
         text.check_vocabulary(config.vocab_size)?;
-        let mut weights = Weights::new(store, adapter);
-        weights.configure(&config);
-        let stored_dtype = weights
-            .dtype()
-            .ok_or_else(|| Error::Unsupported("weights that are not F32, F16, BF16 or quantised GGUF".to_owned()))?;
+        let (weights, stored_dtype) = weights(&config, store, opened_adapter)?;
+        let probes =
+            manifest.filter(|_| adapter.is_none()).map_or_else(Vec::new, |manifest| manifest.probes().to_vec());
         Ok(Self {
+            probes,
             config,
             weights,
             tokenizer: text.tokenizer,
@@ -117,6 +130,44 @@ impl Checkpoint {
     }
 }
 
+/// What the headers of a checkpoint say: nothing is hashed, and no tensor may be taken for what it should be.
+pub(crate) struct Headers {
+    pub(crate) config: Config,
+    pub(crate) weights: Weights,
+    pub(crate) stored_dtype: DType,
+    /// Bytes of the tokenizer; 0 for that of a GGUF file, which is part of its header.
+    pub(crate) tokenizer_bytes: u64,
+}
+
+impl Headers {
+    pub(crate) fn read(source: &Source) -> Result<Self> {
+        let Places { base, adapter } = Places::find(source)?;
+        let reader = &Reader::default();
+        let adapter = adapter.as_deref().map(|folder| Adapter::open(folder, reader)).transpose()?;
+        let (config, store, tokenizer_bytes) = match &base {
+            Location::Folder(folder) => {
+                let (config, store) = read_folder(folder, adapter.as_ref(), reader)?;
+                let tokenizer = std::fs::metadata(folder.join(tokenizer::TOKENIZER));
+                (config, store, tokenizer.map_or(0, |metadata| metadata.len()))
+            }
+            Location::Gguf(path) => {
+                let Base { config, store, .. } = open_gguf(path, adapter.as_ref(), reader)?;
+                (config, store, 0)
+            }
+        };
+        let (weights, stored_dtype) = weights(&config, store, adapter)?;
+        Ok(Self { config, weights, stored_dtype, tokenizer_bytes })
+    }
+}
+
+fn weights(config: &Config, store: Box<dyn TensorStore>, adapter: Option<Adapter>) -> Result<(Weights, DType)> {
+    let mut weights = Weights::new(store, adapter);
+    weights.configure(config);
+    let dtype = weights.dtype();
+    let unsupported = || Error::Unsupported("weights that are not F32, F16, BF16 or quantised GGUF".to_owned());
+    Ok((weights, dtype.ok_or_else(unsupported)?))
+}
+
 /// What the `config.json` of a folder describes, whose weights may not be there yet.
 ///
 /// # Errors
@@ -126,7 +177,20 @@ pub fn read_config(folder: &Path) -> Result<Config> {
     hf_config::parse(&path, &read_json(&path)?, &Holdings { store: None, adapter: None })
 }
 
-/// Where a source turned out to be.
+/// Where a source turned out to be, its adapter included.
+struct Places {
+    base: Location,
+    adapter: Option<PathBuf>,
+}
+
+impl Places {
+    fn find(source: &Source) -> Result<Self> {
+        let base = locate(&source.model, source.revision.as_deref())?;
+        let adapter = source.adapter.as_deref().map(locate_adapter).transpose()?;
+        Ok(Self { base, adapter })
+    }
+}
+
 #[derive(Debug)]
 enum Location {
     Folder(PathBuf),
@@ -172,23 +236,28 @@ fn is_repository_id(name: &str) -> bool {
 }
 
 /// Hashes what will be read, and checks it against the manifests.
-fn files_digest(base: &Location, adapter: Option<&Path>) -> Result<String> {
+fn files_digest(
+    base: &Location,
+    manifest: Option<&Manifest>,
+    adapter: Option<&Path>,
+    reader: &Reader,
+) -> Result<String> {
     let mut digests = match base {
         Location::Folder(folder) => {
             let mut files = safetensors::weight_files(&with_config(folder)?)?;
             files.push(CONFIG.to_owned());
             files.extend(tokenizer::files(folder));
-            manifest::verified_digests(folder, &files)?
+            manifest::verified_digests(folder, manifest, &files, reader)?
         }
         Location::Gguf(path) => {
             let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-            BTreeMap::from([(name, manifest::digest(path)?)])
+            BTreeMap::from([(name, reader.digest(path)?)])
         }
     };
     if let Some(folder) = adapter {
         let mut files = vec![lora::CONFIG.to_owned(), lora::weight_file(folder)?];
         files.extend(tokenizer::files(folder));
-        let found = manifest::verified_digests(folder, &files)?;
+        let found = manifest::verified_digests(folder, Manifest::read(folder)?.as_ref(), &files, reader)?;
         digests.extend(found.into_iter().map(|(name, digest)| (format!("adapter/{name}"), digest)));
     }
     Ok(manifest::combined(&digests))
@@ -216,16 +285,23 @@ struct Base {
     text: TextParts,
 }
 
-fn open_folder(folder: &Path, adapter: Option<&Adapter>) -> Result<Base> {
+fn open_folder(folder: &Path, adapter: Option<&Adapter>, reader: &Reader) -> Result<Base> {
     let path = folder.join(CONFIG);
-    let json = read_json(&path)?;
-    let text = tokenizer::read_folder(folder, &Fields::new(&path, &json)?)?;
-    let store = Safetensors::open_folder(folder, &safetensors::weight_files(folder)?)?;
-    let config = hf_config::parse(&path, &json, &Holdings { store: Some(&store), adapter })?;
-    Ok(Base { config, store: Box::new(store), text })
+    let text = tokenizer::read_folder(folder, &Fields::new(&path, &read_json(&path)?)?)?;
+    let (config, store) = read_folder(folder, adapter, reader)?;
+    Ok(Base { config, store, text })
 }
 
-fn open_gguf(path: &Path, adapter: Option<&Adapter>) -> Result<Base> {
-    let gguf = gguf::open(path, &Holdings { store: None, adapter })?;
+/// All but the text.
+fn read_folder(folder: &Path, adapter: Option<&Adapter>, reader: &Reader) -> Result<(Config, Box<dyn TensorStore>)> {
+    let path = with_config(folder)?.join(CONFIG);
+    let json = read_json(&path)?;
+    let store = Safetensors::open_folder(folder, &safetensors::weight_files(folder)?, reader)?;
+    let config = hf_config::parse(&path, &json, &Holdings { store: Some(&store), adapter })?;
+    Ok((config, Box::new(store)))
+}
+
+fn open_gguf(path: &Path, adapter: Option<&Adapter>, reader: &Reader) -> Result<Base> {
+    let gguf = gguf::open(path, &Holdings { store: None, adapter }, reader)?;
     Ok(Base { config: gguf.config, store: Box::new(gguf.tensors), text: gguf.text })
 }

@@ -4,21 +4,23 @@
 //! memory that it is used from.
 
 use std::collections::BTreeMap;
-use std::fs::File;
-use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use bytemuck::Pod;
 use candle_core::{DType, Device, Tensor, WithDType};
+use plumb_kernels::memory::OutOfMemory;
 use safetensors::tensor::{Dtype, Metadata, TensorInfo};
 
 use super::fields::{Fields, read_json};
 use super::manifest::is_file_name;
-use super::weights::{Description, TensorStore};
+use super::read::{Bytes, Reader};
+use super::weights::{Description, MOST_NAME, MOST_TENSORS, TensorStore};
 use crate::{Error, Result};
 
-/// The limit of the format's own reader, 100 MB.
-const MOST_HEADER: u64 = 100_000_000;
+/// Bytes of a header: [`MOST_TENSORS`] of 256 bytes each. The format's own limit, 100 MB, becomes 1 GB in memory.
+const MOST_HEADER: u64 = 16 << 20;
+/// Dimensions of a tensor; matrices have two.
+const MOST_DIMS: usize = 8;
 
 pub(super) const SINGLE: &str = "model.safetensors";
 pub(super) const INDEX: &str = "model.safetensors.index.json";
@@ -32,8 +34,7 @@ pub(super) struct Safetensors {
 
 #[derive(Debug)]
 struct OpenFile {
-    path: PathBuf,
-    file: File,
+    bytes: Bytes,
     /// Where the tensors begin.
     data: u64,
 }
@@ -77,13 +78,13 @@ fn shards(folder: &Path) -> Result<BTreeMap<String, String>> {
 
 impl Safetensors {
     /// Opens what [`weight_files`] names.
-    pub(super) fn open_folder(folder: &Path, weight_files: &[String]) -> Result<Self> {
+    pub(super) fn open_folder(folder: &Path, weight_files: &[String], reader: &Reader) -> Result<Self> {
         let shards_of = |file: &&String| file.ends_with(".safetensors");
         let paths: Vec<_> = weight_files.iter().filter(shards_of).map(|file| folder.join(file)).collect();
-        let opened = Self::open(&paths)?;
+        let opened = Self::open(&paths, reader)?;
         if weight_files.iter().any(|file| file == INDEX) {
             for (name, shard) in shards(folder)? {
-                let found = opened.tensors.get(&name).map(|(file, _)| &opened.files[*file].path);
+                let found = opened.tensors.get(&name).map(|(file, _)| opened.files[*file].bytes.path());
                 if found != Some(&folder.join(&shard)) {
                     let reason = format!("tensor `{name}` is not here, though {INDEX} says so");
                     return Err(Error::Malformed { path: folder.join(shard), reason });
@@ -93,42 +94,42 @@ impl Safetensors {
         Ok(opened)
     }
 
-    pub(super) fn open(paths: &[PathBuf]) -> Result<Self> {
+    pub(super) fn open(paths: &[PathBuf], reader: &Reader) -> Result<Self> {
         let mut files = Vec::with_capacity(paths.len());
         let mut tensors = BTreeMap::new();
         for (index, path) in paths.iter().enumerate() {
-            let file = File::open(path).map_err(|source| Error::Io { path: path.clone(), source })?;
-            let (data, metadata) = read_header(path, &file)?;
+            let bytes = reader.open(path)?;
+            let (data, metadata) = read_header(&bytes)?;
             for (name, info) in metadata.tensors() {
                 if tensors.insert(name.clone(), (index, info.clone())).is_some() {
                     let reason = format!("tensor `{name}` is also in another shard");
                     return Err(Error::Malformed { path: path.clone(), reason });
                 }
             }
-            files.push(OpenFile { path: path.clone(), file, data });
+            files.push(OpenFile { bytes, data });
         }
         Ok(Self { files, tensors })
     }
 }
 
 /// Reads and checks a header; returns where the tensors begin.
-fn read_header(path: &Path, file: &File) -> Result<(u64, Metadata)> {
-    let io = |source| Error::Io { path: path.to_owned(), source };
-    let malformed = |reason: String| Error::Malformed { path: path.to_owned(), reason };
-    let length = file.metadata().map_err(io)?.len();
+fn read_header(file: &Bytes) -> Result<(u64, Metadata)> {
+    let malformed = |reason: String| Error::Malformed { path: file.path().to_owned(), reason };
+    let length = file.len();
     let mut prefix = [0; 8];
     if length < prefix.len() as u64 {
         return Err(malformed(format!("not safetensors: {length} bytes; copy or download it again")));
     }
-    file.read_exact_at(&mut prefix, 0).map_err(io)?;
+    file.read_exact_at(&mut prefix, 0)?;
     let header_length = u64::from_le_bytes(prefix);
     if header_length > MOST_HEADER.min(length - 8) {
         return Err(malformed(format!("not safetensors: a header of {header_length} bytes in a file of {length}")));
     }
     let mut header = vec![0; header_length as usize];
-    file.read_exact_at(&mut header, 8).map_err(io)?;
+    file.read_exact_at(&mut header, 8)?;
     let metadata: Metadata =
         serde_json::from_slice(&header).map_err(|error| malformed(format!("not safetensors: {error}")))?;
+    check_tensors(&metadata).map_err(malformed)?;
     let data = 8 + header_length;
     let described = metadata.data_len() as u64;
     if described != length - data {
@@ -140,6 +141,23 @@ fn read_header(path: &Path, file: &File) -> Result<(u64, Metadata)> {
     Ok((data, metadata))
 }
 
+/// What the format allows and no checkpoint has.
+fn check_tensors(metadata: &Metadata) -> Result<(), String> {
+    let tensors = metadata.tensors();
+    if tensors.len() > MOST_TENSORS {
+        return Err(format!("{} tensors, {MOST_TENSORS} are allowed", tensors.len()));
+    }
+    for (name, info) in tensors {
+        if name.len() > MOST_NAME {
+            return Err(format!("a tensor's name has {} bytes, {MOST_NAME} are allowed", name.len()));
+        }
+        if info.shape.len() > MOST_DIMS {
+            return Err(format!("tensor `{name}` has {} dimensions, {MOST_DIMS} are allowed", info.shape.len()));
+        }
+    }
+    Ok(())
+}
+
 impl TensorStore for Safetensors {
     fn describe(&self) -> BTreeMap<String, Description> {
         let describe = |(name, (_, info)): (&String, &(usize, TensorInfo))| {
@@ -149,7 +167,8 @@ impl TensorStore for Safetensors {
                 Dtype::BF16 => Some(DType::BF16),
                 _ => None,
             };
-            (name.clone(), Description { shape: info.shape.clone(), dtype })
+            let reading = dtype.map_or(0, |dtype| dtype.size_in_bytes());
+            (name.clone(), Description { shape: info.shape.clone(), dtype, quantised: None, reading })
         };
         self.tensors.iter().map(describe).collect()
     }
@@ -174,12 +193,19 @@ impl TensorStore for Safetensors {
     }
 }
 
+/// Room for so many numbers, or an error: a vector that cannot grow would end the process.
+fn zeros<T: Pod>(len: usize) -> Result<Vec<T>> {
+    let mut values = Vec::new();
+    if values.try_reserve_exact(len).is_err() {
+        return Err(OutOfMemory { bytes: len.saturating_mul(size_of::<T>()) }.into());
+    }
+    values.resize(len, T::zeroed());
+    Ok(values)
+}
+
 /// The header was checked: the tensor lies within the file, and its length is that of its shape.
 fn read<T: WithDType + Pod>(file: &OpenFile, info: &TensorInfo) -> Result<Tensor> {
-    let mut values = vec![T::zero(); info.shape.iter().product()];
-    let offset = file.data + info.data_offsets.0 as u64;
-    file.file
-        .read_exact_at(bytemuck::cast_slice_mut(&mut values), offset)
-        .map_err(|source| Error::Io { path: file.path.clone(), source })?;
+    let mut values = zeros(info.shape.iter().product())?;
+    file.bytes.read_exact_at(bytemuck::cast_slice_mut::<T, u8>(&mut values), file.data + info.data_offsets.0 as u64)?;
     Ok(Tensor::from_vec(values, info.shape.as_slice(), &Device::Cpu)?)
 }

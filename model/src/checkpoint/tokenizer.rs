@@ -7,6 +7,8 @@ use serde_json::Value;
 use tokenizers::Tokenizer;
 
 use super::fields::{Fields, read_json};
+use super::{read, tokenizer_json};
+use crate::text::MAX_TEMPLATE_BYTES;
 use crate::{Error, Result};
 
 pub(super) const TOKENIZER: &str = "tokenizer.json";
@@ -105,7 +107,9 @@ fn read_parts(folder: &Path) -> Result<TextParts> {
         return Err(Error::MissingFile { path: folder.to_owned(), what });
     }
     let malformed = |reason: String| Error::Malformed { path: path.clone(), reason };
-    let mut tokenizer = Tokenizer::from_file(&path).map_err(|error| malformed(format!("not a tokenizer: {error}")))?;
+    let text = read::whole(&path, tokenizer_json::MOST_BYTES)?;
+    let built = tokenizer_json::build(&text);
+    let mut tokenizer = built.map_err(|reason| malformed(format!("not a tokenizer: {reason}")))?;
     // Left over from training; Plumb never pads, and what is too long is refused or cut where the caller says so.
     tokenizer.with_padding(None);
     tokenizer.with_truncation(None).map_err(|error| malformed(error.to_string()))?;
@@ -153,7 +157,7 @@ fn token(fields: &Fields<'_>, key: &str) -> Result<Option<String>> {
 fn chat_template(folder: &Path) -> Result<Option<String>> {
     let path = folder.join(CHAT_TEMPLATE);
     if path.is_file() {
-        return std::fs::read_to_string(&path).map(Some).map_err(|source| Error::Io { path, source });
+        return read::text(&path, MAX_TEMPLATE_BYTES as u64).map(Some);
     }
     let path = folder.join(TOKENIZER_CONFIG);
     if !path.is_file() {

@@ -3,11 +3,16 @@
 use std::collections::BTreeMap;
 
 use candle_core::{DType, Device, Tensor};
-use plumb_kernels::quantised::QuantRows;
+use plumb_kernels::quantised::{self, QuantRows};
 
 use super::lora::Adapter;
 use crate::config::{Config, Head};
 use crate::{Error, Result};
+
+/// Tensors of a file: five times as many as a decoder of 1000 layers has.
+pub(super) const MOST_TENSORS: usize = 1 << 16;
+/// Bytes of a tensor's name; the longest published ones have about 100.
+pub(super) const MOST_NAME: usize = 512;
 
 /// Where tensors come from.
 pub(super) trait TensorStore: Send + Sync {
@@ -52,7 +57,13 @@ struct Memory(BTreeMap<String, Tensor>);
 
 impl TensorStore for Memory {
     fn describe(&self) -> BTreeMap<String, Description> {
-        let describe = |tensor: &Tensor| Description { shape: tensor.dims().to_vec(), dtype: Some(tensor.dtype()) };
+        // Clones share their numbers.
+        let describe = |tensor: &Tensor| Description {
+            shape: tensor.dims().to_vec(),
+            dtype: Some(tensor.dtype()),
+            quantised: None,
+            reading: 0,
+        };
         self.0.iter().map(|(name, tensor)| (name.clone(), describe(tensor))).collect()
     }
 
@@ -72,6 +83,21 @@ pub(super) struct Description {
     pub(super) shape: Vec<usize>,
     /// What to compute in; `None` if it cannot be read.
     pub(super) dtype: Option<DType>,
+    /// Set if it is a matrix that can stay quantised.
+    pub(super) quantised: Option<quantised::Described>,
+    /// Bytes of memory for a number that reading takes, with its result.
+    pub(super) reading: usize,
+}
+
+/// How a tensor will come, as far as it is known before it is read.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Foreseen {
+    /// What to compute in; f32 if nothing is known.
+    pub(crate) dtype: DType,
+    /// Set if it stays quantised.
+    pub(crate) quantised: Option<quantised::Described>,
+    /// Bytes of memory for a number that reading takes, with its result.
+    pub(crate) reading: usize,
 }
 
 /// The tensors of a checkpoint, adapter included, that have not been taken.
@@ -122,7 +148,7 @@ impl Weights {
     /// The floating point type that most elements of linear weights have.
     pub(super) fn dtype(&self) -> Option<DType> {
         let mut elements: Vec<(DType, usize)> = Vec::new();
-        for Description { shape, dtype } in self.left.values().map(|entry| &entry.description) {
+        for Description { shape, dtype, .. } in self.left.values().map(|entry| &entry.description) {
             let (Some(dtype), [_, _]) = (*dtype, shape.as_slice()) else { continue };
             let count: usize = shape.iter().product();
             match elements.iter_mut().find(|(other, _)| *other == dtype) {
@@ -136,6 +162,22 @@ impl Weights {
     /// Whether the tensor is there and has not been taken.
     pub fn contains(&self, name: &str) -> bool {
         self.left.contains_key(name) || self.adapter.as_ref().is_some_and(|adapter| adapter.replaces(name))
+    }
+
+    /// How a tensor will come that is still to be taken.
+    pub(crate) fn foresee(&self, name: &str) -> Foreseen {
+        // Base, both factors' product, the same scaled, and the sum.
+        const MERGING: usize = 4 * size_of::<f32>();
+        let adapter = self.adapter.as_ref();
+        let Some(Entry { description, .. }) = self.left.get(name).filter(|_| adapter.is_none_or(|a| !a.replaces(name)))
+        else {
+            return Foreseen { dtype: DType::F32, quantised: None, reading: size_of::<f32>() };
+        };
+        let Description { dtype, quantised, reading, .. } = *description;
+        match adapter.is_some_and(|adapter| adapter.changes(name)) {
+            true => Foreseen { dtype: DType::F32, quantised: None, reading: reading + MERGING },
+            false => Foreseen { dtype: dtype.unwrap_or(DType::F32), quantised, reading },
+        }
     }
 
     /// Takes a tensor, on the CPU and in its stored type; in f32 if it was quantised or an adapter was merged into it.

@@ -10,7 +10,7 @@ use plumb_kernels::quantised::QuantRows;
 use plumb_kernels::rotary::Rotary;
 
 use super::names::{LayerNames, Names, Qkv};
-use super::{Head, Layer, Stack};
+use super::{Head, Layer, Stack, refuse_beyond};
 use crate::checkpoint::{Stored, Weights};
 use crate::config::{self, Config, Rope, RopeScaling};
 use crate::{Error, Result};
@@ -103,8 +103,8 @@ impl<E: Load> Values<E> {
 }
 
 /// The parts on top of one another.
-fn linear<E: Load>(parts: &[Part<E>], inputs: usize) -> Linear<E> {
-    Linear::new(&parts.iter().map(Part::matrix).collect::<Vec<_>>(), inputs)
+fn linear<E: Load>(parts: &[Part<E>], inputs: usize) -> Result<Linear<E>> {
+    Ok(Linear::new(&parts.iter().map(Part::matrix).collect::<Vec<_>>(), inputs)?)
 }
 
 /// Takes tensors and counts them.
@@ -128,6 +128,7 @@ impl Taker<'_> {
             Stored::Quantised(rows) => Values::Quantised(rows),
         };
         self.parameters += (outputs * inputs) as u64;
+        refuse_beyond(self.parameters as usize * size_of::<E>())?;
         let bias = if bias { Some(self.vector(&format!("{name}.bias"), &[outputs])?) } else { None };
         Ok(Part { weights, bias })
     }
@@ -137,11 +138,13 @@ impl Taker<'_> {
         let Config { vocab_size, hidden_size, logit_softcap: softcap, tie_word_embeddings: tied, .. } = *self.config;
         let table = self.part(names.embedding, [vocab_size, hidden_size], false)?;
         Ok(match &self.config.head {
-            config::Head::Language if tied => (None, Head::Language { logits: linear(&[table], hidden_size), softcap }),
+            config::Head::Language if tied => {
+                (None, Head::Language { logits: linear(&[table], hidden_size)?, softcap })
+            }
             config::Head::Language => {
                 let table = table.weights.into_plain();
                 let head = self.part(names.language_head, [vocab_size, hidden_size], false)?;
-                (Some(table), Head::Language { logits: linear(&[head], hidden_size), softcap })
+                (Some(table), Head::Language { logits: linear(&[head], hidden_size)?, softcap })
             }
             config::Head::Reward(head) => {
                 let weight = self.vector(&head.weight, &[1, hidden_size])?;
@@ -170,7 +173,7 @@ impl Taker<'_> {
     /// The named layers, on top of one another.
     fn stacked<E: Load>(&mut self, names: &[(&String, usize)], inputs: usize, bias: bool) -> Result<Linear<E>> {
         let parts = names.iter().map(|(name, outputs)| self.part(name, [*outputs, inputs], bias));
-        Ok(linear(&parts.collect::<Result<Vec<_>>>()?, inputs))
+        linear(&parts.collect::<Result<Vec<_>>>()?, inputs)
     }
 
     /// The first half of a feed-forward layer.
@@ -183,7 +186,7 @@ impl Taker<'_> {
             config::Activation::Gelu => Activation::Gelu,
             config::Activation::GeluTanh => Activation::GeluTanh,
         };
-        Ok(Activated::new(activation, up.matrix(), inputs, gate.as_ref().map(Part::matrix)))
+        Ok(Activated::new(activation, up.matrix(), inputs, gate.as_ref().map(Part::matrix))?)
     }
 
     fn layer<E: Load>(&mut self, names: &LayerNames) -> Result<Layer<E>> {
@@ -225,7 +228,7 @@ impl Taker<'_> {
                 bias: bias.as_ref().map(|bias| &bias[start..start + head_dim]),
             })
             .collect();
-        Ok(Linear::new(&parts, hidden_size))
+        Ok(Linear::new(&parts, hidden_size)?)
     }
 }
 

@@ -10,7 +10,7 @@ use plumb_kernels::linear::{Kept, Linear, Store};
 use plumb_kernels::norm::Norm;
 
 use super::build::Load;
-use super::step::{Read, Step, StepSequence};
+use super::step::{Progress, Read, Step, StepSequence};
 use super::{Head, Layer, Stack};
 use crate::config::Block;
 use crate::{Error, Result};
@@ -21,6 +21,8 @@ const CHUNK: usize = 384;
 /// Buffers of a step, kept from one to the next.
 #[derive(Debug, Default)]
 pub(super) struct Buffers<E> {
+    /// Counts layers.
+    pub(super) progress: Progress,
     /// The residual stream, `[rows, hidden]`.
     pub(super) x: Vec<f32>,
     /// Normalised rows of a chunk, `[CHUNK, hidden]`.
@@ -82,7 +84,7 @@ impl<E> Tape<E> {
 
 impl<E> Buffers<E> {
     pub(super) fn bytes(&self) -> usize {
-        let Self { x, normed, qkv, branch, inner, q, attended, parallel, last, logits } = self;
+        let Self { progress: _, x, normed, qkv, branch, inner, q, attended, parallel, last, logits } = self;
         let elements = [normed, inner, q, attended, parallel].map(Vec::capacity).iter().sum::<usize>();
         let floats = [x, qkv, branch, last, logits].map(Vec::capacity).iter().sum::<usize>();
         elements * size_of::<E>() + floats * size_of::<f32>()
@@ -100,6 +102,7 @@ impl<E: Load> Stack<E> {
         self.embed(step, resize(&mut buffers.x, rows * self.config.hidden_size));
         for layer in 0..self.layers.len() {
             self.layer(layer, &cut, kv, buffers, None);
+            buffers.progress.advance();
         }
         self.read(step, buffers)
     }

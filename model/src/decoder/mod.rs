@@ -8,21 +8,24 @@ mod build;
 mod forward;
 pub mod gradient;
 mod names;
+mod plan;
 mod step;
 
 use half::bf16;
 use plumb_kernels::Element;
 use plumb_kernels::attention::KvPages;
 use plumb_kernels::linear::{Activated, Linear};
+use plumb_kernels::memory::OutOfMemory;
 use plumb_kernels::norm::Norm;
 use plumb_kernels::parallel::with_team;
 use plumb_kernels::rotary::Rotary;
 
 pub use plumb_kernels::head::log_sum_exp;
-pub use step::{Read, Step, StepSequence};
+pub use step::{Progress, Read, Step, StepSequence};
 
 use crate::checkpoint::Weights;
 use crate::config::Config;
+use crate::faults::{Fault, asked};
 use crate::{Error, Result};
 
 /// Types in which weights and caches are held.
@@ -45,6 +48,16 @@ impl DType {
 }
 
 impl Workspace {
+    /// Has the progress of all steps counted there.
+    #[must_use]
+    pub fn counted(mut self, progress: Progress) -> Self {
+        match &mut self.0 {
+            Typed::F32(buffers) => buffers.progress = progress,
+            Typed::Bf16(buffers) => buffers.progress = progress,
+        }
+        self
+    }
+
     /// Bytes that the buffers take, which grow with the largest step so far.
     pub fn bytes(&self) -> usize {
         match &self.0 {
@@ -89,6 +102,14 @@ impl Decoder {
         }
     }
 
+    /// Type of its weights and caches.
+    pub fn dtype(&self) -> DType {
+        match &self.0 {
+            Typed::F32(_) => DType::F32,
+            Typed::Bf16(_) => DType::Bf16,
+        }
+    }
+
     /// Bytes of one page of keys and values.
     pub fn page_bytes(config: &Config, dtype: DType) -> usize {
         let bytes = match dtype {
@@ -99,15 +120,19 @@ impl Decoder {
     }
 
     /// Room for `pages` pages, whose memory is taken from the system: that takes up to a second for a GiB.
-    pub fn kv_store(&self, pages: usize) -> KvStore {
-        fn pages_of<E: Element>(stack: &Stack<E>, pages: usize) -> KvPages<E> {
-            let config = &stack.config;
-            KvPages::new(config.num_layers, config.num_kv_heads, config.head_dim, pages)
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`] if the system has none.
+    pub fn kv_store(&self, pages: usize) -> Result<KvStore> {
+        fn pages_of<E: Element>(stack: &Stack<E>, pages: usize) -> Result<KvPages<E>> {
+            let Config { num_layers, num_kv_heads, head_dim, .. } = stack.config;
+            refuse_beyond(KvPages::<E>::page_bytes(num_layers, num_kv_heads, head_dim).saturating_mul(pages))?;
+            Ok(KvPages::new(num_layers, num_kv_heads, head_dim, pages)?)
         }
-        KvStore(match &self.0 {
-            Typed::F32(stack) => Typed::F32(pages_of(stack, pages)),
-            Typed::Bf16(stack) => Typed::Bf16(pages_of(stack, pages)),
-        })
+        Ok(KvStore(match &self.0 {
+            Typed::F32(stack) => Typed::F32(pages_of(stack, pages)?),
+            Typed::Bf16(stack) => Typed::Bf16(pages_of(stack, pages)?),
+        }))
     }
 
     /// Empty buffers.
@@ -136,6 +161,14 @@ impl Decoder {
             (Typed::Bf16(stack), Typed::Bf16(kv), Typed::Bf16(buffers)) => stack.step(step, kv, buffers),
             _ => Err(Error::InvalidInput("the cache belongs to a model of another type".into())),
         })
+    }
+}
+
+/// Fails if a test wants no model to have so much memory.
+fn refuse_beyond(bytes: usize) -> Result<()> {
+    match asked(Fault::FailedAllocation) {
+        Some(most) if bytes as u64 > most => Err(OutOfMemory { bytes }.into()),
+        _ => Ok(()),
     }
 }
 

@@ -1,6 +1,25 @@
 //! What a decoder is given to do at once.
 
 use std::ops::Range;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// Counts what a decoder gets done, a layer after the other, for whoever watches from another thread.
+#[derive(Clone, Debug, Default)]
+pub struct Progress(Arc<AtomicU64>);
+
+impl Progress {
+    /// Something is done.
+    pub fn advance(&self) {
+        self.0.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// A number that is another one if anything was done since.
+    #[must_use]
+    pub fn read(&self) -> u64 {
+        self.0.load(Ordering::Relaxed)
+    }
+}
 
 /// Slices of sequences that run together.
 #[derive(Debug, Default)]

@@ -3,7 +3,7 @@
 //! Minijinja's own filter escapes `<`, `>`, `&` and `'` for HTML; Transformers replaces Jinja's for the same reason.
 
 use minijinja::value::{Kwargs, ValueKind};
-use minijinja::{Error, ErrorKind, Value};
+use minijinja::{Error, ErrorKind, State, Value};
 
 use super::template::MAX_RENDERED_BYTES;
 
@@ -11,7 +11,12 @@ use super::template::MAX_RENDERED_BYTES;
 const MAX_DEPTH: usize = 128;
 
 /// The filter `tojson(ensure_ascii=False, indent=None, separators=None, sort_keys=False)`.
-pub(super) fn tojson(value: &Value, ensure_ascii: Option<bool>, options: Kwargs) -> Result<String, Error> {
+pub(super) fn tojson(
+    state: &State<'_, '_>,
+    value: &Value,
+    ensure_ascii: Option<bool>,
+    options: Kwargs,
+) -> Result<String, Error> {
     let indent = options.get::<Option<Value>>("indent")?.filter(|indent| !indent.is_none());
     let indent = indent.map(|indent| match indent.as_str() {
         Some(text) => Ok(text.to_owned()),
@@ -31,7 +36,8 @@ pub(super) fn tojson(value: &Value, ensure_ascii: Option<bool>, options: Kwargs)
     };
     let sort_keys = options.get::<Option<bool>>("sort_keys")?.unwrap_or(false);
     options.assert_all_used()?;
-    let mut writer = Writer { out: String::new(), indent: indent.as_deref(), item, key, ensure_ascii, sort_keys };
+    let mut writer =
+        Writer { state, out: String::new(), indent: indent.as_deref(), item, key, ensure_ascii, sort_keys };
     writer.value(value, 0)?;
     Ok(writer.out)
 }
@@ -41,6 +47,7 @@ fn invalid(what: &str) -> Error {
 }
 
 struct Writer<'a> {
+    state: &'a State<'a, 'a>,
     out: String,
     indent: Option<&'a str>,
     item: &'a str,
@@ -54,13 +61,15 @@ impl Writer<'_> {
         if depth > MAX_DEPTH {
             return Err(Error::new(ErrorKind::InvalidOperation, "tojson: the value is nested too deeply"));
         }
+        // A value may be a list that stands for many, or stand in many places itself.
+        self.state.consume_fuel(1)?;
         match value.kind() {
             ValueKind::None => self.out.push_str("null"),
             ValueKind::Bool => self.out.push_str(if value.is_true() { "true" } else { "false" }),
             ValueKind::Number => self.out.push_str(&value.to_string()),
             ValueKind::String => self.string(value.as_str().unwrap_or_default()),
             ValueKind::Seq | ValueKind::Iterable => {
-                let items = value.try_iter()?.checked().collect::<Result<Vec<_>, _>>()?;
+                let items = value.try_iter()?.checked();
                 self.container(('[', ']'), items, depth, |writer, item| writer.value(&item, depth + 1))?;
             }
             ValueKind::Map => {
@@ -68,6 +77,7 @@ impl Writer<'_> {
                 if self.sort_keys {
                     keys.sort();
                 }
+                let keys = keys.into_iter().map(Ok);
                 self.container(('{', '}'), keys, depth, |writer, key| {
                     writer.string(&key.to_string());
                     writer.out.push_str(writer.key);
@@ -85,18 +95,19 @@ impl Writer<'_> {
     fn container(
         &mut self,
         (open, close): (char, char),
-        items: Vec<Value>,
+        items: impl Iterator<Item = Result<Value, Error>>,
         depth: usize,
         mut write: impl FnMut(&mut Self, Value) -> Result<(), Error>,
     ) -> Result<(), Error> {
         self.out.push(open);
-        let empty = items.is_empty();
-        for (index, item) in items.into_iter().enumerate() {
-            if index > 0 {
+        let mut empty = true;
+        for item in items {
+            if !empty {
                 self.out.push_str(self.item);
             }
+            empty = false;
             self.line(depth + 1);
-            write(self, item)?;
+            write(self, item?)?;
         }
         if !empty {
             self.line(depth);

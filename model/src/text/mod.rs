@@ -29,6 +29,7 @@ pub use detokenize::StreamDecoder;
 pub use hhh::{HhhName, HhhPrompts};
 pub use pipeline::{TextConfig, TextPipeline};
 pub use render::Rendered;
+pub(crate) use template::MAX_TEMPLATE_BYTES;
 pub use tokens::TokenSpan;
 
 /// One turn of a conversation.

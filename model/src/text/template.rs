@@ -20,9 +20,16 @@ use crate::{Error, Result};
 /// Most bytes that a template may write.
 pub(super) const MAX_RENDERED_BYTES: usize = 4 << 20;
 
-/// Most instructions that one rendering may take; a piece of 64 bytes counts as one. A long conversation of a thousand
-/// turns takes about a hundredth of it.
-const FUEL: u64 = 4_000_000;
+/// Bytes of a template's source; the longest published ones have some 30,000.
+pub(crate) const MAX_TEMPLATE_BYTES: usize = 1 << 20;
+
+/// Most instructions that one rendering may take; a piece of 64 bytes counts as one, so that it also bounds the memory.
+/// A long conversation of a thousand turns takes about a twenty-fifth of it.
+const FUEL: u64 = 1_000_000;
+
+/// Stack for a rendering. A list in a list in a list, as many as instructions can make, is taken apart by recursion: of
+/// the default stack, that would end the process. Pages of it that are not touched take no memory.
+const STACK: usize = 256 << 20;
 
 /// Nested macros, loops and conditions.
 const MAX_RECURSION: usize = 200;
@@ -48,6 +55,12 @@ pub(super) struct ChatTemplate {
 impl ChatTemplate {
     /// Parses a template. An error names the line.
     pub(super) fn new(source: &str, strings: &SpecialStrings) -> Result<Self> {
+        if source.len() > MAX_TEMPLATE_BYTES {
+            let bytes = source.len();
+            return Err(Error::Unsupported(format!(
+                "a chat template of {bytes} bytes, {MAX_TEMPLATE_BYTES} are allowed"
+            )));
+        }
         let sha256 = hex::encode(Sha256::digest(source));
         let environment = environment(source, strings).map_err(|error| {
             let line = error.line().map_or_else(String::new, |line| format!(", line {line}"));
@@ -70,6 +83,10 @@ impl ChatTemplate {
     }
 
     fn render_values(&self, messages: Value, add_generation_prompt: bool) -> Result<String> {
+        stacker::grow(STACK, || self.render_here(messages, add_generation_prompt))
+    }
+
+    fn render_here(&self, messages: Value, add_generation_prompt: bool) -> Result<String> {
         let context = Value::from_pairs([
             ("messages", messages),
             ("tools", Value::from(())),
@@ -110,11 +127,37 @@ fn environment(source: &str, strings: &SpecialStrings) -> Result<Environment<'st
 
 /// Python's methods on strings, lists and dictionaries.
 fn python_method(state: &mut State<'_, '_>, value: &Value, name: &str, args: &[Value]) -> Result<Value, JinjaError> {
+    if let Some(text) = value.as_str() {
+        state.consume_fuel(work(text, name, args) as u64)?;
+    }
     match (name, value.as_str(), args) {
         // The general one knows only letters after whitespace, `(` and the like: `</think>` would stay as it is.
         ("title", Some(text), []) => Ok(Value::from(title(text))),
+        ("format", Some(text), _) if has_large_number(text) => {
+            Err(JinjaError::new(ErrorKind::InvalidOperation, "format: a width or precision is too large"))
+        }
         _ => minijinja_contrib::pycompat::unknown_method_callback(state, value, name, args),
     }
+}
+
+/// Fuel for what a method of a text does beyond its result, for which the engine charges.
+fn work(text: &str, name: &str, args: &[Value]) -> usize {
+    let read = text.len() / 64;
+    let pieces = match (name, args.first().and_then(Value::as_str)) {
+        ("split" | "rsplit", Some("")) => 0,
+        ("split" | "rsplit", Some(separator)) => text.matches(separator).count(),
+        ("split" | "rsplit", None) => text.split_whitespace().count(),
+        ("splitlines", _) => text.lines().count(),
+        // Characters one by one.
+        ("title", _) => text.len() / 8,
+        _ => 0,
+    };
+    read + pieces
+}
+
+/// Whether a format asks for more than 9999 of something.
+fn has_large_number(format: &str) -> bool {
+    format.split(|character: char| !character.is_ascii_digit()).any(|digits| digits.len() > 4)
 }
 
 /// Python's `str.title`: a letter after anything but a letter becomes a capital, all others become small.
@@ -176,7 +219,8 @@ fn raise_exception(message: &Value) -> Result<Value, JinjaError> {
 }
 
 /// The time of rendering, in UTC.
-fn strftime_now(format: &str) -> Result<String, JinjaError> {
+fn strftime_now(state: &State<'_, '_>, format: &str) -> Result<String, JinjaError> {
+    state.consume_fuel(format.len() as u64)?;
     let invalid =
         |error: &dyn fmt::Display| JinjaError::new(ErrorKind::InvalidOperation, format!("strftime_now: {error}"));
     let items = time::format_description::parse_strftime_borrowed(format).map_err(|error| invalid(&error))?;
@@ -348,6 +392,19 @@ mod tests {
             "{% set n = namespace(x=[]) %}{% for i in range(400) %}{% set n.x = [n.x] %}{% endfor %}{{ n.x|tojson }}",
             "nested too deeply",
         );
+        check("{{ ([0] * 99999999) | tojson }}", "too many steps");
+        check("{{ '{:999999999}'.format(1) }}", "too large");
+        check("{{ ('\\n' * 9999999).splitlines() | length }}", "too many steps");
+        check("{% for i in range(9999) %}{% if ('x' * 99999).title() %}{% endif %}{% endfor %}", "too many steps");
+        check("{{ ('%Y' * 999999) | length }}{{ strftime_now('%Y' * 999999) }}", "too many steps");
+    }
+
+    #[test]
+    fn a_deep_value_does_not_end_the_process() {
+        let nest = "{% set n = namespace(x=[]) %}{% for i in range(9999) %}{% for j in range(9999) %}\
+                    {% set n.x = [n.x] %}{% endfor %}{% endfor %}";
+        check(nest, "too many steps");
+        check("{% set n = namespace(x=[]) %}{% for i in range(9999) %}{% set n.x = [n.x] %}{% endfor %}ok", "ok");
     }
 
     #[test]

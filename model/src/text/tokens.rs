@@ -5,6 +5,7 @@
 //! post-processors like to trim the spaces off them.
 
 use std::ops::Range;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
 use tokenizers::processors::PostProcessorWrapper;
@@ -153,15 +154,22 @@ pub(super) fn is_special(tokenizer: &Tokenizer, id: u32) -> bool {
 }
 
 pub(super) fn decode(tokenizer: &Tokenizer, ids: &[u32], skip_special: bool) -> Result<String> {
-    tokenizer
-        .decode(ids, skip_special)
-        .map_err(|error| Error::InvalidInput(format!("the tokens cannot be turned into text: {error}")))
+    attempt(|| tokenizer.decode(ids, skip_special))
+        .map_err(|reason| Error::InvalidInput(format!("the tokens cannot be turned into text: {reason}")))
 }
 
 fn encode(tokenizer: &Tokenizer, text: &str, add_special: bool) -> Result<Encoding> {
-    tokenizer
-        .encode(text, add_special)
-        .map_err(|error| Error::InvalidInput(format!("the text cannot be tokenized: {error}")))
+    attempt(|| tokenizer.encode(text, add_special))
+        .map_err(|reason| Error::InvalidInput(format!("the text cannot be tokenized: {reason}")))
+}
+
+/// A tokenizer is what its file says, and there are files with which it panics: a table that points outside of itself, a
+/// regular expression that gives up.
+fn attempt<T>(act: impl FnOnce() -> tokenizers::Result<T>) -> Result<T, String> {
+    match catch_unwind(AssertUnwindSafe(act)) {
+        Ok(done) => done.map_err(|error| error.to_string()),
+        Err(_) => Err("the checkpoint's tokenizer fails on it".to_owned()),
+    }
 }
 
 /// What the post-processor puts before and after a text, found by trying it on texts.

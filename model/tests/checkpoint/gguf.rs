@@ -259,8 +259,9 @@ fn files_that_are_not_served_are_refused_by_key() {
     check("qwen3.block_count", Value::U32(0), &["num_hidden_layers"]);
     check("qwen3.feed_forward_length", Value::Array(vec![Value::U32(1)]), &["feed_forward_length", "array"]);
     check("general.architecture", text("llama4"), &["GGUF architecture `llama4`", "llama, qwen2, qwen3, gemma2"]);
-    // candle would divide by it.
-    check("general.alignment", Value::U32(0), &["not GGUF"]);
+    check("general.alignment", Value::U32(0), &["not GGUF", "general.alignment"]);
+    check("qwen3.attention.layer_norm_rms_epsilon", Value::F32(f32::NAN), &["epsilon", "finite"]);
+    check("tokenizer.ggml.pre", text(&"x".repeat(10_000)), &["tokenizer.ggml.pre", "x..."]);
     check("tokenizer.ggml.model", text("bert"), &["tokenizer.ggml.model", "bert", "llama"]);
     check("tokenizer.ggml.pre", text("default"), &["tokenizer.ggml.pre", "default", "llama-bpe"]);
     check("tokenizer.ggml.merges", texts(&["ab".to_owned()]), &["tokenizer.ggml.merges", "a space"]);

@@ -4,6 +4,7 @@
 
 mod adapters;
 mod folders;
+mod footprint;
 mod gguf;
 mod manifests;
 mod quantised;

@@ -174,6 +174,40 @@ fn damaged_safetensors_are_refused() {
 }
 
 #[test]
+fn headers_that_are_only_large_are_refused() {
+    let check = |header: String, words: &[&str]| {
+        let copy = Copy::of("llama-lm");
+        let bytes = [&(header.len() as u64).to_le_bytes()[..], header.as_bytes()].concat();
+        std::fs::write(copy.path().join("model.safetensors"), bytes).unwrap();
+        copy.refused(words);
+    };
+    let empty =
+        |name: &str, shape: &[usize]| format!(r#""{name}":{{"dtype":"F32","shape":{shape:?},"data_offsets":[0,0]}}"#);
+    check(format!("{{{}}}", empty(&"x".repeat(513), &[0])), &["name has 513 bytes, 512 are allowed"]);
+    check(format!("{{{}}}", empty("x", &[0; 9])), &["tensor `x` has 9 dimensions, 8 are allowed"]);
+    let many: Vec<_> = (0..65_537).map(|i| empty(&i.to_string(), &[0])).collect();
+    check(format!("{{{}}}", many.join(",")), &["65537 tensors, 65536 are allowed"]);
+    check(" ".repeat((16 << 20) + 1), &["a header of 16777217 bytes"]);
+    let copy = Copy::of("llama-lm");
+    copy.write("config.json", &" ".repeat((16 << 20) + 1));
+    copy.refused(&["config.json", "more than 16777216 bytes"]);
+}
+
+#[test]
+fn tokenizers_that_would_not_come_back_are_refused() {
+    let check = |part: &str, value: Value, words: &[&str]| {
+        let copy = Copy::of("llama-lm");
+        copy.edit("tokenizer.json", |tokenizer| tokenizer[part] = value);
+        copy.refused(words);
+    };
+    let nested = json!({ "type": "Split", "pattern": { "Regex": "(a+)+$" }, "behavior": "Isolated", "invert": false });
+    check("pre_tokenizer", nested, &["tokenizer.json", "pre_tokenizer", "regular expression"]);
+    let copy = Copy::of("llama-lm");
+    copy.write("chat_template.jinja", &"x".repeat((1 << 20) + 1));
+    copy.refused(&["chat_template.jinja", "more than 1048576 bytes"]);
+}
+
+#[test]
 fn senseless_indices_are_refused() {
     const INDEX: &str = "model.safetensors.index.json";
     let name = "model.norm.weight";

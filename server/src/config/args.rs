@@ -1,5 +1,6 @@
 //! The flags: each option is written once, here, with its environment variable, its default and its help.
 
+use std::num::{NonZeroU64, NonZeroUsize};
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -7,6 +8,7 @@ use clap::builder::{BoolishValueParser, RangedU64ValueParser, TypedValueParser};
 use clap::{Args, Parser};
 
 use super::secret::Secret;
+use super::versions::SwapPolicy;
 
 const EXAMPLES: &str = "\
 Examples:
@@ -18,6 +20,16 @@ Examples:
 
   # A preference model and a language model, reachable from outside, with a key
   plumb-server --model pm=org/reward-model --model lm=./smollm2.gguf --hostname 0.0.0.0 --api-key-file /run/key
+
+  # The same over TLS, with names and roles for those who call, and changes to models from this machine only
+  plumb-server --model pm=org/reward-model --hostname 0.0.0.0 --tls-cert tls.crt --tls-key tls.key \\
+    --auth-tokens-file tokens.toml --admin-port 50052
+
+  # Every version that is published below a folder takes over from the one before it
+  plumb-server --model-root ./checkpoints
+
+  # Keep every hundredth call, to see before a switch what the next version makes of them
+  plumb-server --model-id ./checkpoints/pm/3 --record-dir /var/lib/plumb/calls --record-sample 0.01
 
   # Free ports for a test, written to a file once they are bound
   plumb-server --model-id tests/fixtures/llama-pm --port 0 --prometheus-port 0 --port-file ports.json
@@ -32,7 +44,8 @@ Precedence: flag, environment variable, --config file, default. The file holds t
 Also read: HF_TOKEN, HF_HOME, HF_HUB_OFFLINE, HF_ENDPOINT (Hugging Face repositories).
 
 Exit codes: 0 after a shutdown that was asked for, 1 if a model does not load or a port is taken,
-64 if the configuration is wrong, 70 if the engine died.";
+64 if the configuration is wrong; and where only a new process helps: 70 if the engine died,
+71 if the device fails whatever it is given, 75 if the engine got stuck (--stall-timeout-secs).";
 
 /// Scores, ranks and generates text over gRPC.
 #[derive(Debug, Parser)]
@@ -55,6 +68,8 @@ pub(crate) struct Flags {
     #[command(flatten)]
     pub(crate) access: AccessFlags,
     #[command(flatten)]
+    pub(crate) recording: RecordingFlags,
+    #[command(flatten)]
     pub(crate) telemetry: TelemetryFlags,
 }
 
@@ -75,6 +90,30 @@ pub(crate) struct ModelFlags {
     /// Branch, tag or commit of a Hugging Face repository: plain for --model-id, NAME=REVISION for a --model.
     #[arg(long, env = "PLUMB_REVISION", value_name = "[NAME=]REVISION", value_delimiter = ',')]
     pub(crate) revision: Vec<String>,
+    /// Folder that is watched: a version MODEL/N/ in it is loaded once its manifest.json is there, as `plumb-train publish`
+    /// writes it. Changes are noticed at once where the system tells, else by polling.
+    #[arg(long, env = "PLUMB_MODEL_ROOT", value_name = "FOLDER")]
+    pub(crate) model_root: Option<PathBuf>,
+    /// Which versions of a watched model are served: latest:N, all, or specific:N+N; for one model with its name in front
+    /// [default: latest:1].
+    #[arg(long, env = "PLUMB_VERSION_POLICY", value_name = "[NAME=]POLICY", value_delimiter = ',')]
+    pub(crate) version_policy: Vec<String>,
+    /// What is first when a version takes the place of another one.
+    #[arg(long, env = "PLUMB_SWAP_POLICY", default_value = "availability")]
+    pub(crate) swap_policy: SwapPolicy,
+    /// How often the watched folder is read when nothing tells of a change, as on network file systems.
+    #[arg(long, env = "PLUMB_POLL_INTERVAL_SECS", default_value = "10", value_parser = seconds, value_name = "SECS")]
+    pub(crate) poll_interval_secs: Duration,
+    /// A new version that computes NaN within this time is taken back, and its callers get the version before, which stays
+    /// in memory for so long.
+    #[arg(long, env = "PLUMB_ROLLBACK_WINDOW_SECS", default_value = "60", value_parser = seconds, value_name = "SECS")]
+    pub(crate) rollback_window_secs: Duration,
+    /// A label that is set once its version is available; repeat for several.
+    #[arg(long, env = "PLUMB_LABEL", value_name = "MODEL:LABEL=VERSION", value_delimiter = ',')]
+    pub(crate) label: Vec<String>,
+    /// Splits calls that name neither version nor label, by a hash of the request: pm:stable=95,pm:canary=5.
+    #[arg(long, env = "PLUMB_TRAFFIC", value_name = "MODEL:LABEL=WEIGHT", value_delimiter = ',')]
+    pub(crate) traffic: Vec<String>,
     /// Type in which weights are held; auto takes the checkpoint's.
     #[arg(long, env = "PLUMB_DTYPE", default_value = "auto")]
     pub(crate) dtype: DType,
@@ -125,9 +164,20 @@ pub(crate) struct EngineFlags {
     /// Most memory for the key-value cache of each model, in MiB; taken when the model is loaded. Small models take less.
     #[arg(long, env = "PLUMB_KV_CACHE_MIB", default_value_t = 1024, value_parser = count(), value_name = "MIB")]
     pub(crate) kv_cache_mib: usize,
+    /// Threads, of low priority, that read, check and pack a model while others are served. Each is mostly one thread's
+    /// work; more help with checkpoints of several files.
+    #[arg(long, env = "PLUMB_LOAD_THREADS", default_value = "1", value_parser = nonzero, value_name = "N")]
+    pub(crate) load_threads: NonZeroUsize,
+    /// Most MiB a second that a load reads of files, for checking and for packing; a disk that others need too is left to
+    /// them [default: no limit].
+    #[arg(long, env = "PLUMB_LOAD_RATE_MIB_PER_SEC", value_parser = mib_per_second, value_name = "MIB")]
+    pub(crate) load_rate_mib_per_sec: Option<NonZeroU64>,
     /// Threads that compute [default: physical cores].
     #[arg(long, env = "PLUMB_THREADS", value_parser = count())]
     pub(crate) threads: Option<usize>,
+    /// The server ends if the engine, with work to do, gets no further for this long: not by a layer of a step.
+    #[arg(long, env = "PLUMB_STALL_TIMEOUT_SECS", default_value = "60", value_parser = some_seconds, value_name = "SECS")]
+    pub(crate) stall_timeout_secs: Duration,
     /// Threads that render and tokenize [default: logical cores, at most 8].
     #[arg(long, env = "PLUMB_TOKENIZATION_WORKERS", value_parser = count())]
     pub(crate) tokenization_workers: Option<usize>,
@@ -180,12 +230,37 @@ pub(crate) struct NetworkFlags {
     /// Port of /metrics, /healthz and /readyz; 0 picks a free one and logs it.
     #[arg(long, env = "PLUMB_PROMETHEUS_PORT", default_value = "9000", value_parser = port)]
     pub(crate) prometheus_port: u16,
-    /// Write the bound addresses to this file as JSON: {"grpc": "127.0.0.1:50051", "metrics": "127.0.0.1:9000"}.
+    /// Change models on a port of their own only; 0 picks a free one [default: on the port of the rpcs].
+    #[arg(long, env = "PLUMB_ADMIN_PORT", value_parser = port)]
+    pub(crate) admin_port: Option<u16>,
+    /// Address of that port [default: 127.0.0.1].
+    #[arg(long, env = "PLUMB_ADMIN_HOSTNAME", value_name = "ADMIN_HOSTNAME")]
+    pub(crate) admin_hostname: Option<String>,
+    /// Write the bound addresses to this file as JSON: {"grpc": "127.0.0.1:50051", "metrics": "127.0.0.1:9000"}, and
+    /// "admin" where there is an --admin-port.
     #[arg(long, env = "PLUMB_PORT_FILE", value_name = "FILE")]
     pub(crate) port_file: Option<PathBuf>,
     /// Ask clients to reconnect after this time, so that load spreads over replicas [default: never].
     #[arg(long, env = "PLUMB_MAX_CONNECTION_AGE_SECS", value_parser = seconds, value_name = "SECS")]
     pub(crate) max_connection_age_secs: Option<Duration>,
+    /// Calls in flight on a connection that is too old may go on for this long; then it is cut.
+    #[arg(long, env = "PLUMB_MAX_CONNECTION_AGE_GRACE_SECS", default_value = "300", value_parser = seconds, value_name = "SECS")]
+    pub(crate) max_connection_age_grace_secs: Duration,
+    /// Most open connections of a listener; more are closed at once.
+    #[arg(long, env = "PLUMB_MAX_CONNECTIONS", default_value_t = 4096, value_parser = count())]
+    pub(crate) max_connections: usize,
+    /// Longest wait for the beginning of a connection: the TLS handshake and what HTTP/2 begins with.
+    #[arg(long, env = "PLUMB_HANDSHAKE_TIMEOUT_SECS", default_value = "10", value_parser = seconds, value_name = "SECS")]
+    pub(crate) handshake_timeout_secs: Duration,
+    /// Longest time that a request may take to arrive; the messages of a stream may take longer.
+    #[arg(long, env = "PLUMB_RECEIVE_TIMEOUT_SECS", default_value = "60", value_parser = seconds, value_name = "SECS")]
+    pub(crate) receive_timeout_secs: Duration,
+    /// Most bytes in a request's headers, counted as HTTP/2 does: 32 for each beside its name and value.
+    #[arg(
+        long, env = "PLUMB_MAX_HEADER_BYTES", default_value_t = 16 << 10, value_name = "BYTES",
+        value_parser = RangedU64ValueParser::<u32>::new().range(1024..=1 << 20)
+    )]
+    pub(crate) max_header_bytes: u32,
     /// HTTP/2 ping on idle connections.
     #[arg(long, env = "PLUMB_KEEPALIVE_INTERVAL_SECS", default_value = "30", value_parser = seconds, value_name = "SECS")]
     pub(crate) keepalive_interval_secs: Duration,
@@ -201,7 +276,7 @@ pub(crate) struct NetworkFlags {
     /// After NOT_SERVING, go on as before for this long: load balancers need it to notice.
     #[arg(long, env = "PLUMB_LAME_DUCK_SECS", default_value = "0", value_parser = seconds, value_name = "SECS")]
     pub(crate) lame_duck_secs: Duration,
-    /// After that, calls in flight may finish for this long; the rest fail with UNAVAILABLE.
+    /// After that, calls in flight may finish for this long; the rest fail with UNAVAILABLE. A second signal means: now.
     #[arg(long, env = "PLUMB_DRAIN_TIMEOUT_SECS", default_value = "30", value_parser = seconds, value_name = "SECS")]
     pub(crate) drain_timeout_secs: Duration,
 }
@@ -209,18 +284,71 @@ pub(crate) struct NetworkFlags {
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Access")]
 pub(crate) struct AccessFlags {
+    /// Certificate chain of the server in PEM form, for rpcs over TLS. Read again when it changes [default: no TLS].
+    #[arg(long, env = "PLUMB_TLS_CERT", value_name = "FILE")]
+    pub(crate) tls_cert: Option<PathBuf>,
+    /// Its private key in PEM form.
+    #[arg(long, env = "PLUMB_TLS_KEY", value_name = "FILE")]
+    pub(crate) tls_key: Option<PathBuf>,
+    /// Authorities of clients' certificates in PEM form: mutual TLS. A certificate is good for what an --api-key is,
+    /// unless --auth-tokens-file says otherwise.
+    #[arg(long, env = "PLUMB_TLS_CLIENT_CA", value_name = "FILE")]
+    pub(crate) tls_client_ca: Option<PathBuf>,
+    /// Whether clients without a certificate are let in to present a key instead.
+    #[arg(long, env = "PLUMB_TLS_CLIENT_AUTH", default_value = "required")]
+    pub(crate) tls_client_auth: ClientAuth,
+    /// TOML file with tokens, their names, roles (score, generate, admin) and ends: see SECURITY.md. Read again when
+    /// it changes.
+    #[arg(long, env = "PLUMB_AUTH_TOKENS_FILE", value_name = "FILE")]
+    pub(crate) auth_tokens_file: Option<PathBuf>,
     /// Keys that clients present as `authorization: Bearer KEY`, separated by commas [default: open to all].
     #[arg(long, env = "PLUMB_API_KEY", hide_env_values = true, value_delimiter = ',', value_name = "KEY")]
     pub(crate) api_key: Vec<Secret>,
-    /// File with such keys, one a line.
+    /// File with such keys, one a line. Read again when it changes.
     #[arg(long, env = "PLUMB_API_KEY_FILE", value_name = "FILE")]
     pub(crate) api_key_file: Option<PathBuf>,
-    /// Keys that may also load, unload and label versions, separated by commas [default: whoever may call].
+    /// Keys that may also change models, separated by commas [default: whoever has a key; without any, whoever calls
+    /// from this machine].
     #[arg(long, env = "PLUMB_ADMIN_API_KEY", hide_env_values = true, value_delimiter = ',', value_name = "KEY")]
     pub(crate) admin_api_key: Vec<Secret>,
-    /// File with such keys, one a line.
+    /// File with such keys, one a line. Read again when it changes.
     #[arg(long, env = "PLUMB_ADMIN_API_KEY_FILE", value_name = "FILE")]
     pub(crate) admin_api_key_file: Option<PathBuf>,
+}
+
+/// Whether clients have to show a certificate.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum ClientAuth {
+    /// A connection without one is refused.
+    Required,
+    /// One that is shown has to be good.
+    Optional,
+}
+
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Recording")]
+pub(crate) struct RecordingFlags {
+    /// Write requests and their scores, texts included, to files in this folder, for `plumb replay` [default: do not].
+    #[arg(long, env = "PLUMB_RECORD_DIR", value_name = "DIR")]
+    pub(crate) record_dir: Option<PathBuf>,
+    /// Share of the calls to write; their texts decide which, so that all servers choose the same.
+    #[arg(long, env = "PLUMB_RECORD_SAMPLE", default_value_t = 1.0, value_parser = sample, value_name = "SHARE")]
+    pub(crate) record_sample: f64,
+    /// Begin a new file before one becomes larger.
+    #[arg(long, env = "PLUMB_RECORD_MAX_MIB", default_value_t = 256, value_parser = count(), value_name = "MIB")]
+    pub(crate) record_max_mib: usize,
+    /// Begin a new file when one is as old.
+    #[arg(long, env = "PLUMB_RECORD_MAX_AGE_SECS", default_value = "3600", value_parser = age, value_name = "SECS")]
+    pub(crate) record_max_age_secs: Duration,
+    /// Files to keep; the oldest are deleted.
+    #[arg(long, env = "PLUMB_RECORD_KEEP", default_value_t = 48, value_parser = count(), value_name = "FILES")]
+    pub(crate) record_keep: usize,
+    /// Leave files as they are instead of packing them with zstd once they have ended.
+    #[arg(
+        long, env = "PLUMB_NO_RECORD_COMPRESSION", value_parser = BoolishValueParser::new(),
+        default_value_t = false, default_missing_value = "true", num_args = 0..=1, require_equals = true
+    )]
+    pub(crate) no_record_compression: bool,
 }
 
 #[derive(Debug, Args)]
@@ -248,11 +376,41 @@ fn count() -> impl TypedValueParser<Value = usize> {
     RangedU64ValueParser::<u64>::new().range(1..=u64::from(u32::MAX)).map(|value| value as usize)
 }
 
+/// The same where the type says so.
+fn nonzero(text: &str) -> Result<NonZeroUsize, String> {
+    text.parse()
+        .ok()
+        .filter(|number: &NonZeroUsize| number.get() <= 1024)
+        .ok_or_else(|| "not a number from 1 to 1024".to_owned())
+}
+
+/// MiB as bytes.
+fn mib_per_second(text: &str) -> Result<NonZeroU64, String> {
+    let mib: Option<u32> = text.parse().ok();
+    mib.and_then(|mib| NonZeroU64::new(u64::from(mib) << 20))
+        .ok_or_else(|| "not a whole number of MiB, at least 1".to_owned())
+}
+
 /// Less than all: what is left is somebody's too.
 fn share(text: &str) -> Result<f64, String> {
     match text.parse() {
         Ok(share) if (0.0..=0.9).contains(&share) => Ok(share),
         _ => Err("not a share from 0 to 0.9".to_owned()),
+    }
+}
+
+fn sample(text: &str) -> Result<f64, String> {
+    match text.parse() {
+        Ok(share) if share > 0.0 && share <= 1.0 => Ok(share),
+        _ => Err("not a share above 0 and up to 1".to_owned()),
+    }
+}
+
+/// Shorter ones would make a file of every record.
+fn age(text: &str) -> Result<Duration, String> {
+    match seconds(text)? {
+        age if age < Duration::from_secs(1) => Err("must be 1 or more".to_owned()),
+        age => Ok(age),
     }
 }
 
@@ -270,4 +428,12 @@ fn port(text: &str) -> Result<u16, String> {
 fn seconds(text: &str) -> Result<Duration, String> {
     let seconds: f64 = text.parse().map_err(|_| "not a number of seconds".to_owned())?;
     Duration::try_from_secs_f64(seconds).map_err(|error| error.to_string())
+}
+
+/// A time within which something can be seen.
+fn some_seconds(text: &str) -> Result<Duration, String> {
+    match seconds(text)? {
+        time if time >= Duration::from_millis(100) => Ok(time),
+        _ => Err("less than 0.1 seconds".to_owned()),
+    }
 }

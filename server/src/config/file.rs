@@ -2,6 +2,8 @@
 //! precedence flag, environment variable, file, default, and checks a value from a file as it checks any other.
 
 use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::Read;
 use std::path::Path;
 
 use clap::Command;
@@ -10,12 +12,20 @@ use toml::Value;
 /// Options that have no place in a file.
 const NOT_IN_FILES: [&str; 4] = ["config", "print_config", "help", "version"];
 
+/// Bytes of a file: some thousand times what all options take.
+const MOST_BYTES: u64 = 1 << 20;
+
 /// Values by the parser's id of the option.
 pub(crate) type FileValues = BTreeMap<String, Vec<String>>;
 
 /// Reads a file of `option-name = value` lines; underscores may stand for dashes, arrays for repeated options.
 pub(crate) fn read(path: &Path, command: &Command) -> Result<FileValues, String> {
-    let text = std::fs::read_to_string(path).map_err(|error| format!("{}: {error}", path.display()))?;
+    let mut text = String::new();
+    let read = File::open(path).and_then(|file| file.take(MOST_BYTES + 1).read_to_string(&mut text));
+    read.map_err(|error| format!("{}: {error}", path.display()))?;
+    if text.len() as u64 > MOST_BYTES {
+        return Err(format!("{}: more than {MOST_BYTES} bytes; is it the configuration?", path.display()));
+    }
     parse(&text, command).map_err(|error| format!("{}: {error}", path.display()))
 }
 

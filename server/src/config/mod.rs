@@ -1,33 +1,40 @@
 //! Configuration: flags, environment, a TOML file and defaults become a [`Config`] that cannot be wrong in itself.
 //!
 //! `args` says what the options are; `file` puts a file's values in the place of defaults; `models` reads
-//! `NAME=SOURCE` lists; here the result is checked and turned into what the rest of the server asks for. Nothing is
+//! `NAME=SOURCE` lists, `versions` what is said of versions; here the result is checked and turned into what the rest of the server asks for. Nothing is
 //! opened or bound on the way, apart from the files of options.
 
 mod args;
 mod file;
 mod models;
 mod secret;
+mod versions;
 
 use std::ffi::OsString;
-use std::path::{Path, PathBuf};
+use std::num::{NonZeroU64, NonZeroUsize};
+use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::parser::ValueSource;
 use clap::{ArgMatches, Command, CommandFactory as _, FromArgMatches as _};
 
 pub use self::args::DType;
-use self::args::Flags;
+use self::args::{ClientAuth, Flags};
 use self::file::FileValues;
 pub use self::models::ModelConfig;
 pub(crate) use self::models::check_name;
 pub use self::secret::Secret;
+pub(crate) use self::versions::WantedLabel;
+pub use self::versions::{SwapPolicy, VersionPolicy, Versions};
+use crate::access::table::Table;
 
 /// Everything that is decided before the server starts.
 #[derive(Clone, Debug)]
 pub struct Config {
-    /// What is served; at least one, if only what comes with the program.
+    /// What is loaded at start; without a watched folder at least one, if only what comes with the program.
     pub models: Vec<ModelConfig>,
+    /// How versions come and go.
+    pub versions: Versions,
     /// Which models an empty name means.
     pub defaults: Defaults,
     /// Type in which weights are held.
@@ -40,12 +47,18 @@ pub struct Config {
     pub limits: Limits,
     /// Where the server listens.
     pub listen: Listen,
+    /// What connections may cost.
+    pub connections: Connections,
     /// Behaviour of connections.
     pub http2: Http2,
+    /// Certificates; without them, connections are plain.
+    pub tls: Option<Tls>,
     /// Who may call.
     pub access: Access,
     /// How the server stops.
     pub shutdown: Shutdown,
+    /// Which calls are recorded; none if unset.
+    pub recording: Option<Recording>,
     /// Logs and traces.
     pub telemetry: Telemetry,
     /// Every option with its value and origin, for the log; secrets are masked.
@@ -76,8 +89,14 @@ pub struct EngineSizes {
     pub prefix_cache: bool,
     /// Key-value cache of each model.
     pub kv_cache_bytes: usize,
+    /// Threads that load a model.
+    pub load_threads: NonZeroUsize,
+    /// Bytes a second that a load reads.
+    pub load_bytes_per_second: Option<NonZeroU64>,
     /// Threads that compute.
     pub threads: usize,
+    /// How long the engine may get no further.
+    pub stall_timeout: Duration,
     /// Threads that render and tokenize.
     pub tokenization_workers: usize,
 }
@@ -114,15 +133,54 @@ pub struct Listen {
     pub port: u16,
     /// Port of metrics; 0 for any.
     pub prometheus_port: u16,
+    /// Where models are changed, if not where all rpcs are taken.
+    pub admin: Option<AdminListen>,
     /// Where the bound addresses are written.
     pub port_file: Option<PathBuf>,
+}
+
+/// Where models are changed.
+#[derive(Clone, Debug)]
+pub struct AdminListen {
+    /// Name or address of the interface.
+    pub hostname: String,
+    /// Port; 0 for any.
+    pub port: u16,
+}
+
+/// What connections may cost.
+#[derive(Clone, Copy, Debug)]
+pub struct Connections {
+    /// Open at a time, for each listener.
+    pub max_connections: usize,
+    /// From the first packet to the end of the handshakes.
+    pub handshake_timeout: Duration,
+    /// Clients are asked to reconnect after this time.
+    pub max_age: Option<Duration>,
+    /// From then until the connection is cut.
+    pub max_age_grace: Duration,
+}
+
+/// Certificates, as files.
+#[derive(Clone, Debug)]
+pub struct Tls {
+    /// The server's chain.
+    pub certificate: PathBuf,
+    /// Its private key.
+    pub key: PathBuf,
+    /// Authorities of clients' certificates.
+    pub client_ca: Option<PathBuf>,
+    /// Clients may come without a certificate.
+    pub client_auth_optional: bool,
 }
 
 /// Behaviour of connections.
 #[derive(Clone, Debug)]
 pub struct Http2 {
-    /// Clients are asked to reconnect after this time.
-    pub max_connection_age: Option<Duration>,
+    /// Size of a request's headers.
+    pub max_header_bytes: u32,
+    /// From a request's headers to its end.
+    pub receive_timeout: Duration,
     /// Ping on idle connections.
     pub keepalive_interval: Duration,
     /// How long a ping may stay unanswered.
@@ -131,13 +189,44 @@ pub struct Http2 {
     pub max_concurrent_streams: u32,
 }
 
-/// Who may call.
-#[derive(Clone, Debug)]
+/// Who may call. Files are read when the server starts, and whenever they change.
+#[derive(Clone, Debug, Default)]
 pub struct Access {
-    /// Keys for every rpc that changes nothing; none: open.
+    /// Keys for every rpc that changes nothing.
     pub api_keys: Vec<Secret>,
-    /// Keys for every rpc; none: whoever may call may also change models.
+    /// File with more of them.
+    pub api_key_file: Option<PathBuf>,
+    /// Keys for every rpc.
     pub admin_api_keys: Vec<Secret>,
+    /// File with more of them.
+    pub admin_api_key_file: Option<PathBuf>,
+    /// File with tokens and roles.
+    pub tokens_file: Option<PathBuf>,
+    /// Clients are known by verified certificates.
+    pub client_certificates: bool,
+}
+
+impl Access {
+    /// The files that are read.
+    pub(crate) fn files(&self) -> impl Iterator<Item = &PathBuf> {
+        self.api_key_file.iter().chain(&self.admin_api_key_file).chain(&self.tokens_file)
+    }
+
+    /// Whether somebody is named who may change models.
+    pub(crate) fn has_admins(&self) -> bool {
+        !self.admin_api_keys.is_empty() || self.admin_api_key_file.is_some() || self.tokens_file.is_some()
+    }
+
+    /// Whether nobody is asked for anything but to change models.
+    pub(crate) fn is_open_to_clients(&self) -> bool {
+        let has_keys = !self.api_keys.is_empty() || self.api_key_file.is_some() || self.tokens_file.is_some();
+        !has_keys && !self.client_certificates
+    }
+
+    /// Whether nobody is asked for anything.
+    pub(crate) fn is_open_to_admins(&self) -> bool {
+        self.is_open_to_clients() && !self.has_admins()
+    }
 }
 
 /// How the server stops.
@@ -147,6 +236,23 @@ pub struct Shutdown {
     pub lame_duck: Duration,
     /// From there until what is in flight fails.
     pub drain_timeout: Duration,
+}
+
+/// How calls are recorded.
+#[derive(Clone, Debug)]
+pub struct Recording {
+    /// Where files are written.
+    pub folder: PathBuf,
+    /// Share of the calls.
+    pub sample: f64,
+    /// Size of a file.
+    pub max_bytes: u64,
+    /// Age of a file.
+    pub max_age: Duration,
+    /// Number of files.
+    pub keep: usize,
+    /// Files that have ended are packed.
+    pub compress: bool,
 }
 
 /// Logs and traces.
@@ -213,14 +319,18 @@ impl Config {
     }
 
     fn from_flags(flags: Flags, origins: Vec<Origin>) -> Result<Self, String> {
-        let Flags { config: _, print_config: _, models, engine, limits, network, access, telemetry } = flags;
+        let Flags { config: _, print_config: _, models, engine, limits, network, access, recording, telemetry } = flags;
         let served = models::resolve(&models)?;
+        let versions = versions::resolve(&models)?;
         let defaults =
             Defaults { preference: models.default_preference_model, language: models.default_language_model };
         for (option, name) in
             [("preference", defaults.preference.as_deref()), ("language", defaults.language.as_deref())]
         {
-            if let Some(name) = name.filter(|name| served.iter().all(|model| model.name != **name)) {
+            // What a watched folder will hold is not known yet.
+            if versions.root.is_none()
+                && let Some(name) = name.filter(|name| served.iter().all(|model| model.name != **name))
+            {
                 return Err(format!("--default-{option}-model {name}: no model has this name"));
             }
         }
@@ -230,9 +340,22 @@ impl Config {
                 limits.default_max_new_tokens, limits.max_new_tokens_limit
             ));
         }
+        let admin = admin_listen(network.admin_port, network.admin_hostname)?;
+        let tls = tls(access.tls_cert, access.tls_key, access.tls_client_ca, access.tls_client_auth)?;
+        let access = Access {
+            api_keys: access.api_key,
+            api_key_file: access.api_key_file,
+            admin_api_keys: access.admin_api_key,
+            admin_api_key_file: access.admin_api_key_file,
+            tokens_file: access.auth_tokens_file,
+            client_certificates: tls.as_ref().is_some_and(|tls| tls.client_ca.is_some()),
+        };
+        // What is wrong with the files is wrong with the configuration.
+        Table::read(&access)?;
         let logical_cores = std::thread::available_parallelism().map_or(1, usize::from);
         Ok(Self {
             models: served,
+            versions,
             defaults,
             dtype: models.dtype,
             hhh_prompt_file: models.hhh_prompt_file,
@@ -243,8 +366,11 @@ impl Config {
                 decode_share: engine.decode_share,
                 prefix_cache: !engine.no_prefix_cache,
                 kv_cache_bytes: engine.kv_cache_mib << 20,
+                load_threads: engine.load_threads,
+                load_bytes_per_second: engine.load_rate_mib_per_sec,
                 // The physical count is of the machine, the logical one of what a container may use.
                 threads: engine.threads.unwrap_or_else(|| num_cpus::get_physical().min(logical_cores).max(1)),
+                stall_timeout: engine.stall_timeout_secs,
                 tokenization_workers: engine.tokenization_workers.unwrap_or_else(|| logical_cores.min(8)),
             },
             limits: Limits {
@@ -258,8 +384,16 @@ impl Config {
                 max_stream_in_flight: limits.max_stream_in_flight,
                 auto_truncate: limits.auto_truncate,
             },
+            connections: Connections {
+                max_connections: network.max_connections,
+                handshake_timeout: network.handshake_timeout_secs,
+                max_age: network.max_connection_age_secs,
+                max_age_grace: network.max_connection_age_grace_secs,
+            },
+            tls,
             http2: Http2 {
-                max_connection_age: network.max_connection_age_secs,
+                max_header_bytes: network.max_header_bytes,
+                receive_timeout: network.receive_timeout_secs,
                 keepalive_interval: network.keepalive_interval_secs,
                 keepalive_timeout: network.keepalive_timeout_secs,
                 max_concurrent_streams: network.max_concurrent_streams,
@@ -269,12 +403,18 @@ impl Config {
                 hostname: network.hostname,
                 port: network.port,
                 prometheus_port: network.prometheus_port,
+                admin,
                 port_file: network.port_file,
             },
-            access: Access {
-                api_keys: keys(access.api_key, access.api_key_file.as_deref())?,
-                admin_api_keys: keys(access.admin_api_key, access.admin_api_key_file.as_deref())?,
-            },
+            access,
+            recording: recording.record_dir.map(|folder| Recording {
+                folder,
+                sample: recording.record_sample,
+                max_bytes: (recording.record_max_mib as u64) << 20,
+                max_age: recording.record_max_age_secs,
+                keep: recording.record_keep,
+                compress: !recording.no_record_compression,
+            }),
             telemetry: Telemetry {
                 log: telemetry.log,
                 json_output: telemetry.json_output,
@@ -286,20 +426,34 @@ impl Config {
     }
 }
 
-/// Keys from the option and from the lines of a file. An empty key would let everybody in who sends none.
-fn keys(mut keys: Vec<Secret>, file: Option<&Path>) -> Result<Vec<Secret>, String> {
-    if let Some(path) = file {
-        let text = std::fs::read_to_string(path).map_err(|error| format!("{}: {error}", path.display()))?;
-        let lines: Vec<_> = text.lines().filter(|line| !line.trim().is_empty()).collect();
-        if lines.is_empty() {
-            return Err(format!("{}: there is no key in it", path.display()));
+fn admin_listen(port: Option<u16>, hostname: Option<String>) -> Result<Option<AdminListen>, String> {
+    match (port, hostname) {
+        (Some(port), hostname) => {
+            Ok(Some(AdminListen { hostname: hostname.unwrap_or_else(|| "127.0.0.1".to_owned()), port }))
         }
-        keys.extend(lines.into_iter().filter_map(|line| line.parse().ok()));
+        (None, Some(_)) => Err("--admin-hostname needs --admin-port".to_owned()),
+        (None, None) => Ok(None),
     }
-    if keys.iter().any(|key| key.reveal().is_empty()) {
-        return Err("a key is empty".to_owned());
+}
+
+/// Checked here and not by the parser, for which a value of the file is a default: half of a pair must not mean none.
+fn tls(
+    certificate: Option<PathBuf>,
+    key: Option<PathBuf>,
+    client_ca: Option<PathBuf>,
+    client_auth: ClientAuth,
+) -> Result<Option<Tls>, String> {
+    let client_auth_optional = client_auth == ClientAuth::Optional;
+    if client_auth_optional && client_ca.is_none() {
+        return Err("--tls-client-auth needs --tls-client-ca".to_owned());
     }
-    Ok(keys)
+    match (certificate, key) {
+        (Some(certificate), Some(key)) => Ok(Some(Tls { certificate, key, client_ca, client_auth_optional })),
+        (Some(_), None) => Err("--tls-cert needs --tls-key".to_owned()),
+        (None, Some(_)) => Err("--tls-key needs --tls-cert".to_owned()),
+        (None, None) if client_ca.is_some() => Err("--tls-client-ca needs --tls-cert".to_owned()),
+        (None, None) => Ok(None),
+    }
 }
 
 fn origins(command: &Command, matches: &ArgMatches, file: &FileValues) -> Vec<Origin> {

@@ -33,7 +33,7 @@ pub(super) fn resolve(flags: &ModelFlags) -> Result<Vec<ModelConfig>, String> {
         let version = version_folder(source).map_or(1, |(_, version)| version);
         models.push(model(name.to_owned(), version, source));
     }
-    if models.is_empty() {
+    if models.is_empty() && flags.model_root.is_none() {
         models.extend(bundled::NAMES.map(|name| model(name.to_owned(), 1, &format!("{}{name}", bundled::PREFIX))));
     }
     for (i, model) in models.iter().enumerate() {
@@ -128,6 +128,13 @@ mod tests {
             default_preference_model: None,
             default_language_model: None,
             hhh_prompt_file: None,
+            model_root: None,
+            version_policy: Vec::new(),
+            swap_policy: crate::config::SwapPolicy::Availability,
+            poll_interval_secs: std::time::Duration::ZERO,
+            rollback_window_secs: std::time::Duration::ZERO,
+            label: Vec::new(),
+            traffic: Vec::new(),
         }
     }
 
@@ -162,6 +169,8 @@ mod tests {
             resolve(&flags).unwrap().into_iter().map(|model| format!("{}={}", model.name, model.source.model)).collect()
         };
         assert_eq!(named(flags(None, &[], &[], &[])), ["pm=bundled:pm", "lm=bundled:lm"]);
+        let watching = ModelFlags { model_root: Some("models".into()), ..flags(None, &[], &[], &[]) };
+        assert!(named(watching).is_empty());
         assert_eq!(named(flags(Some("bundled:lm"), &[], &[], &[])), ["lm=bundled:lm"]);
     }
 

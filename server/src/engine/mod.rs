@@ -1,12 +1,13 @@
 //! One thread owns the device; everything else talks to it through [`Engine`].
 //!
 //! Read [`scheduler`] first: it decides what runs. `worker` is the thread, `step` what it hands to the threads of
-//! `compute`, [`sampling`] draws tokens.
+//! `compute`, [`sampling`] draws tokens, `watchdog` sees when all that gets no further.
 
 mod compute;
 pub mod sampling;
 pub mod scheduler;
 mod step;
+mod watchdog;
 mod worker;
 
 use std::ops::{Deref, Range};
@@ -24,6 +25,7 @@ use crate::error::{Error, Result};
 use compute::Compute;
 use sampling::Sampler;
 use scheduler::{Limits, ModelKey};
+use watchdog::Pulse;
 use worker::{Command, Worker};
 
 /// How the engine runs.
@@ -41,6 +43,8 @@ pub struct EngineOptions {
     pub prefix_cache: bool,
     /// Threads that compute.
     pub threads: usize,
+    /// How long the thread may get no further, not by a layer, before it counts as stuck.
+    pub stall_timeout: Duration,
 }
 
 impl EngineOptions {
@@ -174,12 +178,49 @@ impl Speed {
     }
 }
 
+/// Why the engine cannot compute any more. Only a new process helps.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Loss {
+    /// Its thread has ended.
+    Died,
+    /// The device fails whatever it is given.
+    Broken,
+    /// It got no further for too long.
+    Stuck,
+}
+
+/// Tells of the engine's loss, whoever sees it first.
+#[derive(Clone)]
+struct Losses(Arc<watch::Sender<Option<Loss>>>);
+
+impl Losses {
+    fn tell(&self, loss: Loss) {
+        self.0.send_if_modified(|told| {
+            let is_first = told.is_none();
+            told.get_or_insert(loss);
+            is_first
+        });
+    }
+}
+
+/// Tells of the end of the engine's thread when dropped, so of a panic too.
+struct End {
+    losses: Losses,
+    loss: Loss,
+}
+
+impl Drop for End {
+    fn drop(&mut self) {
+        self.losses.tell(self.loss);
+    }
+}
+
 /// The handle to the engine thread, which ends when the last handle is gone.
 #[derive(Clone, Debug)]
 pub struct Engine {
     commands: std::sync::mpsc::Sender<Command>,
     speed: Arc<Speed>,
-    alive: watch::Receiver<bool>,
+    lost: watch::Receiver<Option<Loss>>,
     next_key: Arc<AtomicU64>,
 }
 
@@ -216,22 +257,26 @@ impl ModelHandle {
 }
 
 impl Engine {
-    /// Starts the thread and its pool.
+    /// Starts the thread, its pool and its watchdog.
     pub fn start(options: EngineOptions) -> Result<Engine> {
         let compute = Compute::start(options.threads)?;
         let (commands, receiver) = std::sync::mpsc::channel();
-        let speed = Arc::new(Speed::default());
-        let (alive_sender, alive) = watch::channel(true);
-        let worker = Worker::new(options, receiver, speed.clone(), compute);
-        std::thread::Builder::new()
-            .name("plumb-engine".into())
-            .spawn(move || {
-                // Dropping the sender tells of the thread's end, whatever ended it.
-                let _alive = alive_sender;
-                worker.run();
-            })
-            .map_err(|error| Error::internal(format!("cannot start the engine thread: {error}")))?;
-        Ok(Engine { commands, speed, alive, next_key: Arc::new(AtomicU64::new(1)) })
+        let (speed, pulse) = (Arc::new(Speed::default()), Pulse::default());
+        let (sender, lost) = watch::channel(None);
+        let losses = Losses(Arc::new(sender));
+        let (watched, ended) = std::sync::mpsc::channel();
+        let worker = Worker::new(options, receiver, speed.clone(), pulse.clone(), compute);
+        let end = End { losses: losses.clone(), loss: Loss::Died };
+        spawn("plumb-engine", move || {
+            let _watched = watched;
+            // The end is told before the memory is given back, which takes its time.
+            let (mut worker, mut end) = (worker, end);
+            end.loss = worker.run();
+        })?;
+        spawn("plumb-watchdog", move || {
+            watchdog::watch(&pulse, options.stall_timeout, &ended, || losses.tell(Loss::Stuck));
+        })?;
+        Ok(Engine { commands, speed, lost, next_key: Arc::new(AtomicU64::new(1)) })
     }
 
     /// Makes room for a model and tries it out. `name` and `version` are for logs and metrics.
@@ -240,7 +285,8 @@ impl Engine {
         // Taking gigabytes from the system would hold up the thread, and whoever it computes for.
         let owner = model.clone();
         let kv = tokio::task::spawn_blocking(move || owner.decoder.kv_store(owner.kv_pages));
-        let kv = kv.await.map_err(|error| Error::internal(format!("cannot make room for keys and values: {error}")))?;
+        let kv =
+            kv.await.map_err(|error| Error::internal(format!("cannot make room for keys and values: {error}")))??;
         let (reply, answer) = oneshot::channel();
         let model_and_cache = Box::new((model.clone(), kv));
         self.send(Command::Attach { key, model_and_cache, name: (name.into(), version), reply })?;
@@ -263,9 +309,9 @@ impl Engine {
         Ok(receiver)
     }
 
-    /// Turns to an error once the thread has ended.
-    pub fn alive(&self) -> watch::Receiver<bool> {
-        self.alive.clone()
+    /// Tells when the engine is lost.
+    pub fn lost(&self) -> watch::Receiver<Option<Loss>> {
+        self.lost.clone()
     }
 
     /// Recent speed in tokens per second; 0 before the first step.
@@ -276,4 +322,9 @@ impl Engine {
     fn send(&self, command: Command) -> Result<()> {
         self.commands.send(command).map_err(|_| Error::DeviceLost)
     }
+}
+
+fn spawn(name: &str, run: impl FnOnce() + Send + 'static) -> Result<()> {
+    let spawned = std::thread::Builder::new().name(name.into()).spawn(run);
+    spawned.map(drop).map_err(|error| Error::internal(format!("cannot start the thread {name}: {error}")))
 }

@@ -48,9 +48,16 @@ impl SamplingParams {
     /// Refuses what makes no sense, naming the field.
     pub fn check(&self) -> Result<()> {
         let unit = 0.0..=1.0;
+        // Both divide or multiply logits, which must stay finite whatever they are.
+        let factor = 0.01..=100.0;
+        let temperature = 0.001..=1000.0;
         let limits = [
-            ("repetition_penalty", self.repetition_penalty > 0.0 && self.repetition_penalty.is_finite(), "above 0"),
-            ("temperature", self.temperature >= 0.0 && self.temperature.is_finite(), "0 or more"),
+            ("repetition_penalty", factor.contains(&self.repetition_penalty), "from 0.01 to 100"),
+            (
+                "temperature",
+                self.temperature == 0.0 || temperature.contains(&self.temperature),
+                "0 or from 0.001 to 1000",
+            ),
             ("top_p", self.top_p > 0.0 && self.top_p <= 1.0, "above 0 and at most 1"),
             ("min_p", unit.contains(&self.min_p), "from 0 to 1"),
             ("banned_strings", self.banned_strings.iter().all(|s| !s.is_empty()), "not empty"),
@@ -213,9 +220,11 @@ mod tests {
         let base = SamplingParams::default;
         for (params, field) in [
             (SamplingParams { temperature: -1.0, ..base() }, "temperature"),
+            (SamplingParams { temperature: 1e-38, ..base() }, "temperature"),
             (SamplingParams { top_p: 0.0, ..base() }, "top_p"),
             (SamplingParams { min_p: f32::NAN, ..base() }, "min_p"),
             (SamplingParams { repetition_penalty: 0.0, ..base() }, "repetition_penalty"),
+            (SamplingParams { repetition_penalty: 9e-41, ..base() }, "repetition_penalty"),
             (SamplingParams { banned_strings: vec![String::new()], ..base() }, "banned_strings"),
         ] {
             let error = params.check().unwrap_err();

@@ -6,7 +6,8 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use plumb_model::decoder::{KvStore, Read, Step, StepSequence, Workspace};
+use plumb_model::decoder::{KvStore, Progress, Read, Step, StepSequence, Workspace};
+use plumb_model::faults::{self, Fault};
 use plumb_model::loaded::LoadedModel;
 use plumb_model::parallel::for_each_piece;
 
@@ -27,11 +28,11 @@ pub(super) struct Device {
 }
 
 impl Device {
-    pub(super) fn new(model: Arc<LoadedModel>, kv: KvStore, name: (String, u64)) -> Self {
-        Self { workspace: model.decoder.workspace(), model, kv, name, workspace_bytes: 0 }
+    pub(super) fn new(model: Arc<LoadedModel>, kv: KvStore, name: (String, u64), progress: Progress) -> Self {
+        Self { workspace: model.decoder.workspace().counted(progress), model, kv, name, workspace_bytes: 0 }
     }
 
-    /// Runs a few tokens: a model that cannot compute must not be offered.
+    /// Runs a token, over the first page: a model that cannot compute must not be offered.
     pub(super) fn try_out(&mut self) -> Result<()> {
         let tokens = [0u32];
         let read = match self.model.info.reward_head {
@@ -39,7 +40,7 @@ impl Device {
             None => Read::LogProbs { rows: 0..1, targets: &tokens },
         };
         let trial = Step { sequences: vec![StepSequence { tokens: &tokens, position: 0, pages: &[0], read }] };
-        let values = run_guarded(self, &trial)?;
+        let values = run_guarded(self, &trial).map_err(Error::internal)?;
         match values.iter().flatten().all(|v| v.is_finite()) {
             true => Ok(()),
             false => Err(Error::NonFinite { what: format!("the trial score of {}", self.name.0) }),
@@ -62,7 +63,8 @@ impl Device {
 pub(super) struct Outcome {
     pub(super) device: Device,
     pub(super) inputs: Vec<Input>,
-    pub(super) values: Result<Vec<Values>>,
+    /// Or what has failed, for the log and the caller whose input it is.
+    pub(super) values: Result<Vec<Values>, String>,
     pub(super) duration: Duration,
 }
 
@@ -154,10 +156,30 @@ impl Input {
 }
 
 /// Runs a step on the current pool; a panic in it is an error, not the end of the thread.
-fn run_guarded(device: &mut Device, step: &Step<'_>) -> Result<Vec<Vec<f32>>> {
+fn run_guarded(device: &mut Device, step: &Step<'_>) -> Result<Vec<Vec<f32>>, String> {
     let Device { model, kv, workspace, .. } = device;
-    match catch_unwind(AssertUnwindSafe(|| model.decoder.step(step, kv, workspace))) {
-        Ok(result) => result.map_err(|error| Error::internal(error.to_string())),
-        Err(_) => Err(Error::internal("a kernel panicked; the log has the details")),
+    let run = || {
+        inject_faults(step)?;
+        model.decoder.step(step, kv, workspace).map_err(|error| error.to_string())
+    };
+    catch_unwind(AssertUnwindSafe(run)).unwrap_or_else(|_| Err("a kernel panicked".into()))
+}
+
+/// Fails as a device would, where a test asks for it.
+#[expect(clippy::panic, reason = "a panic is what is asked for")]
+fn inject_faults(step: &Step<'_>) -> Result<(), String> {
+    let computes = |fault| {
+        faults::asked(fault)
+            .is_some_and(|id| step.sequences.iter().any(|s| s.tokens.iter().any(|t| u64::from(*t) == id)))
+    };
+    if let Some(millis) = faults::asked(Fault::StuckEngine) {
+        std::thread::sleep(Duration::from_millis(millis));
     }
+    if computes(Fault::KernelError) {
+        return Err("a kernel failed on demand".into());
+    }
+    if computes(Fault::KernelPanic) {
+        panic!("a kernel panics on demand");
+    }
+    Ok(())
 }

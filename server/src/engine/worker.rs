@@ -3,7 +3,7 @@
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, TryRecvError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use plumb_model::decoder::KvStore;
 use plumb_model::loaded::LoadedModel;
@@ -13,9 +13,10 @@ use super::compute::Compute;
 use super::scheduler::cost::Cost;
 use super::scheduler::{ModelKey, NewSequence, Plan, Scheduler, SequenceId, Slice, Want as Wanted};
 use super::step::{self, Device, Input, Outcome, Values};
-use super::{EngineOptions, Finish, GenerateEvent, GenerateJob, Sequence, SequenceOutput, Speed, Want};
+use super::watchdog::Pulse;
+use super::{EngineOptions, Finish, GenerateEvent, GenerateJob, Loss, Sequence, SequenceOutput, Speed, Want};
 use crate::error::{Error, Result};
-use crate::telemetry::events::{BatchRun, PrefixEvictions, QueueChanged};
+use crate::telemetry::events::{BatchFailed, BatchRun, InputIsolated, PrefixEvictions, QueueChanged};
 
 /// What can be asked of the thread.
 pub(super) enum Command {
@@ -68,6 +69,7 @@ impl Caller {
 pub(super) struct Worker {
     commands: Receiver<Command>,
     speed: Arc<Speed>,
+    pulse: Pulse,
     compute: Arc<Compute>,
     scheduler: Scheduler,
     devices: HashMap<ModelKey, Device>,
@@ -84,12 +86,14 @@ impl Worker {
         options: EngineOptions,
         commands: Receiver<Command>,
         speed: Arc<Speed>,
+        pulse: Pulse,
         compute: Compute,
     ) -> Self {
         Self {
             scheduler: Scheduler::new(options.limits()),
             commands,
             speed,
+            pulse,
             compute: Arc::new(compute),
             devices: HashMap::new(),
             callers: HashMap::new(),
@@ -99,16 +103,20 @@ impl Worker {
         }
     }
 
-    /// Runs until every handle of the engine is gone, or the device is.
-    pub(super) fn run(mut self) {
+    /// Runs until every handle of the engine is gone, or the device is; answers why.
+    pub(super) fn run(&mut self) -> Loss {
         while self.take_commands() {
+            self.pulse.beat();
             self.drop_unwanted();
             let plan = self.prepared.take().or_else(|| self.scheduler.plan(Instant::now()));
-            if !plan.is_none_or(|plan| self.run_plan(&plan)) {
-                return;
+            if let Some(plan) = plan
+                && let Err(loss) = self.run_plan(&plan)
+            {
+                return loss;
             }
             self.report_queue();
         }
+        Loss::Died
     }
 
     /// Takes what has come, and waits for something if there is nothing to do. False once nobody can ask any more.
@@ -118,6 +126,7 @@ impl Worker {
         }
         loop {
             let command = if self.scheduler.is_empty() {
+                self.pulse.rest();
                 match self.commands.recv() {
                     Ok(command) => command,
                     Err(_) => return false,
@@ -145,6 +154,7 @@ impl Worker {
     }
 
     fn take(&mut self, command: Command) {
+        self.pulse.beat();
         match command {
             Command::Attach { key, model_and_cache, name, reply } => {
                 let (model, kv) = *model_and_cache;
@@ -162,7 +172,7 @@ impl Worker {
     /// Takes a model in, once it has been tried out.
     fn attach(&mut self, key: ModelKey, model: Arc<LoadedModel>, kv: KvStore, name: (String, u64)) -> Result<()> {
         let (pages, cost) = (model.kv_pages, Cost::of(model.decoder.config()));
-        let mut device = Device::new(model, kv, name);
+        let mut device = Device::new(model, kv, name, self.pulse.progress.clone());
         let tried = move || (device.try_out(), device);
         let (result, mut device) = self.compute.run(tried, || {})?;
         result?;
@@ -247,9 +257,9 @@ impl Worker {
         }
     }
 
-    /// Runs a step. False if there is nothing left to run it on.
-    fn run_plan(&mut self, plan: &Plan) -> bool {
-        let Some(device) = self.devices.remove(&plan.model) else { return true };
+    /// Runs a step.
+    fn run_plan(&mut self, plan: &Plan) -> Result<(), Loss> {
+        let Some(device) = self.devices.remove(&plan.model) else { return Ok(()) };
         let mut inputs = Vec::with_capacity(plan.slices.len());
         for slice in &plan.slices {
             // A sequence in a plan stays until the plan has run.
@@ -262,19 +272,8 @@ impl Worker {
         }
         let compute = Arc::clone(&self.compute);
         let outcome = compute.run(move || step::run(device, inputs), || self.prepare());
-        let Ok(Outcome { mut device, inputs, values, duration }) = outcome else { return false };
-        BatchRun {
-            model: &device.name.0,
-            version: device.name.1,
-            sequences: plan.slices.len(),
-            tokens: plan.tokens(),
-            prefixes: plan.prefixes,
-            duration,
-        }
-        .emit();
-        self.speed.record(plan.tokens(), duration);
+        let Outcome { mut device, inputs, values, duration } = outcome.map_err(|_| Loss::Died)?;
         device.report_memory();
-        self.devices.insert(plan.model, device);
         for (slice, input) in plan.slices.iter().zip(inputs) {
             if let Some(Caller::Generate { job, .. }) = self.callers.get_mut(&slice.id)
                 && input.job.is_some()
@@ -282,20 +281,60 @@ impl Worker {
                 *job = input.job;
             }
         }
-        match values {
-            Ok(values) => plan.slices.iter().zip(values).for_each(|(slice, values)| self.deliver(slice, values)),
-            Err(error) => {
-                // What the step has left in the cache cannot be trusted, nor what builds on it.
-                self.prepared.take_if(|prepared| prepared.model == plan.model);
-                for id in self.scheduler.reset(plan) {
-                    if let Some(caller) = self.callers.remove(&id) {
-                        caller.fail(error.clone());
-                    }
-                }
+        let ended = match values {
+            Ok(values) => {
+                self.report_step(plan, &device, duration);
+                self.devices.insert(plan.model, device);
+                plan.slices.iter().zip(values).for_each(|(slice, values)| self.deliver(slice, values));
+                Ok(())
+            }
+            Err(cause) => self.isolate(plan, device, &cause),
+        };
+        self.scheduler.ran(plan, duration);
+        ended
+    }
+
+    /// A step has failed: its sequences begin again in smaller groups, until one fails alone. That one is at fault if
+    /// the device still computes something else; if it does not, the device is lost.
+    fn isolate(&mut self, plan: &Plan, mut device: Device, cause: &str) -> Result<(), Loss> {
+        let (model, version) = device.name.clone();
+        BatchFailed { model: &model, version, sequences: plan.slices.len(), rerun: plan.rerun, cause }.emit();
+        // What the step has left in the cache cannot be trusted, nor what builds on it.
+        let dropped = self.prepared.take_if(|prepared| prepared.model == plan.model);
+        for slice in dropped.iter().chain([plan]).flat_map(|plan| &plan.slices) {
+            if !self.callers.contains_key(&slice.id) {
+                self.scheduler.remove(slice.id);
             }
         }
-        self.scheduler.ran(plan, duration);
-        true
+        let guilty = self.scheduler.failed(plan);
+        if let Some(id) = guilty {
+            // Nobody has pages now, so the trial writes over nothing.
+            let tried = move || (device.try_out(), device);
+            let (works, tried) = self.compute.run(tried, || {}).map_err(|_| Loss::Died)?;
+            device = tried;
+            if works.is_err() {
+                self.devices.insert(plan.model, device);
+                return Err(Loss::Broken);
+            }
+            InputIsolated { model: &model, version }.emit();
+            self.fail(id, Error::internal(format!("{cause}; the fault was isolated to this input")));
+        }
+        self.devices.insert(plan.model, device);
+        Ok(())
+    }
+
+    fn report_step(&self, plan: &Plan, device: &Device, duration: Duration) {
+        BatchRun {
+            model: &device.name.0,
+            version: device.name.1,
+            sequences: plan.slices.len(),
+            tokens: plan.tokens(),
+            prefixes: plan.prefixes,
+            rerun: plan.rerun,
+            duration,
+        }
+        .emit();
+        self.speed.record(plan.tokens(), duration);
     }
 
     /// Hands out what a step has computed for a slice.

@@ -8,20 +8,22 @@ pub(crate) mod auth;
 mod body;
 pub(crate) mod deadline;
 pub(crate) mod metrics;
+pub(crate) mod receive;
 pub(crate) mod rpc;
 pub(crate) mod trace;
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use axum::Router;
 use axum::middleware::{from_fn, from_fn_with_state};
 use tower::ServiceBuilder;
 
 use self::admission::Gate;
-use self::auth::Keys;
+use crate::access::Access;
 
 /// Puts the layers around the services, outermost first.
-pub(crate) fn around(services: Router, keys: Arc<Keys>, gate: Arc<Gate>) -> Router {
+pub(crate) fn around(services: Router, access: Arc<Access>, receive_timeout: Duration, gate: Arc<Gate>) -> Router {
     services.layer(
         ServiceBuilder::new()
             // Outermost: what the others log belongs to the call's span, and the arrival is when the call came in.
@@ -29,7 +31,9 @@ pub(crate) fn around(services: Router, keys: Arc<Keys>, gate: Arc<Gate>) -> Rout
             // Outside of all that may refuse a call: a refusal is an answer, and counts as one.
             .layer(from_fn(metrics::metrics))
             // Before anything is spent on a caller who may not call.
-            .layer(from_fn_with_state(keys, auth::auth))
+            .layer(from_fn_with_state(access, auth::auth))
+            // Around all that reads the request, which is only the service.
+            .layer(from_fn_with_state(receive_timeout, receive::receive))
             // Around the work and nothing else: a refusal needs no time limit, work must not outlive its caller's.
             .layer(from_fn(deadline::deadline))
             // Innermost: what is in flight here is work, which is what a shutdown waits for.

@@ -10,34 +10,39 @@ pub(crate) struct Rpc {
     pub(crate) class: Class,
 }
 
-/// What an rpc is for.
+/// What an rpc is for, which decides on the role that it needs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Class {
-    /// Needs the client's key.
-    Client,
-    /// Changes the server: needs the admin's key.
+    /// Scores, ranks or tokenizes.
+    Score,
+    /// Generates.
+    Generate,
+    /// Tells what is served.
+    Read,
+    /// Changes the server.
     Admin,
     /// Health and reflection: for load balancers and tools, which have no key.
     Infrastructure,
 }
 
-const RPCS: [(&str, Rpc); 12] = [
-    ("/plumb.v1.Preference/Score", Rpc { name: "Preference/Score", class: Class::Client }),
-    ("/plumb.v1.Preference/ScoreStream", Rpc { name: "Preference/ScoreStream", class: Class::Client }),
-    ("/plumb.v1.Preference/Rank", Rpc { name: "Preference/Rank", class: Class::Client }),
-    ("/plumb.v1.Generation/Generate", Rpc { name: "Generation/Generate", class: Class::Client }),
-    ("/plumb.v1.Models/ListModels", Rpc { name: "Models/ListModels", class: Class::Client }),
-    ("/plumb.v1.Models/GetModel", Rpc { name: "Models/GetModel", class: Class::Client }),
-    ("/plumb.v1.Models/WatchModels", Rpc { name: "Models/WatchModels", class: Class::Client }),
+const RPCS: [(&str, Rpc); 13] = [
+    ("/plumb.v1.Preference/Score", Rpc { name: "Preference/Score", class: Class::Score }),
+    ("/plumb.v1.Preference/ScoreStream", Rpc { name: "Preference/ScoreStream", class: Class::Score }),
+    ("/plumb.v1.Preference/Rank", Rpc { name: "Preference/Rank", class: Class::Score }),
+    ("/plumb.v1.Generation/Generate", Rpc { name: "Generation/Generate", class: Class::Generate }),
+    ("/plumb.v1.Models/ListModels", Rpc { name: "Models/ListModels", class: Class::Read }),
+    ("/plumb.v1.Models/GetModel", Rpc { name: "Models/GetModel", class: Class::Read }),
+    ("/plumb.v1.Models/WatchModels", Rpc { name: "Models/WatchModels", class: Class::Read }),
     ("/plumb.v1.Models/LoadVersion", Rpc { name: "Models/LoadVersion", class: Class::Admin }),
     ("/plumb.v1.Models/UnloadVersion", Rpc { name: "Models/UnloadVersion", class: Class::Admin }),
     ("/plumb.v1.Models/SetLabel", Rpc { name: "Models/SetLabel", class: Class::Admin }),
-    ("/plumb.v1.Tokens/Tokenize", Rpc { name: "Tokens/Tokenize", class: Class::Client }),
-    ("/plumb.v1.Tokens/Render", Rpc { name: "Tokens/Render", class: Class::Client }),
+    ("/plumb.v1.Models/SetTraffic", Rpc { name: "Models/SetTraffic", class: Class::Admin }),
+    ("/plumb.v1.Tokens/Tokenize", Rpc { name: "Tokens/Tokenize", class: Class::Score }),
+    ("/plumb.v1.Tokens/Render", Rpc { name: "Tokens/Render", class: Class::Score }),
 ];
 
 impl Rpc {
-    /// The rpc that a request calls. One that is not known needs the admin's key: what is added to the contract and
+    /// The rpc that a request calls. One that is not known needs the admin's role: what is added to the contract and
     /// forgotten here is closed, not open.
     pub(crate) fn of(request: &Request) -> Self {
         let path = request.uri().path();
@@ -46,6 +51,11 @@ impl Rpc {
         }
         let known = RPCS.iter().find(|(known, _)| *known == path);
         known.map_or(Self { name: "unknown", class: Class::Admin }, |(_, rpc)| *rpc)
+    }
+
+    /// Whether the caller may take as long as it likes between the messages of its request.
+    pub(crate) fn streams_requests(self) -> bool {
+        self.name == "Preference/ScoreStream" || self.class == Class::Infrastructure
     }
 }
 
@@ -69,6 +79,12 @@ mod tests {
         assert_eq!(known, paths);
         for (path, rpc) in RPCS {
             assert_eq!(path, format!("/plumb.v1.{}", rpc.name));
+        }
+        let services = files.file.iter().filter(|file| file.package() == "plumb.v1").flat_map(|file| &file.service);
+        for (service, method) in services.flat_map(|service| service.method.iter().map(move |m| (service, m))) {
+            let path = format!("/plumb.v1.{}/{}", service.name(), method.name());
+            let (_, rpc) = RPCS.iter().find(|(known, _)| *known == path).unwrap();
+            assert_eq!(rpc.streams_requests(), method.client_streaming(), "{path}");
         }
     }
 

@@ -39,6 +39,8 @@ pub(crate) async fn trace(mut request: Request, next: Next) -> Response {
         id = id.to_str().unwrap_or_default(),
         // Recorded by the service: the id inside the message.
         request_id = field::Empty,
+        // Recorded by the auth layer, where callers have names.
+        caller = field::Empty,
         code = field::Empty,
     );
     follow_parent(&span, request.headers());
@@ -55,6 +57,11 @@ pub(crate) fn record_request_id(id: &str) {
     if !id.is_empty() && id.len() <= MAX_REQUEST_ID_LENGTH {
         Span::current().record("request_id", id);
     }
+}
+
+/// Puts the name of a call's caller into its span.
+pub(super) fn record_caller(name: &str) {
+    Span::current().record("caller", name);
 }
 
 fn request_id(request: &Request) -> HeaderValue {

@@ -6,6 +6,7 @@ use plumb_model::checkpoint::Source;
 use plumb_model::loaded::{LoadOptions, LoadedModel};
 use tempfile::TempDir;
 
+use super::memory;
 use crate::error::{Error, Result};
 
 /// Sources that begin like this are part of the program.
@@ -28,16 +29,24 @@ macro_rules! files {
     };
 }
 
-/// Loads a model, one of the program's own or any other.
+/// Loads a model, one of the program's own or any other, if there is memory for it.
 pub(super) fn load(source: &Source, options: &LoadOptions) -> Result<LoadedModel> {
     let Some(name) = source.model.strip_prefix(PREFIX) else {
-        return Ok(LoadedModel::load(source, options)?);
+        return load_if_it_fits(source, options);
     };
     let folder = unpack(name)?;
     let path = folder.path().to_string_lossy().into_owned();
-    let mut model = LoadedModel::load(&Source { model: path, ..source.clone() }, options)?;
+    let mut model = load_if_it_fits(&Source { model: path, ..source.clone() }, options)?;
     model.info.source.clone_from(&source.model);
     Ok(model)
+}
+
+fn load_if_it_fits(source: &Source, options: &LoadOptions) -> Result<LoadedModel> {
+    let footprint = LoadedModel::footprint(source, options)?;
+    if let Some(free) = memory::available() {
+        footprint.check(free)?;
+    }
+    Ok(LoadedModel::load(source, options)?)
 }
 
 /// A checkpoint is a folder, for as long as it is read.
@@ -72,6 +81,7 @@ mod tests {
             hhh: Default::default(),
             max_input_tokens: None,
             kv_cache_bytes: 1 << 24,
+            background: Default::default(),
         };
         let load = |name: &str| load(&Source { model: format!("{PREFIX}{name}"), ..Source::default() }, &options);
         let kinds = NAMES.map(|name| load(name).unwrap().info.kind);

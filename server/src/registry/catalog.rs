@@ -1,14 +1,23 @@
 //! Names, versions, labels and states, as data: nothing here waits, loads or computes.
 //!
-//! A version goes START, LOADING, WARMING, AVAILABLE, DRAINING, ENDED, or to FAILED before it is available. Only an
-//! available one has a handle, so that nothing else can be handed out.
+//! [`version`] is the life of a version, [`model`] what a model's name can mean; this file finds models and moves
+//! versions from state to state.
+
+mod model;
+mod version;
 
 use std::collections::BTreeMap;
+use std::time::Instant;
 
 use plumb_proto::v1;
-use v1::{ModelKind, ModelState};
+use v1::ModelKind;
 
-use crate::config::Defaults;
+use self::model::Model;
+pub(crate) use self::model::{MAX_LABELS, Share, check_shares};
+pub(crate) use self::version::Facts;
+use self::version::{State, Version};
+use super::policy::Standing;
+use crate::config::{Defaults, WantedLabel};
 use crate::error::{Error, Result};
 use crate::telemetry::events::kind_name;
 
@@ -16,10 +25,6 @@ use crate::telemetry::events::kind_name;
 const MAX_LIVE_VERSIONS: usize = 16;
 /// Ended and failed versions that are still listed.
 const MAX_PAST_VERSIONS: usize = 32;
-/// Most labels of a model.
-const MAX_LABELS: usize = 16;
-/// The label that an empty choice means where it is set.
-const STABLE: &str = "stable";
 
 /// What an rpc asks of a model.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -43,86 +48,6 @@ impl Need {
     }
 }
 
-/// What is known of a version once its weights are read.
-#[derive(Clone, Debug, PartialEq)]
-pub(crate) struct Facts {
-    pub(crate) weights_digest: String,
-    pub(crate) details: v1::ModelDetails,
-}
-
-#[derive(Debug)]
-enum State<H> {
-    Start,
-    Loading,
-    Warming,
-    Available(H),
-    Draining,
-    /// With the place in the order of endings.
-    Ended(u64),
-    Failed(u64, String),
-}
-
-#[derive(Debug)]
-struct Version<H> {
-    state: State<H>,
-    facts: Option<Facts>,
-}
-
-impl<H> Version<H> {
-    fn handle(&self) -> Option<&H> {
-        if let State::Available(handle) = &self.state { Some(handle) } else { None }
-    }
-
-    fn kind(&self) -> ModelKind {
-        self.facts.as_ref().map_or(ModelKind::Unspecified, |facts| facts.details.kind())
-    }
-
-    /// On its way to be available.
-    fn is_coming(&self) -> bool {
-        matches!(self.state, State::Start | State::Loading | State::Warming)
-    }
-
-    fn past(&self) -> Option<u64> {
-        if let State::Ended(order) | State::Failed(order, _) = self.state { Some(order) } else { None }
-    }
-
-    fn state(&self) -> ModelState {
-        match self.state {
-            State::Start => ModelState::Start,
-            State::Loading => ModelState::Loading,
-            State::Warming => ModelState::Warming,
-            State::Available(_) => ModelState::Available,
-            State::Draining => ModelState::Draining,
-            State::Ended(_) => ModelState::Ended,
-            State::Failed(..) => ModelState::Failed,
-        }
-    }
-}
-
-#[derive(Debug)]
-struct Model<H> {
-    name: String,
-    versions: BTreeMap<u64, Version<H>>,
-    labels: BTreeMap<String, u64>,
-}
-
-impl<H> Model<H> {
-    /// The version that an empty choice means: the one labelled `stable`, else the newest available.
-    fn active(&self) -> Option<u64> {
-        let newest = || self.versions.iter().rev().find(|(_, version)| version.handle().is_some()).map(|(&n, _)| n);
-        self.labels.get(STABLE).copied().or_else(newest)
-    }
-
-    fn active_kind(&self) -> Option<ModelKind> {
-        self.versions.get(&self.active()?).map(Version::kind)
-    }
-
-    fn no_version(&self, number: u64) -> Error {
-        let known: Vec<_> = self.versions.keys().map(u64::to_string).collect();
-        Error::not_found(format!("model `{}` has no version {number}; there is {}", self.name, known.join(", ")))
-    }
-}
-
 /// All models. `H` is what a caller gets to use one.
 #[derive(Debug)]
 pub(crate) struct Catalog<H> {
@@ -131,12 +56,20 @@ pub(crate) struct Catalog<H> {
     defaults: Defaults,
     /// Whether all models of the command line were loaded: before, the first of a kind may still be on its way.
     started: bool,
+    /// Labels that are set once their version is available.
+    wanted_labels: Vec<WantedLabel>,
+    /// Splits of models that are not there yet.
+    wanted_traffic: BTreeMap<String, Vec<Share>>,
     endings: u64,
 }
 
 impl<H: Clone> Catalog<H> {
-    pub(crate) fn new(defaults: Defaults) -> Self {
-        Self { models: Vec::new(), defaults, started: false, endings: 0 }
+    pub(crate) fn new(
+        defaults: Defaults,
+        wanted_labels: Vec<WantedLabel>,
+        wanted_traffic: BTreeMap<String, Vec<Share>>,
+    ) -> Self {
+        Self { models: Vec::new(), defaults, started: false, wanted_labels, wanted_traffic, endings: 0 }
     }
 
     /// From now on, "no such kind of model" is not "not yet".
@@ -151,7 +84,9 @@ impl<H: Clone> Catalog<H> {
             return Err(Error::failed_precondition(format!("{live} versions are in memory; unload one first")));
         }
         let index = self.models.iter().position(|model| model.name == name).unwrap_or_else(|| {
-            self.models.push(Model { name: name.to_owned(), versions: BTreeMap::new(), labels: BTreeMap::new() });
+            let mut model = Model::new(name);
+            model.expect_traffic(self.wanted_traffic.get(name).cloned().unwrap_or_default());
+            self.models.push(model);
             self.models.len() - 1
         });
         let versions = &mut self.models[index].versions;
@@ -160,7 +95,7 @@ impl<H: Clone> Catalog<H> {
         if versions.get(&number).is_some_and(|version| version.past().is_none()) {
             return Err(Error::AlreadyExists { message: format!("version {number} of `{name}` is there already") });
         }
-        versions.insert(number, Version { state: State::Start, facts: None });
+        versions.insert(number, Version::new());
         Ok(number)
     }
 
@@ -178,8 +113,15 @@ impl<H: Clone> Catalog<H> {
     }
 
     pub(crate) fn available(&mut self, name: &str, number: u64, handle: H) {
-        if let Some(version) = self.version_mut(name, number) {
-            version.state = State::Available(handle);
+        let Ok(index) = self.index_of(name) else { return };
+        let model = &mut self.models[index];
+        let Some(version) = model.versions.get_mut(&number) else { return };
+        version.state = State::Available(handle);
+        // Once: who moves a label later means it.
+        let wanted = |label: &mut WantedLabel| label.model == name && label.version == number;
+        for label in self.wanted_labels.extract_if(.., wanted) {
+            // It is available, and the number of labels was bounded with the configuration.
+            let _ = model.set_label(&label.label, number);
         }
     }
 
@@ -195,11 +137,11 @@ impl<H: Clone> Catalog<H> {
     /// Takes an available version out of service and gives back its handle; `None` if it is out already.
     pub(crate) fn drain(&mut self, name: &str, number: u64) -> Result<Option<H>> {
         let model = self.find(name)?;
-        if let Some((label, _)) = model.labels.iter().find(|(_, labelled)| **labelled == number) {
+        if let Some((label, _)) = model.labels.iter().find(|(_, target)| target.version == number) {
             let message = format!("label `{label}` points at version {number} of `{name}`; move it first");
             return Err(Error::failed_precondition(message));
         }
-        let version = model.versions.get(&number).ok_or_else(|| model.no_version(number))?;
+        let version = model.version(number)?;
         if version.is_coming() {
             return Err(Error::failed_precondition(format!("version {number} of `{name}` is still being loaded")));
         }
@@ -207,58 +149,58 @@ impl<H: Clone> Catalog<H> {
         if handle.is_some()
             && let Some(version) = self.version_mut(name, number)
         {
-            version.state = State::Draining;
+            version.state = State::Draining(None);
         }
         Ok(handle)
     }
 
+    /// Takes an available version out of service because it is bad, and sends its callers to another one. `None` if it is
+    /// out already, or is the only one: a bad version then says so call by call. Answers its handle and the version that
+    /// takes its place.
+    pub(crate) fn roll_back(&mut self, name: &str, number: u64, reason: String) -> Option<(H, u64)> {
+        let model = self.find_mut(name).ok()?;
+        let handle = model.versions.get(&number)?.handle()?.clone();
+        let refuge = model.refuge(number)?;
+        model.move_labels(number, refuge);
+        model.versions.get_mut(&number)?.state = State::Draining(Some(reason));
+        Some((handle, refuge))
+    }
+
+    /// The memory of a draining version is given back.
     pub(crate) fn ended(&mut self, name: &str, number: u64) {
         self.endings += 1;
         let order = self.endings;
         if let Some(version) = self.version_mut(name, number) {
-            version.state = State::Ended(order);
+            version.state = match version.error() {
+                "" => State::Ended(order),
+                reason => State::Failed(order, reason.to_owned()),
+            };
         }
         self.forget_the_oldest();
     }
 
     /// Points a label at an available version, or removes it.
     pub(crate) fn set_label(&mut self, name: &str, label: &str, number: Option<u64>) -> Result<()> {
-        let model = self.find(name)?;
+        let model = self.find_mut(name)?;
         match number {
-            None if !model.labels.contains_key(label) => {
-                return Err(Error::not_found(format!("model `{name}` has no label `{label}`")));
-            }
-            None => {}
-            Some(number) => {
-                let version = model.versions.get(&number).ok_or_else(|| model.no_version(number))?;
-                if version.handle().is_none() {
-                    let state = version.state().as_str_name();
-                    let message = format!("version {number} of `{name}` is in {state}; a label needs an available one");
-                    return Err(Error::failed_precondition(message));
-                }
-                if model.labels.len() >= MAX_LABELS && !model.labels.contains_key(label) {
-                    let message = format!("model `{name}` has {MAX_LABELS} labels already; remove one first");
-                    return Err(Error::failed_precondition(message));
-                }
-            }
+            Some(number) => model.set_label(label, number),
+            None => model.remove_label(label),
         }
-        for model in self.models.iter_mut().filter(|model| model.name == name) {
-            match number {
-                Some(number) => model.labels.insert(label.to_owned(), number),
-                None => model.labels.remove(label),
-            };
-        }
-        Ok(())
     }
 
-    /// The available version that a caller means.
-    pub(crate) fn resolve(&self, spec: &v1::ModelSpec, need: Need) -> Result<H> {
+    /// Splits the calls of a model that name neither version nor label.
+    pub(crate) fn set_traffic(&mut self, name: &str, shares: Vec<Share>) -> Result<()> {
+        self.find_mut(name)?.set_traffic(shares)
+    }
+
+    /// The available version that a caller means. `hash` is asked for where calls are split.
+    pub(crate) fn resolve(&self, spec: &v1::ModelSpec, need: Need, hash: impl FnOnce() -> u64) -> Result<H> {
         let model = self.named(spec, need)?;
         let coming = |what: String| Error::Starting { message: format!("{what} is still being loaded") };
         let number = match &spec.choice {
             Some(v1::model_spec::Choice::Version(number)) => *number,
             Some(v1::model_spec::Choice::Label(label)) => model.labelled(label)?,
-            None => match model.active() {
+            None => match model.choose(hash) {
                 Some(number) => number,
                 None if model.versions.values().any(Version::is_coming) => {
                     return Err(coming(format!("model `{}`", model.name)));
@@ -266,7 +208,7 @@ impl<H: Clone> Catalog<H> {
                 None => return Err(Error::not_found(format!("no version of `{}` is available", model.name))),
             },
         };
-        let version = model.versions.get(&number).ok_or_else(|| model.no_version(number))?;
+        let version = model.version(number)?;
         let Some(handle) = version.handle() else {
             return Err(match version.is_coming() {
                 true => coming(format!("version {number} of `{}`", model.name)),
@@ -290,7 +232,7 @@ impl<H: Clone> Catalog<H> {
             Some(v1::model_spec::Choice::Label(label)) => model.labelled(label)?,
             None => model.active().or(model.versions.keys().next_back().copied()).unwrap_or(0),
         };
-        let version = model.versions.get(&number).ok_or_else(|| model.no_version(number))?;
+        let version = model.version(number)?;
         Ok(self.describe(model, number, version))
     }
 
@@ -301,6 +243,24 @@ impl<H: Clone> Catalog<H> {
         let versions =
             models.iter().flat_map(|model| model.versions.iter().map(move |(n, version)| (model, n, version)));
         versions.map(|(model, number, version)| self.describe(model, *number, version)).collect()
+    }
+
+    /// Where the versions of a model stand, past ones left out; `since` tells when a handle became available.
+    pub(crate) fn standing(&self, name: &str, since: impl Fn(&H) -> Instant) -> BTreeMap<u64, Standing> {
+        let Ok(model) = self.find(name) else { return BTreeMap::new() };
+        let stands = |(&number, version): (&u64, &Version<H>)| {
+            let standing = match &version.state {
+                State::Start | State::Loading | State::Warming => Standing::Coming,
+                State::Available(handle) => {
+                    let labelled = model.labels.values().any(|target| target.version == number);
+                    Standing::Serving { since: since(handle), labelled }
+                }
+                State::Draining(_) => Standing::Leaving,
+                State::Ended(_) | State::Failed(..) => return None,
+            };
+            Some((number, standing))
+        };
+        model.versions.iter().filter_map(stands).collect()
     }
 
     /// For each model: the version that an empty choice means.
@@ -315,7 +275,15 @@ impl<H: Clone> Catalog<H> {
     }
 
     fn find(&self, name: &str) -> Result<&Model<H>> {
-        self.models.iter().find(|model| model.name == name).ok_or_else(|| {
+        self.index_of(name).map(|index| &self.models[index])
+    }
+
+    fn find_mut(&mut self, name: &str) -> Result<&mut Model<H>> {
+        self.index_of(name).map(|index| &mut self.models[index])
+    }
+
+    fn index_of(&self, name: &str) -> Result<usize> {
+        self.models.iter().position(|model| model.name == name).ok_or_else(|| {
             let names: Vec<_> = self.models.iter().map(|model| model.name.as_str()).collect();
             Error::not_found(format!("there is no model `{name}`; there is {}", names.join(", ")))
         })
@@ -370,8 +338,14 @@ impl<H: Clone> Catalog<H> {
                 weights_digest: facts.map(|facts| facts.weights_digest.clone()).unwrap_or_default(),
             }),
             state: version.state().into(),
-            error: if let State::Failed(_, reason) = &version.state { reason.clone() } else { String::new() },
-            labels: model.labels.iter().filter(|(_, n)| **n == number).map(|(label, _)| label.clone()).collect(),
+            error: version.error().to_owned(),
+            labels: model
+                .labels
+                .iter()
+                .filter(|(_, to)| to.version == number)
+                .map(|(label, _)| label.clone())
+                .collect(),
+            traffic_weight: model.weight(number),
             is_default,
             details: facts.map(|facts| facts.details.clone()),
         }
@@ -388,13 +362,6 @@ impl<H: Clone> Catalog<H> {
             model.versions.retain(|_, version| version.past().is_none_or(|order| !forgotten.contains(&order)));
         }
         self.models.retain(|model| !model.versions.is_empty());
-    }
-}
-
-impl<H> Model<H> {
-    fn labelled(&self, label: &str) -> Result<u64> {
-        let number = self.labels.get(label).copied();
-        number.ok_or_else(|| Error::not_found(format!("model `{}` has no label `{label}`", self.name)))
     }
 }
 

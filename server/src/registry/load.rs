@@ -1,15 +1,18 @@
 //! How versions come and go: read, checked, warmed, and only then visible; out of sight first, and gone when the last
 //! caller is done.
 
+use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use futures::FutureExt as _;
 use plumb_model::checkpoint::Source;
 use plumb_model::loaded::{LoadedModel, ModelInfo, ModelKind};
 use plumb_proto::v1;
+use tokio::task::JoinHandle;
 
 use super::catalog::Facts;
-use super::{Registry, Served, bundled};
+use super::{Registry, Served, bundled, warm};
 use crate::error::{Error, Result};
 use crate::telemetry::events::ModelLoaded;
 
@@ -42,7 +45,9 @@ impl Registry {
         let registry = Arc::clone(self);
         let task = tokio::spawn(async move {
             let Load { name, version, source, asked } = load;
-            let result = registry.bring_in(&name, version, source).await;
+            // A version must not be on its way for ever.
+            let result = AssertUnwindSafe(registry.bring_in(&name, version, source)).catch_unwind().await;
+            let result = result.unwrap_or_else(|_| Err(Error::internal("the load panicked; the log has the details")));
             if let Err(error) = &result {
                 registry.change(|catalog| catalog.failed(&name, version, error.to_string()));
             }
@@ -58,20 +63,31 @@ impl Registry {
     /// # Errors
     /// If there is no such version, it is still loading, or a label points at it.
     pub(crate) fn unload(self: &Arc<Self>, name: &str, version: u64) -> Result<v1::ModelStatus> {
-        let handle = self.change(|catalog| catalog.drain(name, version))?;
-        if let Some(served) = handle {
-            let (registry, name, memory) = (Arc::clone(self), name.to_owned(), served.memory.clone());
-            tokio::spawn(async move {
-                while memory.strong_count() > 0 {
-                    tokio::time::sleep(DRAIN_POLL).await;
-                }
-                registry.change(|catalog| catalog.ended(&name, version));
-            });
-        }
+        self.drain(name, version)?;
         self.status_of(name, version)
     }
 
-    async fn bring_in(&self, name: &str, version: u64, source: Source) -> Result<()> {
+    /// As [`Registry::unload`], and answers a task that ends when the memory is given back; none if the version is out
+    /// already.
+    pub(super) fn drain(self: &Arc<Self>, name: &str, version: u64) -> Result<Option<JoinHandle<()>>> {
+        let served = self.change(|catalog| catalog.drain(name, version))?;
+        Ok(served.map(|served| self.see_out(served)))
+    }
+
+    /// Waits until nobody holds a draining version any more.
+    pub(super) fn see_out(self: &Arc<Self>, served: Arc<Served>) -> JoinHandle<()> {
+        let (registry, name, version) = (Arc::clone(self), served.name().to_owned(), served.version());
+        let memory = served.memory();
+        drop(served);
+        tokio::spawn(async move {
+            while memory.strong_count() > 0 {
+                tokio::time::sleep(DRAIN_POLL).await;
+            }
+            registry.change(|catalog| catalog.ended(&name, version));
+        })
+    }
+
+    async fn bring_in(self: &Arc<Self>, name: &str, version: u64, source: Source) -> Result<()> {
         let turn = self.loads.acquire().await.map_err(|_| Error::Draining)?;
         self.change(|catalog| catalog.loading(name, version));
         let options = self.options.clone();
@@ -84,8 +100,11 @@ impl Registry {
         let model = Arc::new(model);
         let memory = Arc::downgrade(&model);
         let identity = v1::ModelIdentity { name: name.to_owned(), version, weights_digest };
+        let usage = self.usage(name);
         let handle = self.engine.attach(model, name, version).await?;
-        let served = Arc::new(Served { identity, handle, memory });
+        warm::warm(&self.engine, &handle, &usage).await?;
+        warm::probe(&self.engine, &handle).await?;
+        let served = Arc::new(Served::new(identity, handle, memory, usage, Arc::downgrade(self)));
         self.change(|catalog| catalog.available(name, version, served));
         drop(turn);
         Ok(())

@@ -1,63 +1,39 @@
 //! The models that are served: which versions there are, and how they come and go.
 //!
 //! [`catalog`] is the state, and pure; this file puts a lock around it, tells everybody who watches what has changed,
-//! and holds what a caller gets; [`load`] brings versions in and sees them out; [`bundled`] is what comes with the
-//! program.
+//! and holds what a caller gets; [`load`] brings versions in, [`warm`] before anybody sees them, and sees them out;
+//! [`watch`] does both as a folder and a [`policy`] say; [`bundled`] is what comes with the program.
 
 pub(crate) mod bundled;
 mod catalog;
 mod load;
+mod memory;
+mod policy;
+mod served;
+mod warm;
+mod watch;
 
-use std::ops::Deref;
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::collections::{BTreeMap, HashMap};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
-use plumb_model::loaded::{LoadOptions, LoadedModel};
+use plumb_model::loaded::LoadOptions;
 use plumb_proto::v1;
-use tokio::sync::{Semaphore, broadcast, watch};
+use tokio::sync::{Semaphore, broadcast, watch as watching};
 
 use self::catalog::Catalog;
-pub(crate) use self::catalog::Need;
-use crate::config::Defaults;
-use crate::engine::{Engine, ModelHandle};
+pub(crate) use self::catalog::{MAX_LABELS, Need, Share, check_shares};
+use self::policy::Standing;
+pub(crate) use self::served::Served;
+use self::warm::Usage;
+pub(crate) use self::watch::Root;
+use crate::config::{Defaults, Versions};
+use crate::engine::Engine;
 use crate::error::Result;
-use crate::telemetry::events::{ActiveVersionChanged, ModelStateChanged};
+use crate::telemetry::events::{ActiveVersionChanged, ModelStateChanged, RolledBack};
 
 /// Changes that a watcher may be behind before its stream ends with an error: hundreds of loads.
 const MAX_CHANGES_BEHIND: usize = 1024;
-
-/// A model that answers, under the name and version that it answers for. It stays in memory while somebody holds it.
-pub(crate) struct Served {
-    identity: v1::ModelIdentity,
-    handle: ModelHandle,
-    /// Tells when its memory is given back.
-    memory: Weak<LoadedModel>,
-}
-
-impl Served {
-    pub(crate) fn name(&self) -> &str {
-        &self.identity.name
-    }
-
-    pub(crate) fn version(&self) -> u64 {
-        self.identity.version
-    }
-
-    pub(crate) fn identity(&self) -> v1::ModelIdentity {
-        self.identity.clone()
-    }
-
-    pub(crate) fn handle(&self) -> ModelHandle {
-        self.handle.clone()
-    }
-}
-
-impl Deref for Served {
-    type Target = LoadedModel;
-
-    fn deref(&self) -> &LoadedModel {
-        &self.handle
-    }
-}
 
 /// What the available models are good for.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -70,29 +46,41 @@ pub(crate) struct Kinds {
 pub(crate) struct Registry {
     catalog: Mutex<Catalog<Arc<Served>>>,
     changes: broadcast::Sender<v1::ModelStatus>,
-    kinds: watch::Sender<Kinds>,
+    kinds: watching::Sender<Kinds>,
     engine: Engine,
     options: LoadOptions,
+    /// For so long a new version may be taken back.
+    rollback_window: Duration,
+    /// Usage of inputs, by model: a new version is warmed with those of the ones before.
+    usage: Mutex<HashMap<String, Arc<Usage>>>,
     /// One load at a time: it has the disk and the memory for its copies to itself.
     loads: Semaphore,
 }
 
 impl Registry {
-    pub(crate) fn new(engine: Engine, options: LoadOptions, defaults: Defaults) -> Arc<Self> {
+    pub(crate) fn new(engine: Engine, options: LoadOptions, defaults: Defaults, versions: &Versions) -> Arc<Self> {
         Arc::new(Self {
-            catalog: Mutex::new(Catalog::new(defaults)),
+            catalog: Mutex::new(Catalog::new(defaults, versions.labels.clone(), versions.traffic.clone())),
             changes: broadcast::Sender::new(MAX_CHANGES_BEHIND),
-            kinds: watch::Sender::default(),
+            kinds: watching::Sender::default(),
             engine,
             options,
+            rollback_window: versions.rollback_window,
+            usage: Mutex::default(),
             loads: Semaphore::new(1),
         })
     }
 
-    /// The model that a caller means; no message at all means the default too.
-    pub(crate) fn resolve(&self, spec: Option<&v1::ModelSpec>, need: Need) -> Result<Arc<Served>> {
+    /// The model that a caller means; no message at all means the default too. `hash` is of the request: where calls are
+    /// split between versions, equal hashes get equal versions.
+    pub(crate) fn resolve(
+        &self,
+        spec: Option<&v1::ModelSpec>,
+        need: Need,
+        hash: impl FnOnce() -> u64,
+    ) -> Result<Arc<Served>> {
         let default = v1::ModelSpec::default();
-        self.read(|catalog| catalog.resolve(spec.unwrap_or(&default), need))
+        self.read(|catalog| catalog.resolve(spec.unwrap_or(&default), need, hash))
     }
 
     /// A version, in whatever state.
@@ -113,7 +101,7 @@ impl Registry {
     }
 
     /// What the available models are good for, now and whenever that changes.
-    pub(crate) fn kinds(&self) -> watch::Receiver<Kinds> {
+    pub(crate) fn kinds(&self) -> watching::Receiver<Kinds> {
         self.kinds.subscribe()
     }
 
@@ -125,6 +113,31 @@ impl Registry {
     /// Points a label at an available version, or removes it.
     pub(crate) fn set_label(&self, name: &str, label: &str, version: Option<u64>) -> Result<()> {
         self.change(|catalog| catalog.set_label(name, label, version))
+    }
+
+    /// Splits the calls of a model that name neither version nor label.
+    pub(crate) fn set_traffic(&self, name: &str, shares: Vec<Share>) -> Result<()> {
+        self.change(|catalog| catalog.set_traffic(name, shares))
+    }
+
+    /// Takes a version out of service because it is bad, if there is another one to take its place.
+    fn roll_back(self: &Arc<Self>, name: &str, version: u64, reason: &str) {
+        let Some((served, to)) = self.change(|catalog| catalog.roll_back(name, version, reason.to_owned())) else {
+            return;
+        };
+        RolledBack { model: name, from: version, to, reason }.emit();
+        drop(self.see_out(served));
+    }
+
+    /// Where the versions of a model stand.
+    fn standing(&self, name: &str) -> BTreeMap<u64, Standing> {
+        self.read(|catalog| catalog.standing(name, |served| served.since()))
+    }
+
+    /// Usage of a model's inputs.
+    fn usage(&self, name: &str) -> Arc<Usage> {
+        let mut usage = self.usage.lock().unwrap_or_else(PoisonError::into_inner);
+        Arc::clone(usage.entry(name.to_owned()).or_default())
     }
 
     fn read<T>(&self, read: impl FnOnce(&Catalog<Arc<Served>>) -> T) -> T {

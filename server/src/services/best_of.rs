@@ -13,6 +13,7 @@ use super::scoring::{ScoreCall, Scored};
 use super::{CallTimes, Context, rank};
 use crate::engine::Priority;
 use crate::error::Result;
+use crate::record::Origin;
 use crate::registry::Served;
 
 /// Who ranks, and what they are told.
@@ -23,13 +24,15 @@ pub(super) struct Ranking {
     pub(super) text: RenderOptions,
     pub(super) priority: Priority,
     pub(super) times: CallTimes,
+    /// Where the ranking is recorded: the Rank that would be answered the same, without its candidates.
+    pub(super) record: Option<(Origin, v1::RankRequest)>,
 }
 
 /// Draws all samples and answers them best first. One that the ranker cannot score, because it is too long for it for
 /// example, comes last and has no reward.
 pub(super) async fn draw(context: &Context, ranking: Ranking, samples: &mut [Sample]) -> Result<Vec<Piece>> {
     let mut drawn = try_join_all(samples.iter_mut().map(complete)).await?;
-    let Ranking { ranker, prompt, text, priority, times } = ranking;
+    let Ranking { ranker, prompt, text, priority, times, record } = ranking;
     let answers = drawn.iter().map(|sample| Response::Text(sample.text.clone()));
     let inputs =
         answers.map(|response| Ok(TextInput::PromptResponse { prompt: Box::new(prompt.clone()), response })).collect();
@@ -43,8 +46,17 @@ pub(super) async fn draw(context: &Context, ranking: Ranking, samples: &mut [Sam
         priority,
         times,
     };
-    let Scored { results, .. } = context.score(call).await?;
-    let ordered = rank::order(results).into_iter().map(|ranked| {
+    let identity = call.model.identity();
+    let Scored { results, timings } = context.score(call).await?;
+    let ranked = rank::order(results);
+    if let Some((origin, mut request)) = record {
+        let texts = drawn.iter().map(|sample| v1::candidate::Candidate::Text(sample.text.clone()));
+        request.candidates = texts.map(|text| v1::Candidate { candidate: Some(text) }).collect();
+        let request_id = request.request_id.clone();
+        let (model, ranked, timings) = (Some(identity), ranked.clone(), Some(timings));
+        context.recorder.rank(origin, request, &Ok(v1::RankResponse { model, ranked, timings, request_id }));
+    }
+    let ordered = ranked.into_iter().map(|ranked| {
         let mut piece = std::mem::take(&mut drawn[ranked.index as usize]);
         if let Some(end) = &mut piece.end {
             end.reward = ranked.score.map(|score: v1::Score| score.reward);

@@ -15,11 +15,12 @@ use super::best_of::{self, Ranking};
 use super::sample::{Piece, Sample};
 use super::scoring::{count, timings};
 use super::stop::StopStrings;
-use super::{CallTimes, Context, input};
+use super::{CallTimes, Context, input, split_hash};
 use crate::engine::sampling::{Sampler, SamplingParams};
 use crate::engine::{GenerateJob, JobMeta, Priority};
 use crate::error::{Error, Result};
 use crate::layers::trace::record_request_id;
+use crate::record::Origin;
 use crate::registry::{Need, Served};
 use crate::telemetry::events::{Computed, InputAccepted, Tokenized};
 
@@ -44,8 +45,8 @@ impl Generation for GenerationService {
     type GenerateStream = ReceiverStream<Result<v1::GenerateResponse, Status>>;
 
     async fn generate(&self, request: Request<v1::GenerateRequest>) -> Result<Response<Self::GenerateStream>, Status> {
-        let times = CallTimes::of(&request);
-        let plan = Plan::check(&self.context, request.into_inner(), times)?;
+        let (times, origin) = (CallTimes::of(&request), Origin::of(&request, "Generate"));
+        let plan = Plan::check(&self.context, request.into_inner(), times, origin)?;
         let run = start(Arc::clone(&self.context), plan).await?;
         Ok(Response::new(super::stream(self.context.aborted.clone(), |sender| run.deliver(sender))))
     }
@@ -69,12 +70,14 @@ struct Plan {
     priority: Priority,
     request_id: String,
     times: CallTimes,
+    record: Option<(Origin, v1::RankRequest)>,
 }
 
 impl Plan {
-    fn check(context: &Context, request: v1::GenerateRequest, times: CallTimes) -> Result<Self> {
+    fn check(context: &Context, request: v1::GenerateRequest, times: CallTimes, origin: Origin) -> Result<Self> {
         record_request_id(&request.request_id);
         let limits = &context.limits;
+        let hash = || split_hash(&request.request_id, &request);
         let n = request.n.unwrap_or(1) as usize;
         context.check_count("n", n)?;
         let (ranker, samples) = match &request.best_of {
@@ -85,9 +88,11 @@ impl Plan {
                     return Err(Error::invalid("best_of.samples", format!("{samples} are fewer than n, which is {n}")));
                 }
                 context.check_count("best_of.samples", samples)?;
-                (Some(context.registry.resolve(best_of.ranker.as_ref(), Need::Preference)?), samples)
+                (Some(context.registry.resolve(best_of.ranker.as_ref(), Need::Preference, hash)?), samples)
             }
         };
+        let model = context.registry.resolve(request.model.as_ref(), Need::Language, hash)?;
+        let record = ranking_record(context, &request).map(|record| (origin, record));
         let prompt = input::text_input(&request.prompt.unwrap_or_default()).map_err(|error| error.within("prompt"))?;
         if ranker.is_some() && matches!(prompt, TextInput::TokenIds { .. }) {
             return Err(Error::invalid("prompt", "best_of needs text: the ranker has a tokenizer of its own"));
@@ -100,7 +105,6 @@ impl Plan {
             return Err(Error::invalid("stopping.max_new_tokens", message));
         }
         let sampling = sampling(request.sampling.unwrap_or_default())?;
-        let model = context.registry.resolve(request.model.as_ref(), Need::Language)?;
         let mut text = input::render_options(request.text.as_ref(), model.info.max_input_tokens, limits.auto_truncate)?;
         // Truncation makes room for the new tokens. Without it, a long prompt leaves less room than was asked for.
         let reserved = if text.truncation == Truncation::Refuse { 1 } else { max_new_tokens };
@@ -119,6 +123,7 @@ impl Plan {
             priority: input::priority(request.priority)?,
             request_id: request.request_id,
             times,
+            record,
         })
     }
 
@@ -127,6 +132,19 @@ impl Plan {
         let turns = matches!(self.prompt, TextInput::Conversation(_)) || self.text.hhh_prompt != HhhPrompt::None;
         if turns { self.model.text.default_stop_strings(&self.text) } else { Vec::new() }
     }
+}
+
+/// What a best-of call asks of its ranker, if calls are recorded.
+fn ranking_record(context: &Context, request: &v1::GenerateRequest) -> Option<v1::RankRequest> {
+    let best_of = request.best_of.as_ref().filter(|_| context.recorder.is_on())?;
+    Some(v1::RankRequest {
+        model: best_of.ranker.clone(),
+        prompt: request.prompt.clone(),
+        text: request.text.map(|text| v1::TextOptions { truncation: text.truncation, ..v1::TextOptions::default() }),
+        request_id: request.request_id.clone(),
+        priority: request.priority,
+        ..v1::RankRequest::default()
+    })
 }
 
 fn sampling(wire: v1::Sampling) -> Result<SamplingParams> {
@@ -184,6 +202,7 @@ async fn start(context: Arc<Context>, plan: Plan) -> Result<Run> {
         return Err(Error::invalid("prompt", message));
     }
     InputAccepted { model: plan.model.name(), tokens: prompt_tokens, truncated: rendered.truncated }.emit();
+    plan.model.record_input(prompt_tokens, plan.text.hhh_prompt);
     let max_new_tokens = plan.max_new_tokens.min(room);
     let truncated = rendered.truncated;
     let samples = start_samples(&context, &plan, rendered, max_new_tokens).await?;
@@ -269,6 +288,7 @@ impl Run {
                     text: RenderOptions { truncation: self.plan.text.truncation, ..RenderOptions::default() },
                     priority: self.plan.priority,
                     times: self.plan.times,
+                    record: self.plan.record.clone(),
                 };
                 let best = best_of::draw(&self.context, ranking, &mut self.samples).await?;
                 for (i, piece) in (0..).zip(best).take(self.plan.n) {

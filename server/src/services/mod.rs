@@ -18,6 +18,8 @@ use std::future::Future;
 use std::sync::Arc;
 use std::time::Instant;
 
+use prost::Message;
+use sha2::{Digest as _, Sha256};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
@@ -32,9 +34,11 @@ use crate::admission::{TokenBudget, TokenPermit};
 use crate::config::Limits;
 use crate::engine::Engine;
 use crate::error::{Error, Result};
+use crate::layers::admission::Aborted;
 use crate::layers::deadline::Deadline;
 use crate::layers::trace::Arrived;
 use crate::pool::CpuPool;
+use crate::record::Recorder;
 use crate::registry::Registry;
 use crate::telemetry::events::Rejected;
 
@@ -48,10 +52,11 @@ pub(crate) struct Context {
     pub(crate) pool: CpuPool,
     pub(crate) budget: Arc<TokenBudget>,
     pub(crate) limits: Limits,
+    pub(crate) recorder: Arc<Recorder>,
     /// Cancelled when streams should come to an end, because the server does.
     pub(crate) draining: CancellationToken,
-    /// Cancelled when they have to.
-    pub(crate) aborted: CancellationToken,
+    /// Tells when they have to.
+    pub(crate) aborted: Aborted,
 }
 
 impl Context {
@@ -89,10 +94,20 @@ impl CallTimes {
     }
 }
 
+/// Decides which version a call gets where calls are split: equal requests get equal versions, here and on every other
+/// replica.
+fn split_hash(request_id: &str, request: &impl Message) -> u64 {
+    let digest = match request_id {
+        "" => Sha256::digest(request.encode_to_vec()),
+        id => Sha256::digest(id),
+    };
+    digest.iter().take(8).fold(0, |hash, byte| hash << 8 | u64::from(*byte))
+}
+
 /// A stream that `drive` feeds, in a task that ends when the stream is dropped: then `drive` is dropped with all the
 /// work that it holds. An error ends the stream.
 fn stream<T, F>(
-    aborted: CancellationToken,
+    mut aborted: Aborted,
     drive: impl FnOnce(mpsc::Sender<Result<T, Status>>) -> F,
 ) -> ReceiverStream<Result<T, Status>>
 where
@@ -104,7 +119,7 @@ where
     let task = async move {
         let ended = tokio::select! {
             () = sender.closed() => return,
-            () = aborted.cancelled() => Err(Error::Draining),
+            cause = aborted.cause() => Err(cause),
             ended = driven => ended,
         };
         if let Err(error) = ended {

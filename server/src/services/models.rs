@@ -13,6 +13,7 @@ use tonic::{Request, Response, Status};
 use super::Context;
 use crate::config::check_name;
 use crate::error::{Error, Result};
+use crate::registry::{MAX_LABELS, Share};
 
 /// The service.
 pub(crate) struct ModelsService {
@@ -80,6 +81,23 @@ impl Models for ModelsService {
             }
         };
         Ok(Response::new(v1::SetLabelResponse { model }))
+    }
+
+    async fn set_traffic(
+        &self,
+        request: Request<v1::SetTrafficRequest>,
+    ) -> Result<Response<v1::SetTrafficResponse>, Status> {
+        let v1::SetTrafficRequest { name, shares } = request.into_inner();
+        if shares.len() > MAX_LABELS {
+            let message = format!("{} are given, {MAX_LABELS} are allowed", shares.len());
+            return Err(Error::invalid("shares", message).into());
+        }
+        let shares = shares.into_iter().map(|v1::TrafficShare { label, weight }| Share { label, weight }).collect();
+        let registry = &self.context.registry;
+        registry.set_traffic(&name, shares)?;
+        let of_model = |status: &v1::ModelStatus| status.model.as_ref().is_some_and(|identity| identity.name == name);
+        let models = registry.statuses().into_iter().filter(of_model).collect();
+        Ok(Response::new(v1::SetTrafficResponse { models }))
     }
 
     async fn watch_models(

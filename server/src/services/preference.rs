@@ -10,9 +10,10 @@ use tonic::{Request, Response, Status, Streaming};
 
 use super::input::{self, Objective};
 use super::scoring::{ScoreCall, Scored};
-use super::{CallTimes, Context, rank};
+use super::{CallTimes, Context, rank, split_hash};
 use crate::error::{Error, Result};
 use crate::layers::trace::record_request_id;
+use crate::record::Origin;
 use crate::registry::Need;
 
 /// The service.
@@ -31,34 +32,43 @@ impl Preference for PreferenceService {
     type ScoreStreamStream = Pin<Box<dyn Stream<Item = Result<v1::ScoreResponse, Status>> + Send>>;
 
     async fn score(&self, request: Request<v1::ScoreRequest>) -> Result<Response<v1::ScoreResponse>, Status> {
-        let times = CallTimes::of(&request);
-        Ok(Response::new(score(&self.context, request.into_inner(), times).await?))
+        let (times, origin) = (CallTimes::of(&request), Origin::of(&request, "Score"));
+        Ok(Response::new(score(&self.context, request.into_inner(), times, origin).await?))
     }
 
     async fn score_stream(
         &self,
         request: Request<Streaming<v1::ScoreRequest>>,
     ) -> Result<Response<Self::ScoreStreamStream>, Status> {
-        let deadline = CallTimes::of(&request).deadline;
+        let (deadline, origin) = (CallTimes::of(&request).deadline, Origin::of(&request, "ScoreStream"));
         let in_flight = self.context.limits.max_stream_in_flight;
         let context = Arc::clone(&self.context);
-        let draining = self.context.draining.clone();
+        let (draining, aborted) = (self.context.draining.clone(), self.context.aborted.clone());
+        let mut abort = aborted.clone();
         // A request is read when an earlier one is answered: a client that sends faster than the server works is held
         // up by flow control, and so is one that does not read its answers.
         let answers = request
             .into_inner()
             .take_until(draining.clone().cancelled_owned())
-            .map(move |message| answer(Arc::clone(&context), message, deadline))
+            .map(move |message| answer(Arc::clone(&context), message, deadline, origin.clone()))
             .buffer_unordered(in_flight)
-            .take_until(self.context.aborted.clone().cancelled_owned());
+            .take_until(async move { abort.cause().await });
         // A client that still had something to say learns that it was not heard.
-        let end = stream::once(async move { draining.is_cancelled().then(|| Err(Error::Draining.into())) });
+        let unheard = async move {
+            let cause = aborted.known().or_else(|| draining.is_cancelled().then_some(Error::Draining));
+            cause.map(|cause| Err(cause.into()))
+        };
+        let end = stream::once(unheard);
         Ok(Response::new(Box::pin(answers.chain(end.filter_map(std::future::ready)))))
     }
 
     async fn rank(&self, request: Request<v1::RankRequest>) -> Result<Response<v1::RankResponse>, Status> {
-        let times = CallTimes::of(&request);
-        Ok(Response::new(rank_candidates(&self.context, request.into_inner(), times).await?))
+        let (times, origin) = (CallTimes::of(&request), Origin::of(&request, "Rank"));
+        let request = request.into_inner();
+        record_request_id(&request.request_id);
+        let answer = rank_candidates(&self.context, &request, times).await;
+        self.context.recorder.rank(origin, request, &answer);
+        Ok(Response::new(answer?))
     }
 }
 
@@ -67,11 +77,12 @@ async fn answer(
     context: Arc<Context>,
     message: Result<v1::ScoreRequest, Status>,
     deadline: Option<std::time::Instant>,
+    origin: Origin,
 ) -> Result<v1::ScoreResponse, Status> {
     let request = message?;
     let times = CallTimes { arrived: std::time::Instant::now(), deadline };
     let request_id = request.request_id.clone();
-    let response = score(&context, request, times).await;
+    let response = score(&context, request, times, origin).await;
     Ok(response.unwrap_or_else(|error| v1::ScoreResponse {
         request_id,
         error: Some(v1::ItemError::from(&error)),
@@ -79,19 +90,30 @@ async fn answer(
     }))
 }
 
-async fn score(context: &Context, request: v1::ScoreRequest, times: CallTimes) -> Result<v1::ScoreResponse> {
+async fn score(
+    context: &Context,
+    request: v1::ScoreRequest,
+    times: CallTimes,
+    origin: Origin,
+) -> Result<v1::ScoreResponse> {
+    record_request_id(&request.request_id);
+    let answer = score_items(context, &request, times).await;
+    context.recorder.score(origin, request, &answer);
+    answer
+}
+
+async fn score_items(context: &Context, request: &v1::ScoreRequest, times: CallTimes) -> Result<v1::ScoreResponse> {
     let v1::ScoreRequest { model, items, text, objective, per_token, request_id, priority } = request;
-    record_request_id(&request_id);
     context.check_count("items", items.len())?;
-    let model = context.registry.resolve(model.as_ref(), Need::Any)?;
+    let model = context.registry.resolve(model.as_ref(), Need::Any, || split_hash(request_id, request))?;
     let call = ScoreCall {
         text: input::render_options(text.as_ref(), model.info.max_input_tokens, context.limits.auto_truncate)?,
-        objective: Objective::parse(objective)?,
-        priority: input::priority(priority)?,
+        objective: Objective::parse(*objective)?,
+        priority: input::priority(*priority)?,
         model,
         inputs: items.iter().map(input::text_input).collect(),
         field: "items",
-        per_token,
+        per_token: *per_token,
         times,
     };
     let identity = call.model.identity();
@@ -106,21 +128,21 @@ async fn score(context: &Context, request: v1::ScoreRequest, times: CallTimes) -
         model: Some(identity),
         results: results.collect(),
         timings: Some(timings),
-        request_id,
+        request_id: request_id.clone(),
         error: None,
     })
 }
 
-async fn rank_candidates(context: &Context, request: v1::RankRequest, times: CallTimes) -> Result<v1::RankResponse> {
+async fn rank_candidates(context: &Context, request: &v1::RankRequest, times: CallTimes) -> Result<v1::RankResponse> {
     let v1::RankRequest { model, prompt, candidates, text, objective, request_id, priority } = request;
-    record_request_id(&request_id);
     context.check_count("candidates", candidates.len())?;
-    let prompt = input::text_input(&prompt.unwrap_or_default()).map_err(|error| error.within("prompt"))?;
-    let model = context.registry.resolve(model.as_ref(), Need::Any)?;
+    let prompt =
+        input::text_input(prompt.as_ref().unwrap_or(&v1::Input::default())).map_err(|error| error.within("prompt"))?;
+    let model = context.registry.resolve(model.as_ref(), Need::Any, || split_hash(request_id, request))?;
     let call = ScoreCall {
         text: input::render_options(text.as_ref(), model.info.max_input_tokens, context.limits.auto_truncate)?,
-        objective: Objective::parse(objective)?,
-        priority: input::priority(priority)?,
+        objective: Objective::parse(*objective)?,
+        priority: input::priority(*priority)?,
         model,
         // Every candidate is rendered as a whole, as Score would: equal tokens give equal bits, and the engine finds
         // what they share.
@@ -131,5 +153,10 @@ async fn rank_candidates(context: &Context, request: v1::RankRequest, times: Cal
     };
     let identity = call.model.identity();
     let Scored { results, timings } = context.score(call).await?;
-    Ok(v1::RankResponse { model: Some(identity), ranked: rank::order(results), timings: Some(timings), request_id })
+    Ok(v1::RankResponse {
+        model: Some(identity),
+        ranked: rank::order(results),
+        timings: Some(timings),
+        request_id: request_id.clone(),
+    })
 }

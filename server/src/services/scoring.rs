@@ -72,7 +72,7 @@ impl Context {
     pub(super) async fn score(&self, call: ScoreCall) -> Result<Scored> {
         let ScoreCall { model, inputs, field, text, objective, per_token, priority, times } = call;
         let began = Instant::now();
-        let served = Arc::clone(&model);
+        let (served, hhh_prompt) = (Arc::clone(&model), text.hhh_prompt);
         let prepared: Vec<Result<Prepared>> = self
             .pool
             .run(move || {
@@ -95,6 +95,7 @@ impl Context {
                         truncated: prepared.truncated,
                     }
                     .emit();
+                    model.record_input(prepared.sequence.tokens.len(), hhh_prompt);
                     let outputs = outputs.next().unwrap_or_else(|| Err(Error::internal("an answer is missing")));
                     outputs
                         .inspect(|outputs| clock.add(outputs))
@@ -103,6 +104,7 @@ impl Context {
                 Err(error) => Err(error),
             };
             let result = result.map_err(|error| error.within(&format!("{field}[{i}]")));
+            model.observe(&result);
             match &result {
                 Err(error) => ItemFailed { model: model.name(), version: model.version(), error }.emit(),
                 Ok(score) if model.info.kind == ModelKind::Preference => {

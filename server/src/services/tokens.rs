@@ -9,7 +9,7 @@ use rayon::prelude::*;
 use tonic::{Request, Response, Status};
 
 use super::scoring::count;
-use super::{Context, input};
+use super::{Context, input, split_hash};
 use crate::error::{Error, Result};
 use crate::registry::Need;
 
@@ -27,9 +27,11 @@ impl TokensService {
 #[tonic::async_trait]
 impl Tokens for TokensService {
     async fn tokenize(&self, request: Request<v1::TokenizeRequest>) -> Result<Response<v1::TokenizeResponse>, Status> {
-        let v1::TokenizeRequest { model, texts, add_special_tokens } = request.into_inner();
-        self.context.check_count("texts", texts.len())?;
-        let model = self.context.registry.resolve(model.as_ref(), Need::Any)?;
+        let request = request.into_inner();
+        self.context.check_count("texts", request.texts.len())?;
+        let hash = || split_hash("", &request);
+        let model = self.context.registry.resolve(request.model.as_ref(), Need::Any, hash)?;
+        let v1::TokenizeRequest { model: _, texts, add_special_tokens } = request;
         let identity = model.identity();
         let add_special = add_special_tokens.unwrap_or(true);
         let tokenized = self
@@ -47,9 +49,11 @@ impl Tokens for TokensService {
     }
 
     async fn render(&self, request: Request<v1::RenderRequest>) -> Result<Response<v1::RenderResponse>, Status> {
-        let v1::RenderRequest { model, input, text, add_generation_prompt } = request.into_inner();
+        let request = request.into_inner();
+        let hash = || split_hash("", &request);
+        let model = self.context.registry.resolve(request.model.as_ref(), Need::Any, hash)?;
+        let v1::RenderRequest { model: _, input, text, add_generation_prompt } = request;
         let input = input::text_input(&input.unwrap_or_default()).map_err(|error| error.within("input"))?;
-        let model = self.context.registry.resolve(model.as_ref(), Need::Any)?;
         let longest = model.info.max_input_tokens;
         let options = input::render_options(text.as_ref(), longest, self.context.limits.auto_truncate)?;
         let mode = if add_generation_prompt { RenderMode::Generate } else { RenderMode::Score };

@@ -1,11 +1,31 @@
 //! The HTTP listener beside the rpcs: `/metrics` for Prometheus, `/healthz` and `/readyz` for an orchestrator.
 
+use std::sync::Arc;
+use std::time::Duration;
+
 use axum::Router;
 use axum::http::{StatusCode, header};
 use axum::response::IntoResponse;
 use axum::routing::get;
+use hyper::server::conn::http1;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper_util::service::TowerToHyperService;
 use metrics_exporter_prometheus::PrometheusHandle;
-use tokio::sync::watch;
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::{Semaphore, watch};
+use tokio::task::JoinSet;
+use tokio::time::timeout;
+
+/// Scrapers and probes at a time; others wait in the system's queue.
+const MAX_CONNECTIONS: usize = 64;
+/// From the first byte of a request to its last header.
+const HEADER_TIMEOUT: Duration = Duration::from_secs(5);
+/// For a connection as a whole, which is for one request.
+const CONNECTION_TIMEOUT: Duration = Duration::from_secs(15);
+/// Room for a request's headers.
+const MAX_HEADER_BYTES: usize = 16 << 10;
+/// Pause after a failed accept: the process has no file descriptors left.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 /// What the probes answer.
 #[derive(Clone)]
@@ -23,6 +43,38 @@ pub fn routes(metrics: PrometheusHandle, probes: Probes) -> Router {
         .route("/metrics", get(move || std::future::ready(exposition(&metrics))))
         .route("/healthz", get(move || std::future::ready(probe(*alive.borrow()))))
         .route("/readyz", get(move || std::future::ready(probe(*ready.borrow()))))
+}
+
+/// Answers requests for as long as it is polled.
+pub async fn serve(listener: TcpListener, routes: Router) {
+    let room = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+    let mut connections = JoinSet::new();
+    loop {
+        // The semaphore is never closed.
+        let permit = Arc::clone(&room).acquire_owned().await;
+        while connections.try_join_next().is_some() {}
+        match listener.accept().await {
+            Ok((stream, _)) => {
+                let answered = answer(stream, routes.clone());
+                connections.spawn(async move {
+                    let _permit = permit;
+                    // Nobody is left to be told how it ended.
+                    let _ = timeout(CONNECTION_TIMEOUT, answered).await;
+                });
+            }
+            Err(_) => tokio::time::sleep(ACCEPT_PAUSE).await,
+        }
+    }
+}
+
+async fn answer(stream: TcpStream, routes: Router) -> hyper::Result<()> {
+    let mut http = http1::Builder::new();
+    http.timer(TokioTimer::new())
+        .header_read_timeout(HEADER_TIMEOUT)
+        .max_buf_size(MAX_HEADER_BYTES)
+        .keep_alive(false)
+        .serve_connection(TokioIo::new(stream), TowerToHyperService::new(routes))
+        .await
 }
 
 fn exposition(metrics: &PrometheusHandle) -> impl IntoResponse + use<> {

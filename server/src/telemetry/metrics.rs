@@ -76,6 +76,10 @@ metrics! {
     BATCH_SEQUENCES = "plumb_batch_sequences", Kind::Histogram(SEQUENCES), Count, "Sequences in a batch.";
     BATCH_TOKENS = "plumb_batch_tokens", Kind::Histogram(TOKENS), Count, "Tokens that a batch computed.";
     BATCH_DURATION = "plumb_batch_duration_seconds", Kind::Histogram(SECONDS), Seconds, "Time that a batch took.";
+    BATCH_FAILURES = "plumb_batch_failures_total", Kind::Counter, Count, "Batches that failed as a whole; their sequences began again in smaller ones.";
+    BATCH_RERUNS = "plumb_batch_reruns_total", Kind::Counter, Count, "Batches that ran to find out which sequence made another one fail.";
+    ISOLATED_INPUTS = "plumb_isolated_inputs_total", Kind::Counter, Count, "Inputs that were found to make batches fail; each is answered as an error.";
+    ENGINE_LOSSES = "plumb_engine_losses_total", Kind::Counter, Count, "1 once the engine cannot compute any more, by reason: died, broken or stuck.";
     INPUT_TOKENS = "plumb_input_tokens", Kind::Histogram(TOKENS), Count, "Tokens of an item or a prompt; the sum counts all input tokens.";
     PREFIX_LOOKUPS = "plumb_prefix_lookups_total", Kind::Counter, Count, "Sequences that looked for their beginning in the cache.";
     PREFIX_HITS = "plumb_prefix_hits_total", Kind::Counter, Count, "Sequences that found a part of their beginning in the cache.";
@@ -93,8 +97,16 @@ metrics! {
     MODEL_RESIDENT_BYTES = "plumb_model_resident_bytes", Kind::Gauge, Bytes, "Memory of a version: weights, keys and values, buffers of a batch.";
     MODEL_ACTIVE_VERSION = "plumb_model_active_version", Kind::Gauge, Count, "The version that a call gets which names none.";
     MODEL_SWAPS = "plumb_model_swaps_total", Kind::Counter, Count, "Times that a call which names no version began to get another one.";
+    MODEL_ROLLBACKS = "plumb_model_rollbacks_total", Kind::Counter, Count, "Versions that were taken out of service because they were bad.";
     MODEL_LOADS = "plumb_model_loads_total", Kind::Counter, Count, "Loads that ended, by status code.";
     MODEL_LOAD_DURATION = "plumb_model_load_duration_seconds", Kind::Histogram(LOAD_SECONDS), Seconds, "From the request for a version until it was available.";
+    CONNECTIONS = "plumb_connections", Kind::Gauge, Count, "Connections that are open; --max-connections is the limit of each listener.";
+    CONNECTIONS_REFUSED = "plumb_connections_refused_total", Kind::Counter, Count, "Connections that were not let in, by reason.";
+    CERTIFICATE_EXPIRY = "plumb_tls_certificate_expiry_timestamp_seconds", Kind::Gauge, Seconds, "When the server's certificate ends, in seconds since 1970.";
+    CERTIFICATE_LOADS = "plumb_tls_certificate_loads_total", Kind::Counter, Count, "Times that the certificate was read, by status code; after anything but OK the one before stays.";
+    KEY_LOADS = "plumb_key_loads_total", Kind::Counter, Count, "Times that the files of keys and tokens were read, by status code; after anything but OK the keys from before stay.";
+    RECORDS = "plumb_records_total", Kind::Counter, Count, "Calls that were written to --record-dir.";
+    RECORD_DROPPED = "plumb_record_dropped_total", Kind::Counter, Count, "Calls that were to be recorded and were not, by reason: queue_full, disk, too_long, closed.";
     READY = "plumb_ready", Kind::Gauge, Count, "1 while the server as a whole is SERVING.";
     RESIDENT_MEMORY = "plumb_resident_memory_bytes", Kind::Gauge, Bytes, "Physical memory of the process.";
     BUILD_INFO = "plumb_build_info", Kind::Gauge, Count, "1, with the version of the server.";

@@ -1,6 +1,7 @@
 //! Where logs and traces go: logs to standard error, traces to an OTLP collector if one is given.
 
 use std::io::IsTerminal as _;
+use std::time::Duration;
 
 use opentelemetry::propagation::{Extractor, TextMapPropagator as _};
 use opentelemetry::trace::TracerProvider as _;
@@ -16,6 +17,9 @@ use tracing_subscriber::{EnvFilter, Layer as _};
 use crate::config::Telemetry;
 use crate::error::{Error, Result};
 
+/// For the last spans to leave, beyond the time that a shutdown may take.
+const LAST_SPANS: Duration = Duration::from_secs(1);
+
 /// Sends what is left of traces when it is dropped.
 #[must_use]
 pub struct Guard(Option<SdkTracerProvider>);
@@ -23,8 +27,8 @@ pub struct Guard(Option<SdkTracerProvider>);
 impl Drop for Guard {
     fn drop(&mut self) {
         if let Some(provider) = &self.0 {
-            // Nobody is left to be told.
-            let _ = provider.shutdown();
+            // Nobody is left to be told, and a collector that does not answer does not hold up the end.
+            let _ = provider.shutdown_with_timeout(LAST_SPANS);
         }
     }
 }

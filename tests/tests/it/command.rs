@@ -11,26 +11,26 @@ use plumb_tests::{Launch, Server, binary};
 use serde_json::Value;
 
 /// What a run left behind.
-struct Run {
-    code: i32,
-    out: String,
-    err: String,
+pub(crate) struct Run {
+    pub(crate) code: i32,
+    pub(crate) out: String,
+    pub(crate) err: String,
 }
 
 impl Run {
     /// The JSON lines of a run with this exit code.
     #[track_caller]
-    fn lines(&self, code: i32) -> Vec<Value> {
+    pub(crate) fn lines(&self, code: i32) -> Vec<Value> {
         assert_eq!(self.code, code, "{}{}", self.out, self.err);
         self.out.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
     }
 }
 
-async fn plumb(server: &Server, stdin: &str, arguments: &[&str]) -> Run {
+pub(crate) async fn plumb(server: &Server, stdin: &str, arguments: &[&str]) -> Run {
     run(&server.url(), stdin, arguments).await
 }
 
-async fn run(url: &str, stdin: &str, arguments: &[&str]) -> Run {
+pub(crate) async fn run(url: &str, stdin: &str, arguments: &[&str]) -> Run {
     let mut command = Command::new(binary("plumb"));
     command.args(["--server", url]).args(arguments).env_remove("PLUMB_MODEL").env_remove("PLUMB_API_KEY");
     command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());

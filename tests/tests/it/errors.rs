@@ -146,11 +146,11 @@ async fn other_requests_that_make_no_sense_are_invalid_arguments() {
     invalid(generate(&|r| r.priority = 99).await, "priority", "99");
     invalid(best_of!(1), "best_of.samples", "fewer than n");
     invalid(best_of!(5), "best_of.samples", "4 are allowed");
-    invalid(sampling!(temperature: Some(-1.0)), "sampling.temperature", "0 or more");
-    invalid(sampling!(temperature: Some(f32::NAN)), "sampling.temperature", "0 or more");
+    invalid(sampling!(temperature: Some(-1.0)), "sampling.temperature", "0 or from 0.001 to 1000");
+    invalid(sampling!(temperature: Some(f32::NAN)), "sampling.temperature", "0 or from 0.001 to 1000");
     invalid(sampling!(top_p: Some(0.0)), "sampling.top_p", "above 0");
     invalid(sampling!(min_p: Some(1.5)), "sampling.min_p", "from 0 to 1");
-    invalid(sampling!(repetition_penalty: Some(0.0)), "sampling.repetition_penalty", "above 0");
+    invalid(sampling!(repetition_penalty: Some(0.0)), "sampling.repetition_penalty", "from 0.01 to 100");
     invalid(sampling!(banned_strings: vec!["a".into(), String::new()]), "sampling.banned_strings[1]", "empty");
     invalid(stopping!(stop_strings: vec![String::new()]), "stopping.stop_strings[0]", "empty");
     invalid(stopping!(max_new_tokens: Some(0)), "stopping.max_new_tokens", "0 is not in 1..=60000");

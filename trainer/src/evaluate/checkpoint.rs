@@ -7,7 +7,7 @@ use std::sync::Arc;
 use plumb_model::cache::{BlockCache, Table};
 use plumb_model::checkpoint::Source;
 use plumb_model::decoder::{KvStore, Read, Step, StepSequence, Workspace};
-use plumb_model::loaded::{DTypeChoice, LoadOptions, LoadedModel, ModelKind};
+use plumb_model::loaded::{Background, DTypeChoice, LoadOptions, LoadedModel, ModelKind};
 use plumb_model::text::{
     ChatFormat, HhhPrompts, Message, RenderMode, RenderOptions, Rendered, Response, TextInput, Truncation,
 };
@@ -88,6 +88,7 @@ impl Checkpoint {
             hhh: Arc::new(hhh),
             max_input_tokens: None,
             kv_cache_bytes: options.kv_cache_mib.saturating_mul(1 << 20),
+            background: Background::default(),
         };
         let threads = options.threads.unwrap_or_else(num_cpus::get_physical);
         let pool = ThreadPoolBuilder::new().num_threads(threads).build();
@@ -111,7 +112,7 @@ impl Checkpoint {
         };
         let engine = Engine {
             cache: BlockCache::new(loaded.kv_pages),
-            kv: loaded.decoder.kv_store(loaded.kv_pages),
+            kv: loaded.decoder.kv_store(loaded.kv_pages)?,
             workspace: loaded.decoder.workspace(),
             step_tokens: STEP_TOKENS,
         };

@@ -159,7 +159,7 @@ impl<E: Load> Inner<E> {
         let language_head = match config.head {
             config::Head::Reward(_) if options.language_head => {
                 let rows = vec![E::default(); config.vocab_size * hidden];
-                Some(Linear::new(&[Matrix { weights: Rows::Plain(&rows), bias: None }], hidden))
+                Some(Linear::new(&[Matrix { weights: Rows::Plain(&rows), bias: None }], hidden)?)
             }
             _ => None,
         };
@@ -169,7 +169,7 @@ impl<E: Load> Inner<E> {
             language_head,
             transposed_head: Linear::empty(),
             checkpointing: options.checkpointing,
-            kv: KvPages::new(config.num_layers, config.num_kv_heads, config.head_dim, 0),
+            kv: KvPages::new(config.num_layers, config.num_kv_heads, config.head_dim, 0)?,
             buffers: Buffers::default(),
             tapes: Vec::new(),
             inputs: Vec::new(),
@@ -281,7 +281,7 @@ impl<E: Load> Inner<E> {
         let config = &self.stack.config;
         let (rows, hidden, layers) = (plan.rows(), config.hidden_size, config.num_layers);
         if self.kv.pages() < plan.pages() {
-            self.kv = KvPages::new(layers, config.num_kv_heads, config.head_dim, plan.pages());
+            self.kv = KvPages::new(layers, config.num_kv_heads, config.head_dim, plan.pages())?;
         }
         let cut = self.stack.cut(&step);
         self.stack.embed(&step, resize(&mut self.buffers.x, rows * hidden));

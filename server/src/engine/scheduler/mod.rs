@@ -7,11 +7,14 @@
 //!
 //! Sequences that are being generated run one token in a step. While others want the engine too, the two share its time
 //! (`share`): in some steps streams run alone, in others a limited stretch of prompts runs beside them.
+//!
+//! When a step fails, its sequences begin again in ever smaller groups, until the one at fault is found (`suspects`).
 
 pub mod cost;
 mod entry;
 mod share;
 mod step;
+mod suspects;
 
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -24,6 +27,7 @@ use cost::Cost;
 pub use entry::{Entry, NewSequence, Priority, Want, log_prob_rows};
 use share::Share;
 use step::Kinds;
+use suspects::Suspects;
 
 /// Names a loaded model inside the engine.
 pub type ModelKey = u64;
@@ -63,6 +67,8 @@ pub struct Plan {
     pub slices: Vec<Slice>,
     /// What came of looking for cached beginnings.
     pub prefixes: Prefixes,
+    /// It is one of those that find out why another has failed.
+    pub rerun: bool,
     /// Part of the cost that is sequences being generated.
     decode_part: f64,
 }
@@ -97,6 +103,8 @@ struct Queue {
     running: Vec<SequenceId>,
     /// Sequences without, by urgency and arrival.
     waiting: BTreeSet<WaitingKey>,
+    /// Sequences of steps that failed, which neither wait nor run with others.
+    suspects: Suspects,
     /// Prefixes that are kept, with the tables that keep them.
     pinned: Vec<(Vec<u32>, Table)>,
 }
@@ -127,6 +135,7 @@ impl Scheduler {
             cache: BlockCache::new(pages),
             running: Vec::new(),
             waiting: BTreeSet::new(),
+            suspects: Suspects::default(),
             pinned: Vec::new(),
         };
         self.queues.insert(model, queue);
@@ -162,8 +171,9 @@ impl Scheduler {
 
     /// Sequences and tokens that wait for their first step.
     pub fn waiting(&self) -> (usize, usize) {
-        let ids = self.queues.values().flat_map(|q| &q.waiting);
-        ids.fold((0, 0), |(n, tokens), (_, id)| (n + 1, tokens + self.entries.get(id).map_or(0, |e| e.tokens().len())))
+        let ids = self.queues.values().flat_map(|q| q.waiting.iter().map(|(_, id)| *id).chain(q.suspects.ids()));
+        let waits = ids.filter_map(|id| self.entries.get(&id)).filter(|entry| entry.table.is_none());
+        waits.fold((0, 0), |(n, tokens), entry| (n + 1, tokens + entry.tokens().len()))
     }
 
     /// True if nothing waits and nothing runs.
@@ -188,6 +198,7 @@ impl Scheduler {
         if let Some(queue) = self.queues.get_mut(&entry.sequence.model) {
             queue.waiting.remove(&(Reverse(entry.sequence.priority), id));
             queue.running.retain(|running| *running != id);
+            queue.suspects.clear(id);
             if let Some(table) = entry.table.take() {
                 queue.cache.release(table);
             }
@@ -195,27 +206,8 @@ impl Scheduler {
         Some(entry)
     }
 
-    /// A step has failed half-way: takes its sequences out and answers which, and drops everything in the model's cache.
-    /// Other sequences that had begun begin again.
-    pub fn reset(&mut self, failed: &Plan) -> Vec<SequenceId> {
-        let lost: Vec<_> = failed.slices.iter().map(|slice| slice.id).collect();
-        lost.iter().for_each(|id| drop(self.remove(*id)));
-        if let Some(queue) = self.queues.get_mut(&failed.model) {
-            for id in queue.running.drain(..) {
-                let Some(entry) = self.entries.get_mut(&id) else { continue };
-                if let Some(table) = entry.restart() {
-                    queue.cache.release(table);
-                }
-                queue.waiting.insert((Reverse(entry.sequence.priority), id));
-            }
-            queue.unpin_all();
-            queue.cache.forget();
-        }
-        lost
-    }
-
     /// The next step, if there is anything to do. Its slices count as done from now on: it has to run, or be
-    /// [reset](Scheduler::reset).
+    /// reported as [failed](Scheduler::failed).
     pub fn plan(&mut self, now: Instant) -> Option<Plan> {
         let (decode, other) = self.wanted();
         let kinds = match (decode.is_empty(), other.is_empty()) {
@@ -236,12 +228,12 @@ impl Scheduler {
     }
 
     /// The step after one that is still running, if it is known already: as long as nothing is generated, whose next
-    /// token is not drawn yet, and as what waits fills a step, so that whatever comes meanwhile would not have a place in
-    /// it. Something urgent waits for this one step more.
+    /// token is not drawn yet, nor suspected, and as what waits fills a step, so that whatever comes meanwhile would not
+    /// have a place in it. Something urgent waits for this one step more.
     pub fn plan_ahead(&mut self, now: Instant) -> Option<Plan> {
         let generates =
             |id: &SequenceId| self.entries.get(id).is_some_and(|e| matches!(e.sequence.want, Want::Generate { .. }));
-        if self.queues.values().any(|queue| queue.running.iter().any(generates)) {
+        if self.queues.values().any(|queue| !queue.suspects.is_empty() || queue.running.iter().any(generates)) {
             return None;
         }
         let fills = |queue: &Queue| {
@@ -268,7 +260,7 @@ impl Scheduler {
     fn wanted(&self) -> (BTreeSet<ModelKey>, BTreeSet<ModelKey>) {
         let (mut decode, mut other) = (BTreeSet::new(), BTreeSet::new());
         for (model, queue) in &self.queues {
-            if !queue.waiting.is_empty() {
+            if !queue.waiting.is_empty() || !queue.suspects.is_empty() {
                 other.insert(*model);
             }
             for entry in queue.running.iter().filter_map(|id| self.entries.get(id)) {
@@ -286,12 +278,16 @@ impl Scheduler {
     /// further step, false if it goes on or waits for [`Scheduler::push_token`].
     pub fn complete(&mut self, slice: &Slice, values: Vec<f32>) -> bool {
         let Some(entry) = self.entries.get_mut(&slice.id) else { return false };
-        if self.limits.prefix_cache
-            && let Some(queue) = self.queues.get_mut(&entry.sequence.model)
-        {
-            queue.pin(entry);
+        let generates = matches!(entry.sequence.want, Want::Generate { .. });
+        if let Some(queue) = self.queues.get_mut(&entry.sequence.model) {
+            if self.limits.prefix_cache {
+                queue.pin(entry);
+            }
+            if generates && slice.positions.end == entry.tokens().len() && queue.suspects.clear(slice.id) {
+                queue.running.push(slice.id);
+            }
         }
-        if matches!(entry.sequence.want, Want::Generate { .. }) {
+        if generates {
             return false;
         }
         entry.values.extend(values);

@@ -25,12 +25,14 @@ pub(super) enum Kinds {
 
 impl Scheduler {
     pub(super) fn plan_model(&mut self, model: ModelKey, kinds: Kinds, now: Instant) -> Option<Plan> {
-        let plan = self.build_step(model, kinds, now);
+        let build = |s: &mut Self| s.suspect_step(model, kinds, now).or_else(|| s.build_step(model, kinds, now));
+        let plan = build(self);
         let queue = self.queues.get_mut(&model)?;
-        if plan.is_none() && queue.running.is_empty() && !queue.waiting.is_empty() && !queue.pinned.is_empty() {
+        let waits = !queue.waiting.is_empty() || !queue.suspects.is_empty();
+        if plan.is_none() && queue.running.is_empty() && waits && !queue.pinned.is_empty() {
             // Nothing runs and nothing can begin: the kept prefixes take the room.
             queue.unpin_all();
-            return self.build_step(model, kinds, now);
+            return build(self);
         }
         plan
     }
@@ -59,7 +61,7 @@ impl Scheduler {
             let total = limits.max_batch_tokens - step.budget;
             let StepBuilder { slices, prefixes, .. } = step;
             let decode_part = decode_cost as f64 / total.max(1) as f64;
-            (!slices.is_empty()).then_some(Plan { model, slices, prefixes, decode_part })
+            (!slices.is_empty()).then_some(Plan { model, slices, prefixes, rerun: false, decode_part })
         };
         if kinds == Kinds::Decode {
             return plan(step);
@@ -80,7 +82,9 @@ impl Scheduler {
                 step.take_part(*id, entry, cost, &mut queue.cache);
             }
         }
-        let considered = || queue.waiting.iter().take(MAX_CONSIDERED * limits.max_batch_sequences).copied();
+        // Nothing begins before suspects that wait for room.
+        let most = if queue.suspects.is_empty() { MAX_CONSIDERED * limits.max_batch_sequences } else { 0 };
+        let considered = || queue.waiting.iter().take(most).copied();
         let waits_too_long =
             |key: &WaitingKey| self.entries.get(&key.1).is_some_and(|e| e.passed_over >= MAX_PASSED_OVER);
         let overdue = considered().find(waits_too_long);
@@ -116,24 +120,24 @@ impl Scheduler {
 }
 
 impl Prefixes {
-    fn add(&mut self, cached: usize) {
+    pub(super) fn add(&mut self, cached: usize) {
         self.lookups += 1;
         self.hits += usize::from(cached > 0);
         self.tokens += cached;
     }
 }
 
-struct StepBuilder {
-    slices: Vec<Slice>,
+pub(super) struct StepBuilder {
+    pub(super) slices: Vec<Slice>,
     /// Cost that is left.
-    budget: usize,
-    publishes: bool,
-    prefixes: Prefixes,
+    pub(super) budget: usize,
+    pub(super) publishes: bool,
+    pub(super) prefixes: Prefixes,
 }
 
 impl StepBuilder {
     /// As much of a sequence as can be afforded, and at least a token, so that the step gets on.
-    fn take_part(&mut self, id: SequenceId, entry: &mut Entry, cost: Cost, cache: &mut BlockCache) {
+    pub(super) fn take_part(&mut self, id: SequenceId, entry: &mut Entry, cost: Cost, cache: &mut BlockCache) {
         let len = cost.affordable(entry.done..entry.tokens().len(), self.budget).max(1);
         self.take(id, entry, len, cost, cache);
     }

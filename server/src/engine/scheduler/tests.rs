@@ -188,7 +188,7 @@ fn a_passed_deadline_is_found() {
 }
 
 #[test]
-fn a_failed_step_takes_its_own_sequences_and_lets_others_begin_again() {
+fn the_sequences_of_a_failed_step_run_in_halves_and_others_begin_again_after_them() {
     let mut s = scheduler(100);
     s.add(sequence(1, 300, Want::TokenRewards)).unwrap();
     s.add(sequence(2, 200, Want::Reward)).unwrap();
@@ -196,15 +196,57 @@ fn a_failed_step_takes_its_own_sequences_and_lets_others_begin_again() {
     let plan = s.plan(Instant::now()).unwrap();
     s.complete(&plan.slices[0], vec![1.0; 256]);
     // The rest of the first, and the second.
-    assert_eq!(slices(&mut s), [(0, 256..300), (1, 0..200)]);
+    let failed = s.plan(Instant::now()).unwrap();
+    assert_eq!(failed.tokens(), 244);
     let ahead = s.plan(Instant::now()).unwrap();
     assert_eq!(ahead.slices, [Slice { id: 2, positions: 0..250 }]);
-    let failed = Plan { slices: vec![Slice { id: 1, positions: 0..200 }], ..ahead };
-    assert_eq!(s.reset(&failed), [1]);
-    assert!(s.entry(0).unwrap().pages().is_empty());
-    assert_eq!(slices(&mut s), [(0, 0..256)]);
-    assert_eq!(slices(&mut s), [(0, 256..300)]);
+    assert_eq!(s.failed(&failed), None);
+    assert!(s.entry(0).unwrap().pages().is_empty() && s.entry(2).unwrap().pages().is_empty());
+    let new = s.add(NewSequence { priority: Priority::High, ..sequence(4, 10, Want::Reward) }).unwrap();
+    // The first half, to its end; then the other one.
+    for expected in [(0, 0..256), (0, 256..300), (1, 0..200)] {
+        let plan = s.plan(Instant::now()).unwrap();
+        assert!(plan.rerun);
+        assert_eq!(plan.slices, [Slice { id: expected.0, positions: expected.1 }]);
+        if s.complete(&plan.slices[0], vec![]) {
+            s.remove(expected.0);
+        }
+    }
+    assert_eq!(slices(&mut s), [(new, 0..10)]);
     assert_eq!(slices(&mut s), [(2, 0..250)]);
+}
+
+#[test]
+fn a_fault_that_does_not_come_back_harms_nobody() {
+    let mut s = scheduler(100);
+    let ids: Vec<_> = (0..5).map(|seed| s.add(sequence(seed, 10, Want::Reward)).unwrap()).collect();
+    let failed = s.plan(Instant::now()).unwrap();
+    assert_eq!(s.failed(&failed), None);
+    let mut served = Vec::new();
+    while let Some(plan) = s.plan(Instant::now()) {
+        for slice in &plan.slices {
+            assert!(s.complete(slice, vec![0.0]));
+            s.remove(slice.id);
+            served.push(slice.id);
+        }
+    }
+    assert_eq!(served, ids);
+}
+
+#[test]
+fn a_sequence_that_fails_alone_is_at_fault() {
+    let mut s = scheduler(100);
+    s.add(sequence(1, 10, Want::Reward)).unwrap();
+    let plan = s.plan(Instant::now()).unwrap();
+    assert_eq!(s.failed(&plan), Some(0));
+    // Whoever has gone meanwhile may be at fault just as well.
+    s.remove(0);
+    s.add(sequence(2, 10, Want::Reward)).unwrap();
+    s.add(sequence(3, 10, Want::Reward)).unwrap();
+    let plan = s.plan(Instant::now()).unwrap();
+    s.remove(1);
+    assert_eq!(s.failed(&plan), None);
+    assert_eq!(slices(&mut s), [(2, 0..10)]);
 }
 
 #[test]
@@ -214,7 +256,7 @@ fn a_sequence_that_was_generating_begins_again_with_what_was_drawn() {
     let plan = s.plan(Instant::now()).unwrap();
     s.complete(&plan.slices[0], vec![]);
     (0..10).for_each(|token| s.push_token(id, token));
-    s.reset(&Plan { slices: vec![], ..plan });
+    s.failed(&Plan { slices: vec![], ..plan });
     assert_eq!(slices(&mut s), [(id, 0..70)]);
 }
 

@@ -3,8 +3,9 @@
 use std::time::Duration;
 
 use metrics::{counter, gauge, histogram};
-use tracing::{debug, error};
+use tracing::{debug, error, warn};
 
+use crate::engine::Loss;
 use crate::engine::scheduler::Prefixes;
 use crate::telemetry::metrics as names;
 
@@ -20,6 +21,8 @@ pub struct BatchRun<'a> {
     pub tokens: usize,
     /// What the sequences that began found in the cache.
     pub prefixes: Prefixes,
+    /// It was one of those that find out why another has failed.
+    pub rerun: bool,
     /// How long it took.
     pub duration: Duration,
 }
@@ -39,7 +42,57 @@ impl BatchRun<'_> {
         histogram!(names::BATCH_SEQUENCES.name, "model" => model.clone()).record(sequences as f64);
         histogram!(names::BATCH_TOKENS.name, "model" => model.clone()).record(tokens as f64);
         histogram!(names::BATCH_DURATION.name, "model" => model.clone()).record(duration);
+        count_rerun(self.rerun, &model, &version);
         counter!(names::BATCHES.name, "model" => model, "version" => version).increment(1);
+    }
+}
+
+fn count_rerun(rerun: bool, model: &str, version: &str) {
+    if rerun {
+        counter!(names::BATCH_RERUNS.name, "model" => model.to_owned(), "version" => version.to_owned()).increment(1);
+    }
+}
+
+/// A batch failed; its sequences begin again.
+pub struct BatchFailed<'a> {
+    /// Name of the model.
+    pub model: &'a str,
+    /// Its version.
+    pub version: u64,
+    /// Sequences in it.
+    pub sequences: usize,
+    /// It was itself one of those that find out why another has failed.
+    pub rerun: bool,
+    /// What has failed.
+    pub cause: &'a str,
+}
+
+impl BatchFailed<'_> {
+    /// Logs and counts it.
+    pub fn emit(self) {
+        let Self { model, version, sequences, rerun, cause } = self;
+        warn!(target: "plumb::engine", model, version, sequences, rerun, cause, "a batch failed");
+        let (model, version) = (model.to_owned(), version.to_string());
+        count_rerun(rerun, &model, &version);
+        counter!(names::BATCH_FAILURES.name, "model" => model, "version" => version).increment(1);
+    }
+}
+
+/// The input was found that makes batches fail.
+pub struct InputIsolated<'a> {
+    /// Name of the model.
+    pub model: &'a str,
+    /// Its version.
+    pub version: u64,
+}
+
+impl InputIsolated<'_> {
+    /// Logs and counts it.
+    pub fn emit(self) {
+        let Self { model, version } = self;
+        warn!(target: "plumb::engine", model, version, "an input that makes batches fail was isolated");
+        let (model, version) = (model.to_owned(), version.to_string());
+        counter!(names::ISOLATED_INPUTS.name, "model" => model, "version" => version).increment(1);
     }
 }
 
@@ -94,12 +147,21 @@ impl PrefixEvictions {
     }
 }
 
-/// The engine thread is gone.
-pub struct EngineDied;
+/// The engine cannot compute any more.
+pub struct EngineLost {
+    /// Why.
+    pub loss: Loss,
+}
 
-impl EngineDied {
+impl EngineLost {
     /// Calls for help.
     pub fn emit(self) {
-        error!(target: "plumb::engine", "the engine died; the server stops, and has to be started anew");
+        let reason = match self.loss {
+            Loss::Died => "died",
+            Loss::Broken => "broken",
+            Loss::Stuck => "stuck",
+        };
+        error!(target: "plumb::engine", reason, "the engine is lost; the server stops, and has to be started anew");
+        counter!(names::ENGINE_LOSSES.name, "reason" => reason).increment(1);
     }
 }

@@ -4,13 +4,17 @@
 //! Levels say what an operator has to do: `error` somebody has to act, `warn` somebody should look, `info` a change of
 //! state, `debug` the life of single calls.
 
+pub mod access;
 pub mod engine;
 pub mod model;
 pub mod process;
+pub mod record;
 pub mod request;
 
+pub use access::*;
 pub use engine::*;
 pub(crate) use model::kind_name;
 pub use model::*;
 pub use process::*;
+pub use record::*;
 pub use request::*;

@@ -1,11 +1,12 @@
 //! Events of a version's life.
 
+use std::path::Path;
 use std::time::Duration;
 
 use metrics::{counter, gauge, histogram};
 use plumb_proto::v1;
 use tonic::Code;
-use tracing::{error, info};
+use tracing::{error, info, warn};
 
 use crate::error::Error;
 use crate::telemetry::metrics as names;
@@ -27,7 +28,7 @@ impl ModelStateChanged<'_> {
             .set(f64::from(self.status.state));
         let in_memory = match self.status.state() {
             v1::ModelState::Available => 1.0,
-            v1::ModelState::Ended => 0.0,
+            v1::ModelState::Ended | v1::ModelState::Failed => 0.0,
             _ => return,
         };
         let Some(details) = &self.status.details else { return };
@@ -119,5 +120,63 @@ impl ActiveVersionChanged<'_> {
         if from.is_some() && to.is_some() {
             counter!(names::MODEL_SWAPS.name, "model" => model.to_owned()).increment(1);
         }
+    }
+}
+
+/// A version was taken out of service because it is bad.
+pub struct RolledBack<'a> {
+    /// Name of the model.
+    pub model: &'a str,
+    /// The version.
+    pub from: u64,
+    /// The one that takes its place.
+    pub to: u64,
+    /// What is bad about it.
+    pub reason: &'a str,
+}
+
+impl RolledBack<'_> {
+    /// Logs and counts it.
+    pub fn emit(self) {
+        let Self { model, from, to, reason } = self;
+        error!(target: "plumb::models", model, from, to, reason, "rolled back");
+        counter!(names::MODEL_ROLLBACKS.name, "model" => model.to_owned()).increment(1);
+    }
+}
+
+/// A folder of versions is watched.
+pub struct RootWatched<'a> {
+    /// The folder.
+    pub path: &'a Path,
+    /// Why nothing tells of changes in it; `None` if something does.
+    pub error: Option<&'a notify::Error>,
+}
+
+impl RootWatched<'_> {
+    /// Logs it.
+    pub fn emit(self) {
+        let path = self.path.display();
+        match self.error {
+            None => info!(target: "plumb::models", %path, "watching for versions"),
+            Some(error) => {
+                warn!(target: "plumb::models", %path, %error, "polling for versions: nothing tells of changes")
+            }
+        }
+    }
+}
+
+/// A folder of versions cannot be read; what is served stays.
+pub struct RootUnreadable<'a> {
+    /// The folder.
+    pub path: &'a Path,
+    /// Why.
+    pub error: &'a std::io::Error,
+}
+
+impl RootUnreadable<'_> {
+    /// Calls for help.
+    pub fn emit(self) {
+        let (path, error) = (self.path.display(), self.error);
+        error!(target: "plumb::models", %path, %error, "the folder of versions cannot be read; new ones are not noticed");
     }
 }

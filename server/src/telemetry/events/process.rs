@@ -34,6 +34,8 @@ impl ConfigLoaded<'_> {
 pub struct Listening {
     /// Where rpcs are taken.
     pub grpc: SocketAddr,
+    /// Where models are changed, if not there.
+    pub admin: Option<SocketAddr>,
     /// Where metrics and probes are taken.
     pub metrics: SocketAddr,
 }
@@ -41,7 +43,8 @@ pub struct Listening {
 impl Listening {
     /// Logs the addresses.
     pub fn emit(self) {
-        info!(target: "plumb", grpc = %self.grpc, metrics = %self.metrics, "listening");
+        let admin = self.admin.map(tracing::field::display);
+        info!(target: "plumb", grpc = %self.grpc, admin, metrics = %self.metrics, "listening");
     }
 }
 
@@ -110,6 +113,11 @@ pub enum ShutdownStep {
         /// How long they may take.
         timeout: Duration,
     },
+    /// Somebody asked for it again.
+    Hurried {
+        /// SIGTERM, SIGINT or what else.
+        by: &'static str,
+    },
     /// The time was up.
     TimedOut {
         /// Calls that were still in flight and failed.
@@ -130,6 +138,7 @@ impl ShutdownStep {
             Self::Draining { in_flight, timeout } => {
                 info!(target: "plumb::shutdown", in_flight, timeout_seconds = timeout.as_secs_f64(), "draining");
             }
+            Self::Hurried { by } => warn!(target: "plumb::shutdown", by, "asked again: what is not done fails now"),
             Self::TimedOut { in_flight } => warn!(target: "plumb::shutdown", in_flight, "drain timed out"),
             Self::Done => info!(target: "plumb::shutdown", "done"),
         }

@@ -1,0 +1,177 @@
+//! How much memory a decoder will take, from what is known of its weights before they are read.
+//!
+//! Follows [`super::build`] matrix by matrix; a test holds the two together.
+
+use half::bf16;
+use plumb_kernels::Element;
+use plumb_kernels::linear::{Linear, PANEL};
+use plumb_kernels::quantised;
+
+use super::names::{LayerNames, Names, Qkv};
+use super::{DType, Decoder};
+use crate::checkpoint::Weights;
+use crate::config::{Config, Head, Norm};
+
+/// Bytes that a decoder takes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Plan {
+    /// Linear layers, embedding and head: what [`Decoder::size`] will say, or a little more.
+    pub(crate) weights: u64,
+    /// Norms and the rotary embedding's table.
+    pub(crate) tables: u64,
+    /// By how much the most that is taken at a time, copies on the way from the file included, is above what is held in
+    /// the end. Little: the largest matrices come first.
+    pub(crate) reading: u64,
+}
+
+impl Decoder {
+    /// What [`Decoder::build`] would take.
+    pub(crate) fn plan(config: &Config, weights: &Weights, dtype: DType, positions: usize) -> Plan {
+        match dtype {
+            DType::F32 => Planner::<f32>::plan(config, weights, positions),
+            DType::Bf16 => Planner::<bf16>::plan(config, weights, positions),
+        }
+    }
+}
+
+struct Planner<'a, E> {
+    config: &'a Config,
+    weights: &'a Weights,
+    plan: Plan,
+    /// The most at a time so far.
+    peak: u64,
+    element: std::marker::PhantomData<E>,
+}
+
+/// A matrix of a checkpoint on its way.
+struct Part {
+    /// While it is read, with what it then is.
+    reading: usize,
+    /// Until it is packed.
+    kept: usize,
+    quantised: Option<quantised::Described>,
+}
+
+impl<'a, E: Element> Planner<'a, E> {
+    fn plan(config: &'a Config, weights: &'a Weights, positions: usize) -> Plan {
+        let mut planner = Self { config, weights, plan: Plan::default(), peak: 0, element: std::marker::PhantomData };
+        planner.ends();
+        (0..config.num_layers).for_each(|layer| planner.layer(&LayerNames::of(config, layer)));
+        planner.norm(config.hidden_size);
+        planner.plan.reading = planner.peak.saturating_sub(planner.plan.weights);
+        planner.plan.tables += (positions * config.rope.dim * size_of::<f32>()) as u64;
+        planner.plan
+    }
+
+    fn ends(&mut self) {
+        let Config { vocab_size, hidden_size, tie_word_embeddings: tied, .. } = *self.config;
+        let names = Names::of(self.config.family);
+        match self.config.head {
+            Head::Language if tied => self.linear(&[(names.embedding, vocab_size)], hidden_size, 1, false),
+            Head::Language => {
+                self.embedding(names.embedding);
+                self.linear(&[(names.language_head, vocab_size)], hidden_size, 1, false);
+            }
+            Head::Reward(_) => {
+                self.embedding(names.embedding);
+                self.plan.weights += (hidden_size * size_of::<f32>()) as u64;
+            }
+        }
+    }
+
+    fn layer(&mut self, names: &LayerNames) {
+        let config = self.config;
+        let (hidden, inner) = (config.hidden_size, config.intermediate_size);
+        let (q, kv) = (config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim);
+        match &names.qkv {
+            Qkv::Separate([q_name, k_name, v_name]) => {
+                self.linear(&[(q_name, q), (k_name, kv), (v_name, kv)], hidden, 1, config.qkv_bias);
+            }
+            // Cut into heads, for which it has to be expanded.
+            Qkv::Interleaved(name) => {
+                let part = self.part(name, 3 * q * hidden);
+                self.reads(&[part], Linear::<E>::packed_bytes(3 * q, hidden), config.qkv_bias.then_some(3 * q));
+            }
+        }
+        self.linear(&[(&names.output, hidden)], q, 1, config.attention_output_bias);
+        // Each half begins with a panel of its own.
+        let gate = names.gate.as_deref().map(|gate| (gate, inner));
+        let halves: Vec<(&str, usize)> = gate.into_iter().chain([(&names.up[..], inner)]).collect();
+        self.linear(&halves, hidden, PANEL, config.mlp_bias);
+        self.linear(&[(&names.down, hidden)], inner, 1, config.mlp_bias);
+
+        self.norm(hidden);
+        self.norm(hidden);
+        for (name, width) in [
+            (&names.q_norm, config.head_dim),
+            (&names.k_norm, config.head_dim),
+            (&names.attention_post_norm, hidden),
+            (&names.mlp_post_norm, hidden),
+        ] {
+            if name.is_some() {
+                self.norm(width);
+            }
+        }
+    }
+
+    /// Matrices that become one layer.
+    fn linear(&mut self, parts: &[(impl AsRef<str>, usize)], inputs: usize, align: usize, bias: bool) {
+        let outputs: usize = parts.iter().map(|(_, outputs)| outputs.next_multiple_of(align)).sum();
+        let read: Vec<Part> = parts.iter().map(|(name, outputs)| self.part(name.as_ref(), outputs * inputs)).collect();
+        let quantised: Vec<_> = read.iter().filter_map(|part| part.quantised).collect();
+        let bytes = match quantised.len() == read.len() {
+            true => quantised::packed_bytes(&quantised, outputs, inputs),
+            false => Linear::<E>::packed_bytes(outputs, inputs),
+        };
+        self.reads(&read, bytes, bias.then_some(outputs));
+    }
+
+    /// The table from which rows are taken: not packed.
+    fn embedding(&mut self, name: &str) {
+        let len = self.config.vocab_size * self.config.hidden_size;
+        let part = self.part(name, len);
+        let held = len * size_of::<E>();
+        let expanding = if part.quantised.is_some() { part.kept + held } else { held };
+        self.takes(part.reading.max(expanding));
+        self.plan.weights += held as u64;
+    }
+
+    fn part(&self, name: &str, len: usize) -> Part {
+        let foreseen = self.weights.foresee(&format!("{name}.weight"));
+        if let Some(quantised) = foreseen.quantised {
+            // Codes of a byte, scales and offsets of f32.
+            let kept = len + 2 * len / quantised.group * size_of::<f32>();
+            return Part { reading: len * foreseen.reading, kept, quantised: Some(quantised) };
+        }
+        let kept = len * size_of::<E>();
+        let converted = if foreseen.dtype.size_in_bytes() == size_of::<E>() { 0 } else { kept };
+        Part { reading: len * foreseen.reading + converted + kept, kept, quantised: None }
+    }
+
+    /// One is read while those before it wait for the last; then all are packed into so many bytes, the longest of them
+    /// perhaps expanded first, where others are not quantised.
+    fn reads(&mut self, parts: &[Part], packed: usize, bias: Option<usize>) {
+        let mut kept = 0;
+        for part in parts {
+            self.takes(kept + part.reading);
+            kept += part.kept;
+        }
+        let mixed = parts.iter().any(|part| part.quantised.is_none());
+        let expanded = parts.iter().filter(|part| mixed && part.quantised.is_some());
+        self.takes(kept + packed + expanded.map(|part| part.kept * size_of::<E>()).max().unwrap_or(0));
+        self.plan.weights += (packed + bias.unwrap_or(0) * size_of::<f32>()) as u64;
+    }
+
+    /// For a moment, beside what is held already.
+    fn takes(&mut self, bytes: usize) {
+        self.peak = self.peak.max(self.plan.weights + bytes as u64);
+    }
+
+    fn norm(&mut self, width: usize) {
+        let vectors = match self.config.norm {
+            Norm::Rms { .. } => 1,
+            Norm::Layer { .. } => 2,
+        };
+        self.plan.tables += (vectors * width * size_of::<f32>()) as u64;
+    }
+}

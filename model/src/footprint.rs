@@ -1,0 +1,109 @@
+//! How much memory a model will take, found out before it is read.
+
+use std::fmt;
+
+use crate::checkpoint::{Headers, Source};
+use crate::decoder::Decoder;
+use crate::loaded::{LoadOptions, LoadedModel, Sizes};
+use crate::{Error, Result};
+
+/// Bytes of memory for a byte of `tokenizer.json`: 9 were measured for a vocabulary of 49 thousand (SmolLM2).
+const TOKENIZER: u64 = 10;
+
+/// Bytes of memory that a model takes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Footprint {
+    /// Weights, as [`ModelInfo::weight_bytes`](crate::loaded::ModelInfo::weight_bytes) will say.
+    pub weights: u64,
+    /// Pages of keys and values, which are taken when the weights are there.
+    pub cache: u64,
+    /// Tokenizer, norms and tables of the rotary embedding.
+    pub others: u64,
+    /// Copies while weights are read, as far as they are beyond what the weights take in the end.
+    pub reading: u64,
+}
+
+impl Footprint {
+    /// The most at a time: what is read is packed before the cache is taken.
+    pub fn peak(&self) -> u64 {
+        self.weights + self.others + self.cache.max(self.reading)
+    }
+
+    /// What stays.
+    pub fn lasting(&self) -> u64 {
+        self.weights + self.others + self.cache
+    }
+
+    /// Refuses what does not fit into so many free bytes.
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`] with what is needed and what there is.
+    pub fn check(&self, free: u64) -> Result<()> {
+        if self.peak() <= free {
+            return Ok(());
+        }
+        Err(Error::OutOfMemory(format!(
+            "{self}, {} are free; unload another version first, lower --kv-cache-mib, or give the process more memory",
+            Size(free)
+        )))
+    }
+}
+
+impl fmt::Display for Footprint {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let [peak, weights, cache, others, reading] =
+            [self.peak(), self.weights, self.cache, self.others, self.reading].map(Size);
+        write!(
+            f,
+            "the model needs {peak} (weights {weights}, key-value cache {cache}, tokenizer and tables {others}; {reading} \
+             more while it is read)"
+        )
+    }
+}
+
+/// Displayed in MiB, or in GiB if there are many.
+struct Size(u64);
+
+impl fmt::Display for Size {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        const MIB: f64 = (1 << 20) as f64;
+        let mib = self.0 as f64 / MIB;
+        if mib < 1024.0 { write!(f, "{mib:.1} MiB") } else { write!(f, "{:.2} GiB", mib / 1024.0) }
+    }
+}
+
+impl LoadedModel {
+    /// What [`LoadedModel::load`] will take, from headers alone; a repository's files are fetched, as by a load.
+    ///
+    /// # Errors
+    /// What is missing, malformed or not served, as far as headers tell.
+    pub fn footprint(source: &Source, options: &LoadOptions) -> Result<Footprint> {
+        let Headers { config, weights, stored_dtype, tokenizer_bytes } = Headers::read(source)?;
+        let sizes = Sizes::of(&config, stored_dtype, options)?;
+        let plan = Decoder::plan(&config, &weights, sizes.dtype, sizes.max_input_tokens);
+        Ok(Footprint {
+            weights: plan.weights,
+            cache: sizes.kv_pages as u64 * sizes.page_bytes as u64,
+            others: plan.tables + TOKENIZER * tokenizer_bytes,
+            reading: plan.reading,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_does_not_fit_is_told_with_what_would() {
+        let footprint = Footprint { weights: 3 << 30, cache: 1 << 30, others: 5 << 20, reading: 200 << 20 };
+        assert_eq!(footprint.peak(), (4 << 30) + (5 << 20));
+        footprint.check(footprint.peak()).unwrap();
+        let error = footprint.check(700 << 20).unwrap_err().to_string();
+        for words in
+            ["needs 4.00 GiB", "weights 3.00 GiB", "cache 1.00 GiB", "200.0 MiB more while", "700.0 MiB are free"]
+        {
+            assert!(error.contains(words), "{error}");
+        }
+    }
+}

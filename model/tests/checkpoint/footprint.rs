@@ -1,0 +1,94 @@
+//! What a load will take, foretold from headers, against what it took.
+
+use std::path::Path;
+
+use plumb_model::Error;
+use plumb_model::checkpoint::Source;
+use plumb_model::decoder::DType;
+use plumb_model::loaded::{Background, DTypeChoice, Footprint, LoadOptions, LoadedModel};
+
+use crate::support::{Copy, fixture, ones, source};
+
+fn options(dtype: DTypeChoice) -> LoadOptions {
+    let background = Background::default();
+    LoadOptions { dtype, hhh: Default::default(), max_input_tokens: None, kv_cache_bytes: 1 << 22, background }
+}
+
+/// Weights and cache as foretold, and as they are.
+fn both(source: &Source, dtype: DTypeChoice) -> (Footprint, u64) {
+    let footprint = LoadedModel::footprint(source, &options(dtype)).unwrap();
+    let model = LoadedModel::load(source, &options(dtype)).unwrap();
+    assert_eq!(footprint.cache, (model.kv_pages * model.page_bytes) as u64);
+    (footprint, model.info.weight_bytes)
+}
+
+#[test]
+fn weights_are_foretold_to_the_byte() {
+    for name in [
+        "gemma2-lm",
+        "gemma2-pm",
+        "llama-lm",
+        "llama-lm-sharded",
+        "llama-pm",
+        "mistral-lm",
+        "mistral-pm",
+        "neox-lm",
+        "neox-lm-sequential",
+        "neox-pm",
+        "openrlhf-pm",
+        "qwen2-lm",
+        "qwen2-pm",
+        "qwen3-lm",
+        "qwen3-pm",
+        "trl-value-head",
+        "gguf/llama-lm.gguf",
+        "gguf/qwen2-lm.gguf",
+    ] {
+        for dtype in [DTypeChoice::Auto, DTypeChoice::F32, DTypeChoice::Bf16] {
+            let (footprint, held) = both(&source(&fixture(name)), dtype);
+            assert_eq!(footprint.weights, held, "{name} {dtype:?}");
+            assert!(footprint.reading > 0 && footprint.others > 0, "{name}: {footprint}");
+            assert!(footprint.reading < 16 * held, "{name}: {footprint}");
+        }
+    }
+}
+
+#[test]
+fn an_adapter_is_foretold_too() {
+    let adapter = Some(fixture("lora-lm").to_str().unwrap().to_owned());
+    let adapted = Source { adapter, ..source(&fixture("qwen2-lm")) };
+    let (footprint, held) = both(&adapted, DTypeChoice::Auto);
+    assert_eq!(footprint.weights, held);
+    let plain = LoadedModel::footprint(&source(&fixture("qwen2-lm")), &options(DTypeChoice::Auto)).unwrap();
+    assert!(footprint.reading >= plain.reading, "merging takes copies");
+}
+
+#[test]
+fn headers_are_enough_and_what_they_cannot_be_is_refused() {
+    // The digest would not be right, and nobody asks.
+    let copy = Copy::of("llama-pm");
+    plumb_model::checkpoint::manifest::Manifest::write(copy.path(), &[]).unwrap();
+    copy.flip_last_byte("model.safetensors");
+    LoadedModel::footprint(&source(copy.path()), &options(DTypeChoice::Auto)).unwrap();
+    assert!(LoadedModel::load(&source(copy.path()), &options(DTypeChoice::Auto)).is_err());
+
+    let copy = Copy::of("llama-pm");
+    copy.remove("model.safetensors");
+    let footprint = |path: &Path| LoadedModel::footprint(&source(path), &options(DTypeChoice::Auto));
+    assert!(matches!(footprint(copy.path()), Err(Error::MissingFile { .. })));
+    assert!(matches!(footprint(&fixture("lora-pm")), Err(Error::MissingFile { .. })));
+
+    let copy = Copy::of("llama-pm");
+    copy.edit_tensors(|tensors| drop(tensors.insert("more".to_owned(), ones(&[3]))));
+    footprint(copy.path()).unwrap();
+}
+
+#[test]
+fn the_types_of_the_cache_and_of_the_weights_are_those_of_the_load() {
+    let of = |dtype| LoadedModel::footprint(&source(&fixture("llama-pm")), &options(dtype)).unwrap();
+    assert_eq!(of(DTypeChoice::Auto), of(DTypeChoice::Bf16));
+    let (narrow, wide) = (of(DTypeChoice::Bf16), of(DTypeChoice::F32));
+    assert!(narrow.weights < wide.weights);
+    let model = LoadedModel::load(&source(&fixture("llama-pm")), &options(DTypeChoice::Auto)).unwrap();
+    assert_eq!((model.decoder.dtype(), model.info.dtype), (DType::Bf16, "bf16"));
+}
