@@ -16,5 +16,6 @@ mod models;
 mod python;
 mod real;
 mod registry;
+mod reliability;
 mod replay;
 mod shutdown;

@@ -135,13 +135,9 @@ pub(crate) fn publish_command(train: &Path, checkpoint: &Path, root: &Path, name
     command
 }
 
-/// Publishes all variants, so that they can be moved into a root: `None` if the server cannot watch one.
-pub(crate) fn publishing(context: &Context, cast: &Cast) -> Result<Option<(Way, String)>> {
+/// Publishes all variants, so that they can be moved into a root, and answers the flags with which a server watches it.
+pub(crate) fn publishing(context: &Context, cast: &Cast) -> Result<(Way, String)> {
     let root = context.folder().join("root");
-    let Some(flags) = surface::watching(&context.programs.server, &root)? else {
-        context.note("the server cannot watch a folder: versions come and go by rpc only");
-        return Ok(None);
-    };
     fs::create_dir_all(&root)?;
     let published = context.folder().join("published");
     for (name, variants) in [(PM, &cast.preference), (LM, &cast.language)] {
@@ -152,5 +148,6 @@ pub(crate) fn publishing(context: &Context, cast: &Cast) -> Result<Option<(Way, 
             }
         }
     }
-    Ok(Some((Way::Publish { root, published }, flags)))
+    let flags = surface::watching(&root);
+    Ok((Way::Publish { root, published }, flags))
 }

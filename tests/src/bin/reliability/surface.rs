@@ -2,7 +2,6 @@
 //! a version comes and goes. What changes there changes here, and nowhere else.
 
 use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
@@ -35,12 +34,10 @@ pub(crate) const MANIFEST: &str = "manifest.json";
 const PATIENCE: Duration = Duration::from_secs(120);
 const POLL: Duration = Duration::from_millis(20);
 
-/// Flags with which a server serves the newest version of every model under a root, and takes up what is published.
-/// `None` if the server does not know them.
-pub(crate) fn watching(server: &Path, root: &Path) -> Result<Option<String>> {
-    let help = Command::new(server).arg("--help").output().with_context(|| server.display().to_string())?;
-    let known = String::from_utf8_lossy(&help.stdout).contains("--model-root");
-    Ok(known.then(|| format!("--model-root {} --version-policy latest:1", root.display())))
+/// Flags with which a server serves the newest version of every model under a root, and takes up what is published. The
+/// version before goes at once instead of being kept for a while, in case that the new one has to be taken back.
+pub(crate) fn watching(root: &Path) -> String {
+    format!("--model-root {} --version-policy latest:1 --rollback-window-secs 0", root.display())
 }
 
 /// The file in which faults are asked for.

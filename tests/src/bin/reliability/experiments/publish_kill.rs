@@ -55,8 +55,8 @@ impl Experiment for PublishKill {
             "plumb-train publish is killed with SIGKILL {} times: half of the times at a moment drawn evenly from all of \
              its run, half from the part in which it writes. After each, every folder with a version's number has to hold \
              a manifest, exactly the files that it lists, with the sha256 that it lists, and all files of the checkpoint \
-             unchanged (checked here, without the code of Plumb); then a publish that nobody kills has to succeed. \
-             Where the server can watch a folder, one does, and has to take up every version that was published.",
+             unchanged (checked here, without the code of Plumb); then a publish that nobody kills has to succeed, and a \
+             server that watches the folder all along has to take it up.",
             self.kills()
         )
     }
@@ -64,10 +64,11 @@ impl Experiment for PublishKill {
     async fn run(&self, context: &Context) -> Result<Vec<Measure>> {
         let source = context.folder().join("checkpoint");
         checkpoint::variant(&context.common.preference_checkpoint(), &source, 1)?;
-        let mut site = Site { source, root: context.folder().join("root"), trash: context.folder().join("trash") };
+        let site = Site { source, root: context.folder().join("root"), trash: context.folder().join("trash") };
         fs::create_dir_all(&site.trash)?;
         let undisturbed = site.time_undisturbed(context)?;
-        let watcher = site.watch(context).await?;
+        let server = site.watch(context).await?;
+        let client = server.client()?;
         let mut seen = Seen::default();
         let mut rng = context.rng(1);
         context.begin(self.kills() as u64, "kills");
@@ -82,22 +83,18 @@ impl Experiment for PublishKill {
             let Some(stage) = stage else { continue };
             seen.killed += 1;
             *seen.stages.entry(stage).or_default() += 1;
-            seen.check(&mut site, context)?;
+            seen.check(&site, context)?;
             let version = site.publish(context)?;
             seen.published += usize::from(version.is_some());
-            seen.check(&mut site, context)?;
-            if let (Some(version), Some((_, client))) = (version, &watcher) {
-                surface::until_available(client, PM, version).await?;
+            seen.check(&site, context)?;
+            if let Some(version) = version {
+                surface::until_available(&client, PM, version).await?;
                 seen.taken_up += 1;
             }
             site.remove_old()?;
             context.step();
         }
-        let refused = match &watcher {
-            Some((_, client)) => failed_versions(client).await?,
-            None => 0,
-        };
-        Ok(seen.measures(self.kills(), undisturbed, site.leftovers()?, watcher.is_some(), refused))
+        Ok(seen.measures(self.kills(), undisturbed, site.leftovers()?, failed_versions(&client).await?))
     }
 }
 
@@ -142,7 +139,7 @@ struct Seen {
 }
 
 impl Seen {
-    fn check(&mut self, site: &mut Site, context: &Context) -> Result<()> {
+    fn check(&mut self, site: &Site, context: &Context) -> Result<()> {
         for folder in site.visible()? {
             self.checked += 1;
             if let Err(error) = site.verify(&folder) {
@@ -153,7 +150,7 @@ impl Seen {
         Ok(())
     }
 
-    fn measures(&self, kills: usize, usual: Undisturbed, left: usize, watched: bool, refused: usize) -> Vec<Measure> {
+    fn measures(&self, kills: usize, usual: Undisturbed, left: usize, refused: usize) -> Vec<Measure> {
         let mut measures = vec![
             Measure::all("publishes killed", self.killed, kills),
             Measure::never("half versions seen", self.half),
@@ -166,10 +163,8 @@ impl Seen {
         for (stage, name) in Stage::ALL {
             measures.push(Measure::new(name, self.stages.get(&stage).copied().unwrap_or_default() as f64, ""));
         }
-        if watched {
-            measures.push(Measure::all("versions that a watching server took up", self.taken_up, kills));
-            measures.push(Measure::never("versions that it could not load", refused));
-        }
+        measures.push(Measure::all("versions that the watching server took up", self.taken_up, kills));
+        measures.push(Measure::never("versions that it could not load", refused));
         measures
     }
 }
@@ -186,12 +181,10 @@ impl Site {
         self.root.join(PM)
     }
 
-    /// A server that watches, if it can.
-    async fn watch(&self, context: &Context) -> Result<Option<(Server, Client)>> {
-        let Some(flags) = surface::watching(&context.programs.server, &self.root)? else { return Ok(None) };
-        let server = context.launch().flags("--kv-cache-mib 16").flags(&flags).start(context.folder()).await?;
-        let client = server.client()?;
-        Ok(Some((server, client)))
+    /// A server that watches.
+    async fn watch(&self, context: &Context) -> Result<Server> {
+        let launch = context.launch().flags("--kv-cache-mib 16").flags(&surface::watching(&self.root));
+        launch.start(context.folder()).await
     }
 
     fn start(&self, context: &Context) -> Result<Child> {

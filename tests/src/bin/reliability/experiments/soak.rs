@@ -23,7 +23,7 @@ use crate::load::{BATCH, Call, Kind, Load, Mix, Tally, score_items};
 use crate::options::Common;
 use crate::process::Held;
 use crate::report::Measure;
-use crate::rollout::{Rollout, Way, publish_command, publishing};
+use crate::rollout::{Rollout, publish_command, publishing};
 use crate::server::{Server, client_of};
 use crate::surface;
 
@@ -76,7 +76,7 @@ impl Experiment for Soak {
 
     async fn run(&self, context: &Context) -> Result<Vec<Measure>> {
         let cast = context.cast(3, 2).await?;
-        let (way, flags) = publishing(context, &cast)?.unwrap_or((Way::Rpc, String::new()));
+        let (way, flags) = publishing(context, &cast)?;
         let broken = broken(context, &cast)?;
         let (rollout, server) = Rollout::start(context, &cast, way, &flags, None).await?;
         let tally = Arc::new(Mutex::new(Tally::default()));

@@ -73,8 +73,7 @@ impl Experiment for Swaps {
 
     async fn run(&self, context: &Context) -> Result<Vec<Measure>> {
         let cast = context.cast(3, 2).await?;
-        let mut ways = vec![(Way::Rpc, String::new())];
-        ways.extend(publishing(context, &cast)?);
+        let ways = [(Way::Rpc, String::new()), publishing(context, &cast)?];
         let mut measures = Vec::new();
         let each = self.swaps().div_ceil(ways.len());
         for (way, flags) in ways {
