@@ -17,6 +17,7 @@ mod models;
 mod python;
 mod real;
 mod registry;
+mod reliability;
 mod replay;
 mod security;
 mod shutdown;

@@ -1,0 +1,10 @@
+//! The experiments, in the order of the table in `RELIABILITY.md`.
+
+pub(crate) mod drain;
+pub(crate) mod failed_loads;
+pub(crate) mod overload;
+pub(crate) mod poison;
+pub(crate) mod publish_kill;
+pub(crate) mod replicas;
+pub(crate) mod soak;
+pub(crate) mod swaps;

@@ -1,0 +1,153 @@
+//! One of two replicas behind HAProxy is killed under load.
+
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, bail};
+use clap::Args;
+use plumb_client::RetryPolicy;
+use tokio::net::TcpStream;
+
+use crate::context::{Context, Experiment};
+use crate::expected::PM;
+use crate::load::{Call, Load, Log, Mix, Sink, Tally};
+use crate::options::{Common, root};
+use crate::report::Measure;
+use crate::server::{client_of, free_ports};
+
+/// What a user would keep in flight; only calls with one answer, which the client may try again.
+const MIX: Mix = Mix { single: 8, batch: 4, rank: 4, stream: 0, generate: 0 };
+/// HAProxy takes a replica in after two good checks, half a second apart.
+const UNTIL_IN: Duration = Duration::from_secs(2);
+
+/// Options of the experiment.
+#[derive(Args)]
+pub(crate) struct Replicas {
+    #[command(flatten)]
+    common: Common,
+    /// Kills, of one replica and the other in turn [quick: 2].
+    #[arg(long, default_value_t = 10, value_name = "N")]
+    kills: usize,
+}
+
+impl Replicas {
+    fn kills(&self) -> usize {
+        self.common.or_quick(self.kills, 2)
+    }
+}
+
+impl Experiment for Replicas {
+    const NAME: &'static str = "replicas";
+    const TITLE: &'static str = "A replica behind HAProxy killed under load";
+
+    fn common(&self) -> &Common {
+        &self.common
+    }
+
+    fn what(&self) -> String {
+        format!(
+            "Two servers behind HAProxy with deploy/haproxy.cfg, under the load of {} of plumb-client with its default \
+             retries. {} times one of them, in turn, is killed with SIGKILL, stays away for a while and is started again. \
+             A call fails if the caller sees an error. Generate and ScoreStream are not among them: what has begun to \
+             stream is not tried again by the client.",
+            MIX.in_words(),
+            self.kills()
+        )
+    }
+
+    async fn run(&self, context: &Context) -> Result<Vec<Measure>> {
+        let cast = context.cast(1, 0).await?;
+        cast.judge.begins(PM, 1, 0);
+        let mut replicas = Vec::new();
+        for _ in 0..2 {
+            let ports = free_ports()?;
+            let launch = context.launch().model(PM, &cast.preference[0]).flags("--kv-cache-mib 64").ports(ports);
+            let server = launch.start(context.folder()).await?;
+            replicas.push((launch, ports, server));
+        }
+        let (bind, _) = free_ports()?;
+        let _proxy = Proxy::start(bind, [replicas[0].1, replicas[1].1], context.folder()).await?;
+
+        let log = Arc::new(Log::default());
+        let load = Load {
+            url: format!("http://127.0.0.1:{bind}"),
+            retry: RetryPolicy::default(),
+            judge: Arc::clone(&cast.judge),
+            sink: Arc::clone(&log) as Arc<dyn Sink>,
+            reconnect_after: None,
+            seed: context.seed,
+        };
+        let running = load.start(MIX);
+        context.pause(UNTIL_IN).await;
+        context.begin(self.kills() as u64, "kills");
+        for kill in 0..self.kills() {
+            let (launch, _, server) = &mut replicas[kill % 2];
+            server.kill()?;
+            context.pause(context.or_quick(Duration::from_secs(2), Duration::from_millis(700))).await;
+            *server = launch.start(context.folder()).await?;
+            context.pause(UNTIL_IN).await;
+            context.step();
+        }
+        running.stop().await?;
+        let calls = log.drain();
+        let tally = Tally::of(&calls);
+        context.show(&tally);
+        Ok(vec![
+            Measure::never("calls that failed", tally.failures()),
+            Measure::never("wrong scores", tally.wrong),
+            Measure::new("calls answered right", tally.right as f64, ""),
+            Measure::new("kills", self.kills() as f64, ""),
+            Measure::new("slowest call", slowest(&calls).as_secs_f64() * 1e3, "ms"),
+            Measure::new("longest time without an answer", longest_gap(&calls).as_secs_f64() * 1e3, "ms"),
+        ])
+    }
+}
+
+fn slowest(calls: &[Call]) -> Duration {
+    calls.iter().map(Call::took).max().unwrap_or_default()
+}
+
+fn longest_gap(calls: &[Call]) -> Duration {
+    let mut ends: Vec<Instant> = calls.iter().map(|call| call.ended).collect();
+    ends.sort();
+    ends.windows(2).map(|pair| pair[1] - pair[0]).max().unwrap_or_default()
+}
+
+/// HAProxy; it ends when dropped.
+struct Proxy(Child);
+
+impl Drop for Proxy {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+impl Proxy {
+    async fn start(bind: u16, replicas: [(u16, u16); 2], folder: &Path) -> Result<Self> {
+        let log = std::fs::File::create(folder.join("haproxy.log"))?;
+        let mut command = Command::new("haproxy");
+        // In the foreground, one process.
+        command.arg("-db").arg("-f").arg(root().join("deploy/haproxy.cfg"));
+        command.env("PLUMB_BIND", format!("127.0.0.1:{bind}"));
+        for (name, (port, probes)) in ["PLUMB_A", "PLUMB_B"].into_iter().zip(replicas) {
+            command.env(name, format!("127.0.0.1:{port}")).env(format!("{name}_PROBES"), probes.to_string());
+        }
+        command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
+        let child = command.spawn().context("haproxy is needed; Debian has it as `haproxy`")?;
+        let proxy = Self(child);
+        let began = Instant::now();
+        while TcpStream::connect(("127.0.0.1", bind)).await.is_err() {
+            if began.elapsed() > Duration::from_secs(10) {
+                let said = std::fs::read_to_string(folder.join("haproxy.log")).unwrap_or_default();
+                bail!("haproxy does not listen: {said}");
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        // Until it has looked at the replicas, it takes them to be there.
+        client_of(&format!("http://127.0.0.1:{bind}"), RetryPolicy::default())?.list_models().await?;
+        Ok(proxy)
+    }
+}

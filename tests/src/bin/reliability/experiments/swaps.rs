@@ -1,0 +1,205 @@
+//! Versions are swapped under saturating mixed load: by rpc, and by publishing into a folder that the server watches.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use anyhow::Result;
+use clap::Args;
+use plumb_client::{Code, RetryPolicy};
+
+use crate::context::{Cast, Context, Experiment};
+use crate::latency::{Split, Window, milliseconds};
+use crate::load::{Call, Kind, Load, Log, Mix, Sink, Tally};
+use crate::options::Common;
+use crate::process::Held;
+use crate::report::Measure;
+use crate::rollout::{Rollout, Way, publishing};
+use crate::server::Server;
+use crate::surface;
+
+/// With fewer calls, p99 is one call.
+const ENOUGH_FOR_P99: u64 = 500;
+/// Every so many swaps, the language model is swapped instead of the preference model.
+const LANGUAGE_EVERY: usize = 5;
+
+/// Options of the experiment.
+#[derive(Args)]
+pub(crate) struct Swaps {
+    #[command(flatten)]
+    common: Common,
+    /// Swaps in all; half of them by rpc, half by publishing [quick: 4].
+    #[arg(long, default_value_t = 50, value_name = "N")]
+    swaps: usize,
+    /// Pause between swaps, the calls of which are the steady ones [quick: 0.3].
+    #[arg(long, default_value_t = 3.0, value_name = "SECS")]
+    steady_secs: f64,
+}
+
+impl Swaps {
+    fn swaps(&self) -> usize {
+        self.common.or_quick(self.swaps, 4)
+    }
+
+    fn mix(&self) -> Mix {
+        self.common.or_quick(Mix::SATURATING, Mix::LIGHT)
+    }
+
+    fn steady(&self) -> Duration {
+        Duration::from_secs_f64(self.common.or_quick(self.steady_secs, 0.3))
+    }
+}
+
+impl Experiment for Swaps {
+    const NAME: &'static str = "swaps";
+    const TITLE: &'static str = "Swaps under saturating mixed load";
+
+    fn common(&self) -> &Common {
+        &self.common
+    }
+
+    fn what(&self) -> String {
+        format!(
+            "{} swaps, one of {LANGUAGE_EVERY} of the language model, under the load of {}, each of which sends its next \
+             call when it has its answer and tries nothing again. Half of the swaps are LoadVersion, SetLabel and \
+             UnloadVersion, half a version published into the folder that the server watches. All weights differ between \
+             versions; every score is compared bit for bit with what the version that the answer names gives to a caller \
+             who is alone, and that version has to be the one that was meant while the call ran. A call counts as during \
+             a swap if any part of it lies between the request for the new version and the end of the old one, as steady \
+             if none does. Memory and descriptors are those of the idle server before the first and after the last swap.",
+            self.swaps(),
+            self.mix().in_words()
+        )
+    }
+
+    async fn run(&self, context: &Context) -> Result<Vec<Measure>> {
+        let cast = context.cast(3, 2).await?;
+        let ways = [(Way::Rpc, String::new()), publishing(context, &cast)?];
+        let mut measures = Vec::new();
+        let each = self.swaps().div_ceil(ways.len());
+        for (way, flags) in ways {
+            let name = if way == Way::Rpc { "by rpc" } else { "by publishing" };
+            let phase = self.phase(context, &cast, way, &flags, each).await?;
+            measures.extend(phase.measures(name)?);
+            context.show(&Tally::of(&phase.calls));
+        }
+        Ok(measures)
+    }
+}
+
+/// What one server went through.
+struct Phase {
+    calls: Vec<Call>,
+    windows: Vec<Window>,
+    seconds: f64,
+    before: Held,
+    after: Held,
+    busy: f64,
+}
+
+impl Swaps {
+    async fn phase(&self, context: &Context, cast: &Cast, way: Way, flags: &str, swaps: usize) -> Result<Phase> {
+        let (mut rollout, server) = Rollout::start(context, cast, way, flags, None).await?;
+        let log = Arc::new(Log::default());
+        // Connected before and after.
+        let client = server.client()?;
+        client.list_models().await?;
+        let load = Load {
+            url: server.url(),
+            retry: RetryPolicy::none(),
+            judge: Arc::clone(&cast.judge),
+            sink: Arc::clone(&log) as Arc<dyn Sink>,
+            reconnect_after: None,
+            seed: context.seed,
+        };
+        // Memory that the load alone takes is taken once.
+        let warming = load.start(self.mix());
+        context.pause(self.steady() * 2).await;
+        warming.stop().await?;
+        let before = idle(context, &server).await?;
+        log.drain();
+
+        let (began, busy) = (Instant::now(), busy_seconds(&server).await?);
+        let running = load.start(self.mix());
+        context.begin(swaps as u64, "swaps");
+        let mut windows = Vec::new();
+        for swap in 1..=swaps {
+            context.pause(self.steady()).await;
+            let model = usize::from(swap % LANGUAGE_EVERY == 0);
+            windows.push(rollout.swap(&client, model).await?);
+            context.step();
+        }
+        context.pause(self.steady()).await;
+        let seconds = began.elapsed().as_secs_f64();
+        let busy = (busy_seconds(&server).await? - busy) / seconds;
+        running.stop().await?;
+        let after = idle(context, &server).await?;
+        Ok(Phase { calls: log.drain(), windows, seconds, before, after, busy })
+    }
+}
+
+/// What the server holds once nobody calls, closed connections included.
+async fn idle(context: &Context, server: &Server) -> Result<Held> {
+    context.pause(context.or_quick(Duration::from_secs(3), Duration::from_millis(300))).await;
+    server.held()
+}
+
+async fn busy_seconds(server: &Server) -> Result<f64> {
+    Ok(server.metrics().await?.value(surface::BATCH_SECONDS, &[]))
+}
+
+impl Phase {
+    fn measures(&self, name: &str) -> Result<Vec<Measure>> {
+        let named = |what: &str| format!("{name}: {what}");
+        let tally = Tally::of(&self.calls);
+        let mib = |bytes: u64| bytes as f64 / f64::from(1 << 20);
+        let mut took: Vec<f64> = self.windows.iter().map(|w| (w.to - w.from).as_secs_f64()).collect();
+        took.sort_by(f64::total_cmp);
+        let refused = tally.with(Code::ResourceExhausted);
+        let mut measures = vec![
+            Measure::never(named("calls that failed"), tally.failures()),
+            Measure::never(named("wrong scores, or of a version that was not meant"), tally.wrong),
+            Measure::new(named("calls refused for want of room, of those that failed"), refused as f64, ""),
+            Measure::new(named("calls answered right"), tally.right as f64, ""),
+            Measure::new(named("swaps"), self.windows.len() as f64, ""),
+            Measure::new(named("a swap takes, median"), took[took.len() / 2], "s"),
+            Measure::new(named("share of the time in which the engine computed"), self.busy * 100.0, "%"),
+            Measure::new(named("calls a second"), tally.all() as f64 / self.seconds, ""),
+        ];
+        measures.extend(self.latencies(&named)?);
+        let growth = self.after.resident as f64 / self.before.resident as f64 - 1.0;
+        measures.extend([
+            Measure::new(named("resident memory before"), mib(self.before.resident), "MiB"),
+            Measure::new(named("growth of resident memory"), growth * 100.0, "%").at_most(5.0),
+            Measure::new(named("descriptors more than before"), more(&self.before, &self.after), "").at_most(0.0),
+        ]);
+        Ok(measures)
+    }
+
+    /// p99 of every kind of call, and the largest ratio of those of which there are enough.
+    fn latencies(&self, named: impl Fn(&str) -> String) -> Result<Vec<Measure>> {
+        let mut measures = Vec::new();
+        let mut ratios = Vec::new();
+        for kind in Kind::ALL {
+            let split = Split::of(&self.calls, kind, &self.windows)?;
+            let Some(ratio) = split.ratio() else { continue };
+            for (when, histogram) in [("steady", &split.steady), ("during swaps", &split.during)] {
+                measures.push(Measure::new(named(&format!("{kind}, p99 {when}")), milliseconds(histogram, 0.99), "ms"));
+            }
+            measures.push(Measure::new(named(&format!("{kind}, calls during swaps")), split.during.len() as f64, ""));
+            if split.during.len() >= ENOUGH_FOR_P99 {
+                ratios.push(ratio);
+            }
+        }
+        let enough = format!("kinds of calls with {ENOUGH_FOR_P99} during swaps");
+        measures.insert(0, Measure::new(named(&enough), ratios.len() as f64, "").at_least(1.0));
+        if let Some(worst) = ratios.into_iter().reduce(f64::max) {
+            let what = "p99 during swaps over steady p99, largest of those kinds";
+            measures.insert(0, Measure::new(named(what), worst, "").at_most(1.5));
+        }
+        Ok(measures)
+    }
+}
+
+fn more(before: &Held, after: &Held) -> f64 {
+    after.descriptors as f64 - before.descriptors as f64
+}

@@ -1,0 +1,121 @@
+//! From the results to the tables of `RELIABILITY.md`, between its two markers.
+
+use std::fmt::Write as _;
+use std::path::PathBuf;
+
+use anyhow::{Context as _, Result};
+use clap::Args;
+
+use crate::context::Experiment;
+use crate::experiments::{drain, failed_loads, overload, poison, publish_kill, replicas, soak, swaps};
+use crate::options::root;
+use crate::report::Report;
+
+const BEGIN: &str = "<!-- reliability:begin -->\n";
+const END: &str = "<!-- reliability:end -->";
+
+/// In the order in which they are shown.
+const EXPERIMENTS: [&str; 8] = [
+    swaps::Swaps::NAME,
+    failed_loads::FailedLoads::NAME,
+    publish_kill::PublishKill::NAME,
+    overload::Overload::NAME,
+    drain::Drain::NAME,
+    poison::Poison::NAME,
+    replicas::Replicas::NAME,
+    soak::Soak::NAME,
+];
+
+/// Options of the command.
+#[derive(Args)]
+pub(crate) struct Render {
+    /// Where the results are.
+    #[arg(long, default_value_os_t = root().join("tests/reliability/results"), value_name = "FOLDER")]
+    results: PathBuf,
+    /// The page.
+    #[arg(long, default_value_os_t = root().join("RELIABILITY.md"), value_name = "FILE")]
+    page: PathBuf,
+}
+
+impl Render {
+    /// Replaces what is between the markers.
+    pub(crate) fn run(&self) -> Result<()> {
+        let mut reports = Vec::new();
+        for name in EXPERIMENTS {
+            let path = self.results.join(format!("{name}.json"));
+            if path.exists() {
+                reports.push(Report::read(&path)?);
+            } else {
+                eprintln!("{name} has no result yet");
+            }
+        }
+        let page = std::fs::read_to_string(&self.page).with_context(|| self.page.display().to_string())?;
+        let page = between_markers(&page, &tables(&reports)).context("the page does not hold both markers")?;
+        std::fs::write(&self.page, page).with_context(|| self.page.display().to_string())
+    }
+}
+
+fn between_markers(page: &str, text: &str) -> Option<String> {
+    let (before, rest) = page.split_once(BEGIN)?;
+    let (_, after) = rest.split_once(END)?;
+    Some(format!("{before}{BEGIN}\n{text}{END}{after}"))
+}
+
+/// All bars first, then each experiment with all that was measured.
+fn tables(reports: &[Report]) -> String {
+    let mut text = String::from("| experiment | figure | bar | measured | met |\n|---|---|---|---|---|\n");
+    for report in reports {
+        for measure in report.measures() {
+            let Some(bar) = measure.bar else { continue };
+            let met = if measure.missed().is_none() { "yes" } else { "**no**" };
+            let (title, name, found) = (&report.title, &measure.name, report.in_words(&measure));
+            // Writing to a string cannot fail.
+            let _ = writeln!(text, "| [{title}](#{}) | {name} | {bar} | {found} | {met} |", anchor(title));
+        }
+    }
+    for report in reports {
+        let Report { title, what, command, machine, seconds, runs, experiment, .. } = report;
+        let runs = match runs.len() {
+            1 => "One run".to_owned(),
+            n => format!("{n} runs: medians, with smallest and largest; of what must not happen, the worst"),
+        };
+        let _ = writeln!(
+            text,
+            "\n### {title}\n\n{what}\n\n    {command}\n\n{runs}, {seconds:.0} s in all, {} \
+             [{experiment}.json](tests/reliability/results/{experiment}.json).\n\n| figure | measured |\n|---|---|",
+            machine.in_words()
+        );
+        for measure in report.measures() {
+            let _ = writeln!(text, "| {} | {} |", measure.name, report.in_words(&measure));
+        }
+    }
+    text + "\n"
+}
+
+/// As a heading is linked to.
+fn anchor(title: &str) -> String {
+    let kept = title.to_lowercase();
+    kept.chars()
+        .filter(|c| c.is_alphanumeric() || matches!(c, ' ' | '-'))
+        .map(|c| if c == ' ' { '-' } else { c })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_what_is_between_the_markers_changes() {
+        let page = format!("intro\n{BEGIN}old\n{END}\noutro\n");
+        let expected = format!("intro\n{BEGIN}\nnew\n{END}\noutro\n");
+        assert_eq!(between_markers(&page, "new\n"), Some(expected));
+        assert_eq!(between_markers("no markers", "new"), None);
+    }
+
+    #[test]
+    fn a_heading_is_linked_to_as_forges_do() {
+        assert_eq!(anchor("SIGTERM under load"), "sigterm-under-load");
+        assert_eq!(anchor("Everything mixed, for a long time"), "everything-mixed-for-a-long-time");
+    }
+}
