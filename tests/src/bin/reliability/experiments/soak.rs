@@ -308,7 +308,8 @@ fn measures(tally: &Tally, done: &Done, samples: &[Held]) -> Vec<Measure> {
     }
     let settled = &samples[(samples.len() as f64 * WARM_UP) as usize..];
     let mib = |held: &Held| held.resident as f64 / f64::from(1 << 20);
-    let kinds: [(&str, &str, &dyn Fn(&Held) -> f64); 3] = [
+    type Read<'a> = &'a dyn Fn(&Held) -> f64;
+    let kinds: [(&str, &str, Read<'_>); 3] = [
         ("resident memory", "MiB", &mib),
         ("descriptors", "", &|held| held.descriptors as f64),
         ("threads", "", &|held| held.threads as f64),
@@ -375,7 +376,7 @@ mod tests {
             let trend = Trend::of(&values);
             assert!((trend.line - line).abs() < 0.5 && (trend.growth() - growth).abs() < 0.5, "{trend:?}");
         };
-        let noise = |i: usize| f64::from(u8::from(i % 2 == 0));
+        let noise = |i: usize| f64::from(u8::from(i.is_multiple_of(2)));
         check((0..1000).map(|i| 100.0 + noise(i)).collect(), 0.0, 0.0);
         check((0..=1000).map(|i| 100.0 + 10.0 * i as f64 / 1000.0).collect(), 9.5, 7.4);
         assert_eq!(Trend::of(&[1.0, 2.0]), Trend::default());

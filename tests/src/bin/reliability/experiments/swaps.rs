@@ -165,7 +165,7 @@ impl Phase {
             Measure::new(named("share of the time in which the engine computed"), self.busy * 100.0, "%"),
             Measure::new(named("calls a second"), tally.all() as f64 / self.seconds, ""),
         ];
-        measures.extend(self.latencies(&named)?);
+        measures.extend(self.latencies(named)?);
         let growth = self.after.resident as f64 / self.before.resident as f64 - 1.0;
         measures.extend([
             Measure::new(named("resident memory before"), mib(self.before.resident), "MiB"),
