@@ -368,7 +368,7 @@ async fn keys_are_asked_for() {
     };
     check_code(server.score(items(&[text("x")])), Code::Unauthenticated, "needs a key").await;
     check_code(server.models().unload_version(with("wrong")), Code::Unauthenticated, "not known").await;
-    check_code(server.models().unload_version(with("client")), Code::PermissionDenied, "an admin's key").await;
+    check_code(server.models().unload_version(with("client")), Code::PermissionDenied, "the role `admin`").await;
     check_code(server.models().unload_version(with("admin")), Code::NotFound, "no version 9").await;
 }
 

@@ -193,13 +193,8 @@ async fn an_old_connection_is_asked_to_go_and_then_cut() {
     connection.await.unwrap().unwrap();
     let cut = Launch::of(["llama-pm"]).flags(&format!("{age} 0.1")).start().await;
     let mut watched = cut.client().await.watch_models("").await.unwrap();
-    let ended = loop {
-        match watched.next().await.unwrap() {
-            Ok(_) => {}
-            Err(error) => break error,
-        }
-    };
-    assert!(ended.to_string().contains("connection") || !ended.to_string().is_empty(), "{ended}");
+    // A stream without an end ends with an error.
+    while let Ok(_state) = watched.next().await.unwrap() {}
 }
 
 #[tokio::test(flavor = "multi_thread")]
