@@ -67,6 +67,8 @@ pub(super) struct Lane {
     active: usize,
     /// Until when the room that will be free is promised.
     promised_until: Option<Instant>,
+    /// The same to those who came when they were told, and there was no room yet.
+    again_until: Option<Instant>,
     /// Of prompts and new tokens alike.
     pub(super) pace: Pace,
 }
@@ -125,13 +127,12 @@ impl Lane {
 
     pub(super) fn admit(&mut self, key: &Arc<str>, work: Work, now: Instant) {
         let clock = self.clock;
-        let longest = RETRY_AFTER.1.as_secs_f64() * self.pace.rate() / self.active() as f64;
         let client = self.account(key);
         let tokens = work.tokens() as f64;
         // Whoever comes back a little late has not lost its turn; whoever was away has not saved up any. Whoever got in
-        // because nobody else was there does not pay for that longer than it can be told to wait.
+        // because nobody else was there pays for a call at most, and not for all of them later.
         let finish = client.finish.max(clock - tokens / 2.0) + tokens;
-        client.finish = finish.min(clock + longest.max(tokens));
+        client.finish = finish.min(clock + (client.work + work).tokens() as f64 + tokens);
         client.work += work;
         (client.slot, client.wants_until) = (None, None);
         self.work += work;
@@ -205,20 +206,20 @@ impl Lane {
         now: Instant,
     ) -> Duration {
         let rate = rate.unwrap_or(self.pace.rate());
-        let (line, own) = (self.line(now), seconds(excess, rate));
-        let client = self.account(key);
-        match client.slot {
-            Some(slot) if slot > now => slot - now,
-            // It was its turn, and there is no room yet.
-            Some(_) => own,
-            None => {
-                let wait = line.max(own).min(RETRY_AFTER.1);
-                client.slot = Some(now + wait);
-                let time = if rate > 0.0 { seconds(work.tokens() as f64, rate) } else { Duration::ZERO };
-                self.promised_until = Some(now + wait + time);
-                wait
-            }
+        let own = seconds(excess, rate);
+        let time = if rate > 0.0 { seconds(work.tokens() as f64, rate) } else { Duration::ZERO };
+        let slot = self.account(key).slot;
+        let line = match slot {
+            Some(slot) if slot > now => return slot - now,
+            Some(_) => &mut self.again_until,
+            None => &mut self.promised_until,
+        };
+        let wait = line.map_or(own, |until| own.max(until.saturating_duration_since(now))).min(RETRY_AFTER.1);
+        *line = Some(now + wait + time);
+        if slot.is_none() {
+            self.account(key).slot = Some(now + wait);
         }
+        wait
     }
 
     /// A client was told to come back.

@@ -29,7 +29,7 @@ use crate::telemetry::events::{AdmissionChanged, AdmissionRefused};
 /// No client is asked to come back sooner, or later, than this.
 const RETRY_AFTER: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(30));
 /// Waited for where the pace is not known yet.
-const RETRY_UNKNOWN: Duration = Duration::from_millis(500);
+const RETRY_UNKNOWN: Duration = Duration::from_millis(200);
 /// Clients that are refused together are spread over this part of their wait.
 const SPREAD: f64 = 0.1;
 /// Tokens that are admitted and not done, where nobody sets a limit: at some twenty bytes each, what takes memory.

@@ -5,8 +5,10 @@ use std::time::{Duration, Instant};
 
 /// Time with work at hand that makes a sample. Batches end many sequences at once: a shorter one would see all or none.
 const WINDOW: Duration = Duration::from_millis(500);
+/// The same for a first guess: clients that have been refused wait for nothing as long as there is none.
+const FIRST: Duration = Duration::from_millis(20);
 /// How long a sample is remembered.
-const MEMORY: Duration = Duration::from_secs(3);
+const MEMORY: Duration = Duration::from_secs(2);
 
 /// Tokens per second while there is work.
 ///
@@ -59,14 +61,14 @@ impl Pace {
         self.busy += now.saturating_duration_since(since);
         self.since = (left > 0).then_some(now);
         self.idled |= left == 0;
-        if self.busy >= WINDOW {
+        if self.busy >= if self.rate > 0.0 { WINDOW } else { FIRST } {
             self.sample();
         }
     }
 
     fn sample(&mut self) {
         let sample = self.tokens as f64 / self.busy.as_secs_f64();
-        if self.crowded && !self.idled {
+        if self.crowded && !self.idled && self.busy >= WINDOW {
             let weight = match self.known {
                 true => 1.0 - (-self.busy.as_secs_f64() / MEMORY.as_secs_f64()).exp(),
                 false => 1.0,
@@ -104,14 +106,15 @@ mod tests {
     #[test]
     fn only_plenty_of_work_tells_what_the_server_can_do() {
         check(&[], 0.0, false);
-        check(&[(0.1, 100, 0, false)], 0.0, false);
+        check(&[(0.01, 100, 0, false)], 0.0, false);
+        check(&[(0.1, 100, 900, true)], 1000.0, false);
         // Calls one after the other: a lower bound.
         check(&[(0.5, 500, 0, false), (9.0, 1, 1, false), (9.5, 200, 0, false)], 1000.0, false);
         check(&[(0.5, 500, 0, false), (9.0, 1, 1, false), (9.5, 900, 0, false)], 1802.0, false);
         check(&[(0.6, 600, 500, true)], 1000.0, true);
         // The first crowded sample replaces what was guessed; the next ones move it.
         check(&[(0.5, 2000, 0, false), (1.0, 0, 9, true), (1.5, 500, 500, true)], 1000.0, true);
-        check(&[(1.0, 1000, 500, true), (4.0, 6000, 500, true)], 1000.0 + 632.0, true);
+        check(&[(1.0, 1000, 500, true), (4.0, 6000, 500, true)], 1000.0 + 776.9, true);
     }
 
     #[test]

@@ -430,5 +430,15 @@ fn the_limit_follows_the_pace() {
     assert!((80_000..120_000).contains(&fast.policy.limit()), "{}", fast.policy.limit());
     let slow = World::new(deaf(1e5, |_| 1.0), slower).run(40.0, 20.0);
     assert!((20_000..30_000).contains(&slow.policy.limit()), "{}", slow.policy.limit());
-    assert!(slow.wait(0..200, 0.99) < 2.0, "{}", slow.wait(0..200, 0.99));
+    assert!(slow.wait(0..200, 0.99) < 2.5, "{}", slow.wait(0..200, 0.99));
+}
+
+#[test]
+fn a_server_that_turns_out_slower_is_not_asked_again_and_again() {
+    let slower = |time: f64| if time < 20.0 { 300_000.0 } else { 75_000.0 };
+    let world = World::new(vec![Kind { tokens: 4000, ..PATIENT }; 200], slower).run(20.0, 60.0);
+    let (calls, refused) =
+        world.got.iter().fold((0, 0), |(calls, refused), got| (calls + got.calls, refused + got.refused));
+    assert!(refused < 3 * calls, "{refused} of {calls}: {}", world.report(60.0));
+    assert!(world.fairness(0..200) > 0.95, "{}", world.report(60.0));
 }
