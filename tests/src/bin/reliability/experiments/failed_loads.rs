@@ -50,7 +50,7 @@ const WAYS: [Failure; 9] = [
     Failure { name: "a missing tensor", cause: Cause::Damage(Damage::MissingTensor), words: &["missing", "up_proj"] },
     Failure { name: "weights larger than the memory", cause: Cause::Damage(Damage::TooLarge), words: &["memory"] },
     Failure { name: "a slow disk that reads short", cause: Cause::Fault("slow-read 20\nshort-read 10000"), words: &["safetensors", "sha256", "short"] },
-    Failure { name: "a disk that reads a corrupt byte", cause: Cause::Fault("corrupt-byte 5000"), words: &["sha256"] },
+    Failure { name: "a disk that reads a corrupt byte", cause: Cause::Fault("corrupt-byte 1000000"), words: &["sha256"] },
     Failure { name: "a failed allocation", cause: Cause::Fault("failed-allocation"), words: &["memory"] },
 ];
 

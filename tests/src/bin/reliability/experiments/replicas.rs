@@ -15,12 +15,13 @@ use crate::expected::PM;
 use crate::load::{Call, Load, Log, Mix, Sink, Tally};
 use crate::options::{Common, root};
 use crate::report::Measure;
-use crate::server::{client_of, free_ports};
+use crate::server::{Server, client_of, free_ports};
+use crate::surface;
 
 /// What a user would keep in flight; only calls with one answer, which the client may try again.
 const MIX: Mix = Mix { single: 8, batch: 4, rank: 4, stream: 0, generate: 0 };
-/// HAProxy takes a replica in after two good checks, half a second apart.
-const UNTIL_IN: Duration = Duration::from_secs(2);
+/// Longest wait until HAProxy sends calls to a replica.
+const PATIENCE: Duration = Duration::from_secs(60);
 
 /// Options of the experiment.
 #[derive(Args)]
@@ -80,14 +81,16 @@ impl Experiment for Replicas {
             seed: context.seed,
         };
         let running = load.start(MIX);
-        context.pause(UNTIL_IN).await;
+        for (.., server) in &replicas {
+            until_asked(server).await?;
+        }
         context.begin(self.kills() as u64, "kills");
         for kill in 0..self.kills() {
             let (launch, _, server) = &mut replicas[kill % 2];
             server.kill()?;
             context.pause(context.or_quick(Duration::from_secs(2), Duration::from_millis(700))).await;
             *server = launch.start(context.folder()).await?;
-            context.pause(UNTIL_IN).await;
+            until_asked(server).await?;
             context.step();
         }
         running.stop().await?;
@@ -103,6 +106,19 @@ impl Experiment for Replicas {
             Measure::new("longest time without an answer", longest_gap(&calls).as_secs_f64() * 1e3, "ms"),
         ])
     }
+}
+
+/// Waits until a replica computes something for somebody.
+async fn until_asked(server: &Server) -> Result<()> {
+    let batches = async || anyhow::Ok(server.metrics().await?.value(surface::BATCHES, &[]));
+    let (began, before) = (Instant::now(), batches().await?);
+    while batches().await? <= before {
+        if began.elapsed() > PATIENCE {
+            bail!("HAProxy does not send calls to a replica that serves");
+        }
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    Ok(())
 }
 
 fn slowest(calls: &[Call]) -> Duration {
