@@ -38,6 +38,7 @@ struct Shared {
     channels: Vec<Channel>,
     next: AtomicUsize,
     authorization: Option<MetadataValue<Ascii>>,
+    client_id: Option<MetadataValue<Ascii>>,
     max_message_bytes: usize,
     retry: RetryPolicy,
 }
@@ -69,6 +70,7 @@ impl Client {
             channels,
             next: AtomicUsize::new(0),
             authorization: options.authorization()?,
+            client_id: options.client_id()?,
             max_message_bytes: options.max_message_bytes,
             retry: options.retry,
         };
@@ -216,8 +218,10 @@ impl Client {
 
     fn request<Q>(&self, message: Q, deadline: Option<Instant>) -> Request<Q> {
         let mut request = Request::new(message);
-        if let Some(value) = &self.shared.authorization {
-            request.metadata_mut().insert("authorization", value.clone());
+        for (name, value) in [("authorization", &self.shared.authorization), ("x-client-id", &self.shared.client_id)] {
+            if let Some(value) = value {
+                request.metadata_mut().insert(name, value.clone());
+            }
         }
         if let Some(deadline) = deadline {
             request.set_timeout(deadline.saturating_duration_since(Instant::now()));

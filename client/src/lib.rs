@@ -42,7 +42,7 @@ pub mod transcript;
 pub use client::{Client, SERVICES};
 pub use error::{CallError, Error, FieldViolation, ItemFailure, reward, score};
 pub use input::{conversation, dialogue, text};
-pub use options::{ApiKey, ClientOptions};
+pub use options::{ApiKey, ClientIdentity, ClientOptions};
 /// The format of recorded calls.
 #[cfg(feature = "cli")]
 pub use plumb_proto::record;

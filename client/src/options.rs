@@ -4,7 +4,7 @@ use std::fmt;
 use std::time::Duration;
 
 use tonic::metadata::{Ascii, MetadataValue};
-use tonic::transport::{Certificate, ClientTlsConfig, Endpoint};
+use tonic::transport::{Certificate, ClientTlsConfig, Endpoint, Identity};
 
 use crate::{Error, RetryPolicy};
 
@@ -17,6 +17,11 @@ pub struct ClientOptions {
     pub api_key: Option<ApiKey>,
     /// PEM of an authority to trust beside those of the operating system; only for https.
     pub ca_certificate_pem: Option<Vec<u8>>,
+    /// Shown to servers that ask for a certificate (mutual TLS); only for https.
+    pub identity: Option<ClientIdentity>,
+    /// Who calls, sent as `x-client-id`: calls of one id share what the server grants a client. Default: none, and the
+    /// server goes by the key or the address.
+    pub client_id: Option<String>,
     /// Longest wait for a connection. Default 5 s.
     pub connect_timeout: Duration,
     /// Longest wait for an answer, all tries together; sent to the server, which drops work that it can not do in
@@ -38,6 +43,8 @@ impl Default for ClientOptions {
             endpoints: vec!["http://127.0.0.1:50051".into()],
             api_key: None,
             ca_certificate_pem: None,
+            identity: None,
+            client_id: None,
             connect_timeout: Duration::from_secs(5),
             call_timeout: Some(Duration::from_secs(60)),
             keepalive_interval: Duration::from_secs(20),
@@ -81,6 +88,9 @@ impl ClientOptions {
         if let Some(pem) = &self.ca_certificate_pem {
             tls = tls.ca_certificate(Certificate::from_pem(pem));
         }
+        if let Some(ClientIdentity { certificate_pem, key_pem }) = &self.identity {
+            tls = tls.identity(Identity::from_pem(certificate_pem, key_pem));
+        }
         endpoint.tls_config(tls).map_err(|e| bad(&e))
     }
 
@@ -92,6 +102,32 @@ impl ClientOptions {
             .map_err(|_| Error::Options("the API key has characters that a header can not carry".into()))?;
         value.set_sensitive(true);
         Ok(Some(value))
+    }
+
+    /// The `x-client-id` header.
+    pub(crate) fn client_id(&self) -> Result<Option<MetadataValue<Ascii>>, Error> {
+        let bad = |_| Error::Options("the client id has characters that a header can not carry".into());
+        self.client_id.as_deref().map(|id| id.parse().map_err(bad)).transpose()
+    }
+}
+
+/// A certificate and its private key, which does not show in logs.
+#[derive(Clone)]
+pub struct ClientIdentity {
+    certificate_pem: Vec<u8>,
+    key_pem: Vec<u8>,
+}
+
+impl ClientIdentity {
+    /// Takes a chain of certificates and a private key, both as PEM.
+    pub fn from_pem(certificate_pem: impl Into<Vec<u8>>, key_pem: impl Into<Vec<u8>>) -> Self {
+        Self { certificate_pem: certificate_pem.into(), key_pem: key_pem.into() }
+    }
+}
+
+impl fmt::Debug for ClientIdentity {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("ClientIdentity(***)")
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::num::{NonZeroU64, NonZeroUsize};
 
-use rayon::ThreadPoolBuilder;
+use rayon::{ThreadBuilder, ThreadPoolBuilder};
 
 use crate::{Error, Result};
 
@@ -25,13 +25,25 @@ impl Background {
     /// Does the work where it is to be done.
     pub(crate) fn run<R: Send>(&self, work: impl FnOnce() -> Result<R> + Send) -> Result<R> {
         let Some(threads) = self.threads else { return work() };
-        let pool = ThreadPoolBuilder::new()
-            .num_threads(threads.get())
-            .thread_name(|i| format!("plumb-load-{i}"))
-            .start_handler(|_| step_back())
-            .build()
-            .map_err(|error| Error::OutOfMemory(format!("no threads for loading: {error}")))?;
-        pool.install(work)
+        let mut handles = Vec::new();
+        let spawn = |thread: ThreadBuilder| {
+            let name = format!("plumb-load-{}", thread.index());
+            let run = || {
+                step_back();
+                thread.run();
+            };
+            handles.push(std::thread::Builder::new().name(name).spawn(run)?);
+            Ok(())
+        };
+        let pool = ThreadPoolBuilder::new().num_threads(threads.get()).spawn_handler(spawn).build();
+        let result = match pool {
+            Ok(pool) => pool.install(work),
+            Err(error) => Err(Error::OutOfMemory(format!("no threads for loading: {error}"))),
+        };
+        // The pool has told them to end. When they have, the arenas in which they allocated are free for the threads of
+        // the next load, which would begin others, and leave their rests in them too.
+        handles.into_iter().for_each(|handle| drop(handle.join()));
+        result
     }
 }
 

@@ -18,6 +18,10 @@ const RETRY_DRAINING: Duration = Duration::from_secs(1);
 /// The same for one whose engine died: the process has to be replaced first.
 const RETRY_DEVICE_LOST: Duration = Duration::from_secs(5);
 
+/// Most bytes of a message on the wire: a chat template may refuse a conversation by quoting it, and a status has to
+/// fit into the headers that clients take, 8 KiB for some, twice and encoded.
+const MAX_MESSAGE_BYTES: usize = 1024;
+
 /// Result of this crate.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
@@ -198,13 +202,34 @@ impl Error {
     }
 }
 
+impl Error {
+    /// What a log may say: where the caller is at fault, the message may quote it, and is left out.
+    #[must_use]
+    pub fn for_logs(&self) -> String {
+        match self {
+            Self::InvalidArgument { field, .. } => format!("{}invalid argument", prefix(field)),
+            Self::NotFound { .. } => "not found".to_owned(),
+            other => other.to_string(),
+        }
+    }
+}
+
+/// A message that fits into headers.
+fn shortened(mut message: String) -> String {
+    if message.len() > MAX_MESSAGE_BYTES {
+        message.truncate(message.floor_char_boundary(MAX_MESSAGE_BYTES));
+        message.push_str(" ...");
+    }
+    message
+}
+
 impl From<Error> for Status {
     fn from(error: Error) -> Self {
-        let message = error.to_string();
+        let message = shortened(error.to_string());
         let mut details = ErrorDetails::new();
         let mut metadata = MetadataMap::new();
         if let Error::InvalidArgument { field, message } = &error {
-            details.add_bad_request_violation(field.clone(), message.clone());
+            details.add_bad_request_violation(field.clone(), shortened(message.clone()));
         }
         if let Some(delay) = error.retry_after() {
             details.set_retry_info(Some(delay));
@@ -218,7 +243,7 @@ impl From<Error> for Status {
 
 impl From<&Error> for v1::ItemError {
     fn from(error: &Error) -> Self {
-        Self { code: error.code() as i32, message: error.to_string() }
+        Self { code: error.code() as i32, message: shortened(error.to_string()) }
     }
 }
 
@@ -295,6 +320,17 @@ mod tests {
         // No or wrong credential.
         check(Error::Unauthenticated { message: message() }, Code::Unauthenticated, false, false);
         check(Error::PermissionDenied { message: message() }, Code::PermissionDenied, false, false);
+    }
+
+    #[test]
+    fn a_message_that_quotes_its_caller_is_short_and_not_logged() {
+        let error = Error::invalid("items[0]", "é".repeat(5000));
+        let status = Status::from(error.clone());
+        assert!(status.message().len() < 1100 && status.message().ends_with("é ..."), "{}", status.message().len());
+        assert!(status.details().len() < 1400, "{}", status.details().len());
+        assert_eq!(error.for_logs(), "items[0]: invalid argument");
+        assert_eq!(Error::not_found("no model `secret`").for_logs(), "not found");
+        assert_eq!(Error::Draining.for_logs(), Error::Draining.to_string());
     }
 
     #[test]

@@ -113,6 +113,7 @@ impl Launch {
         let ports: serde_json::Value = serde_json::from_slice(&std::fs::read(ports).unwrap()).unwrap();
         let address = |port: &str| ports[port].as_str().unwrap().parse().unwrap();
         (server.address, server.metrics_address) = (address("grpc"), address("metrics"));
+        server.admin_address = ports["admin"].as_str().map(|address| address.parse().unwrap());
         server
     }
 
@@ -127,7 +128,14 @@ impl Launch {
         self.command.stdin(Stdio::null()).stdout(log.try_clone().unwrap()).stderr(log);
         let nowhere = SocketAddr::from(([0, 0, 0, 0], 0));
         let child = self.command.spawn().unwrap();
-        Server { child, folder: self.folder, address: nowhere, metrics_address: nowhere, _hub: self.hub }
+        Server {
+            child,
+            folder: self.folder,
+            address: nowhere,
+            metrics_address: nowhere,
+            admin_address: None,
+            _hub: self.hub,
+        }
     }
 }
 
@@ -144,6 +152,7 @@ pub struct Server {
     folder: TempDir,
     address: SocketAddr,
     metrics_address: SocketAddr,
+    admin_address: Option<SocketAddr>,
     _hub: Option<TcpListener>,
 }
 
@@ -165,7 +174,19 @@ impl Server {
         self.address
     }
 
-    /// The same for a client.
+    /// Where models are changed, if not there.
+    #[must_use]
+    pub fn admin_address(&self) -> Option<SocketAddr> {
+        self.admin_address
+    }
+
+    /// Where metrics and probes are taken.
+    #[must_use]
+    pub fn metrics_address(&self) -> SocketAddr {
+        self.metrics_address
+    }
+
+    /// Where rpcs are taken, for a client.
     #[must_use]
     pub fn url(&self) -> String {
         format!("http://{}", self.address)
@@ -209,6 +230,15 @@ impl Server {
                 Ok(Ok(Some(_))) => {}
                 other => panic!("never {wanted:?}: {other:?}"),
             }
+        }
+    }
+
+    /// Waits until it serves, by the probe beside the rpcs: for servers that ask for a certificate.
+    pub async fn until_ready(&self) {
+        let began = Instant::now();
+        while self.page("/readyz").await.0 != 200 {
+            assert!(began.elapsed() < PATIENCE, "never ready");
+            tokio::time::sleep(POLL).await;
         }
     }
 

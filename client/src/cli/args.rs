@@ -1,10 +1,10 @@
 //! Options that several subcommands share, and how they become messages of the contract.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use clap::{Args, ValueEnum};
-use plumb_client::{ApiKey, Client, ClientOptions, Error, RetryPolicy, v1};
+use plumb_client::{ApiKey, Client, ClientIdentity, ClientOptions, Error, RetryPolicy, v1};
 
 use super::Usage;
 
@@ -37,6 +37,29 @@ pub(crate) struct Global {
     /// PEM file of an authority to trust beside the system's, for https
     #[arg(long, global = true, help_heading = SERVER, env = "PLUMB_CA_CERT", value_name = "FILE")]
     ca_cert: Option<PathBuf>,
+    /// PEM file of a certificate to show to the server, for mutual TLS
+    #[arg(
+        long,
+        global = true,
+        help_heading = SERVER,
+        env = "PLUMB_CLIENT_CERT",
+        value_name = "FILE",
+        requires = "client_key",
+    )]
+    client_cert: Option<PathBuf>,
+    /// PEM file of its private key
+    #[arg(
+        long,
+        global = true,
+        help_heading = SERVER,
+        env = "PLUMB_CLIENT_KEY",
+        value_name = "FILE",
+        requires = "client_cert",
+    )]
+    client_key: Option<PathBuf>,
+    /// Who calls: the server shares its work fairly between clients [default: known by key or address]
+    #[arg(long, global = true, help_heading = SERVER, env = "PLUMB_CLIENT_ID", value_name = "ID")]
+    client_id: Option<String>,
     /// Longest wait for the answer to a call, all tries together [default: 300; for models load: 3600]
     #[arg(
         long,
@@ -75,14 +98,22 @@ impl Global {
 
     /// Connects with another retry policy.
     pub(crate) async fn connect_with(&self, retry: RetryPolicy) -> anyhow::Result<Client> {
-        let ca_certificate_pem = match &self.ca_cert {
-            Some(path) => Some(std::fs::read(path).map_err(|e| Usage(format!("--ca-cert {}: {e}", path.display())))?),
-            None => None,
+        let read = |option: &str, path: &Path| {
+            std::fs::read(path).map_err(|e| Usage(format!("--{option} {}: {e}", path.display())))
+        };
+        let ca_certificate_pem = self.ca_cert.as_deref().map(|path| read("ca-cert", path)).transpose()?;
+        let identity = match (&self.client_cert, &self.client_key) {
+            (Some(certificate), Some(key)) => {
+                Some(ClientIdentity::from_pem(read("client-cert", certificate)?, read("client-key", key)?))
+            }
+            _ => None,
         };
         let options = ClientOptions {
             endpoints: self.server.clone(),
             api_key: self.api_key.clone().map(ApiKey::new),
             ca_certificate_pem,
+            identity,
+            client_id: self.client_id.clone(),
             connect_timeout: self.connect_timeout_secs,
             call_timeout: Some(self.timeout(Duration::from_secs(300))),
             retry,

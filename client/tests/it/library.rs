@@ -170,6 +170,18 @@ async fn https_with_a_private_authority() {
 }
 
 #[tokio::test]
+async fn a_client_says_who_it_is() {
+    let fake = Fake::start([]).await;
+    Client::connect(options(&fake.url)).await.unwrap().score(one_item()).await.unwrap();
+    assert_eq!(fake.header("x-client-id"), None);
+    let named = ClientOptions { client_id: Some("rl-run-7".into()), ..options(&fake.url) };
+    Client::connect(named).await.unwrap().score(one_item()).await.unwrap();
+    assert_eq!(fake.header("x-client-id").as_deref(), Some("rl-run-7"));
+    let bad = ClientOptions { client_id: Some("two\nlines".into()), ..options(&fake.url) };
+    assert!(matches!(Client::connect(bad).await, Err(Error::Options(_))));
+}
+
+#[tokio::test]
 async fn calls_take_turns_and_pass_a_dead_server_over() {
     let (a, b) = (Fake::start([]).await, Fake::start([]).await);
     let endpoints = vec![a.url.clone(), nobody().await, b.url.clone()];

@@ -12,6 +12,7 @@
 //! **Special tokens inside content are special tokens.** `<|im_end|>` in a user's message becomes that token, as in
 //! Transformers. Whoever takes messages from strangers has to remove such strings first.
 
+mod apart;
 mod detokenize;
 mod dialogue;
 mod hhh;

@@ -4,7 +4,10 @@
 //! controls, Python's methods on strings and dictionaries, `raise_exception`, `strftime_now`, a `tojson` without HTML
 //! escapes, and `{% generation %}` blocks, which only mark text and so are transparent here.
 //!
-//! A template is code from a checkpoint: its work, its output and its recursion are bounded.
+//! A template is code from a checkpoint: its work, its output, its recursion and its time are bounded. Instructions are
+//! counted, but that alone bounds no time, because one may compare or sort strings of megabytes. So only a count that
+//! cannot take long whatever it is spent on is spent where the caller waits; what needs more is rendered again
+//! [`apart`], where it can be given up.
 
 use std::borrow::Cow;
 use std::fmt;
@@ -14,7 +17,7 @@ use minijinja::syntax::SyntaxConfig;
 use minijinja::{AutoEscape, Environment, Error as JinjaError, ErrorKind, State, Value};
 use sha2::{Digest, Sha256};
 
-use super::Message;
+use super::{Message, apart};
 use crate::{Error, Result};
 
 /// Most bytes that a template may write.
@@ -23,9 +26,17 @@ pub(super) const MAX_RENDERED_BYTES: usize = 4 << 20;
 /// Bytes of a template's source; the longest published ones have some 30,000.
 pub(crate) const MAX_TEMPLATE_BYTES: usize = 1 << 20;
 
-/// Most instructions that one rendering may take; a piece of 64 bytes counts as one, so that it also bounds the memory.
-/// A long conversation of a thousand turns takes about a twenty-fifth of it.
-const FUEL: u64 = 1_000_000;
+/// Most instructions that a small conversation may take before its rendering is moved to a thread of its own; a piece of
+/// 64 bytes that is written or read counts as one. Templates in use take some hundred, and 40 for a turn.
+const FUEL: u64 = 4_000;
+/// Most bytes of a conversation that is small.
+const SMALL_BYTES: usize = 16 << 10;
+
+/// The same there: some for any conversation, some for every turn, and one for four bytes, which lets a text be gone
+/// over sixteen times.
+const SLOW_FUEL: u64 = 50_000;
+const SLOW_FUEL_FOR_A_TURN: u64 = 200;
+const BYTES_FOR_SLOW_FUEL: u64 = 4;
 
 /// Stack for a rendering. A list in a list in a list, as many as instructions can make, is taken apart by recursion: of
 /// the default stack, that would end the process. Pages of it that are not touched take no memory.
@@ -76,28 +87,47 @@ impl ChatTemplate {
 
     /// The text of a conversation; with `add_generation_prompt` it ends where the assistant's next turn begins.
     pub(super) fn render(&self, messages: &[Message], add_generation_prompt: bool) -> Result<String> {
-        let message = |message: &Message| {
-            Value::from_pairs([("role", message.role.as_str()), ("content", message.content.as_str())])
-        };
-        self.render_values(messages.iter().map(message).collect(), add_generation_prompt)
+        let bytes: usize = messages.iter().map(|message| message.role.len() + message.content.len()).sum();
+        if bytes <= SMALL_BYTES {
+            match render(&self.environment, values(messages), add_generation_prompt, FUEL) {
+                Err(error) if error.kind() == ErrorKind::OutOfFuel => {}
+                rendered => return rendered.map_err(refusal),
+            }
+        }
+        let (environment, messages) = (self.environment.clone(), messages.to_vec());
+        let turns = messages.len() as u64;
+        let fuel = SLOW_FUEL + SLOW_FUEL_FOR_A_TURN * turns + bytes as u64 / BYTES_FOR_SLOW_FUEL;
+        apart::run(move || {
+            let render = || render(&environment, values(&messages), add_generation_prompt, fuel).map_err(refusal);
+            stacker::grow(STACK, render)
+        })?
     }
+}
 
-    fn render_values(&self, messages: Value, add_generation_prompt: bool) -> Result<String> {
-        stacker::grow(STACK, || self.render_here(messages, add_generation_prompt))
-    }
+fn values(messages: &[Message]) -> Value {
+    let message =
+        |message: &Message| Value::from_pairs([("role", message.role.as_str()), ("content", message.content.as_str())]);
+    messages.iter().map(message).collect()
+}
 
-    fn render_here(&self, messages: Value, add_generation_prompt: bool) -> Result<String> {
-        let context = Value::from_pairs([
-            ("messages", messages),
-            ("tools", Value::from(())),
-            ("documents", Value::from(())),
-            ("add_generation_prompt", Value::from(add_generation_prompt)),
-        ]);
-        let mut output = Bounded(Vec::new());
-        let template = self.environment.get_template(NAME).map_err(refusal)?;
-        template.render_captured_to(context, &mut output).map_err(refusal)?;
-        String::from_utf8(output.0).map_err(|_| Error::InvalidInput("the chat template wrote no UTF-8".into()))
-    }
+fn render(
+    environment: &Environment<'static>,
+    messages: Value,
+    add_generation_prompt: bool,
+    fuel: u64,
+) -> Result<String, JinjaError> {
+    let context = Value::from_pairs([
+        ("messages", messages),
+        ("tools", Value::from(())),
+        ("documents", Value::from(())),
+        ("add_generation_prompt", Value::from(add_generation_prompt)),
+    ]);
+    // Cheap: what is parsed is shared.
+    let mut environment = environment.clone();
+    environment.set_fuel(Some(fuel));
+    let mut output = Bounded(Vec::new());
+    environment.get_template(NAME)?.render_captured_to(context, &mut output)?;
+    String::from_utf8(output.0).map_err(|_| JinjaError::new(ErrorKind::InvalidOperation, "it wrote no UTF-8"))
 }
 
 fn environment(source: &str, strings: &SpecialStrings) -> Result<Environment<'static>, JinjaError> {
@@ -105,7 +135,6 @@ fn environment(source: &str, strings: &SpecialStrings) -> Result<Environment<'st
     environment.set_syntax(SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build()?);
     environment.set_auto_escape_callback(|_| AutoEscape::None);
     environment.set_unknown_method_callback(python_method);
-    environment.set_fuel(Some(FUEL));
     environment.set_recursion_limit(MAX_RECURSION);
     environment.add_function("raise_exception", raise_exception);
     environment.add_function("strftime_now", strftime_now);
@@ -147,7 +176,7 @@ fn work(text: &str, name: &str, args: &[Value]) -> usize {
         ("split" | "rsplit", Some("")) => 0,
         ("split" | "rsplit", Some(separator)) => text.matches(separator).count(),
         ("split" | "rsplit", None) => text.split_whitespace().count(),
-        ("splitlines", _) => text.lines().count(),
+        ("splitlines", _) => text.bytes().filter(|byte| *byte == b'\n').count(),
         // Characters one by one.
         ("title", _) => text.len() / 8,
         _ => 0,
@@ -290,14 +319,14 @@ mod tests {
         }
     }
 
-    fn render(source: &str, content: &str) -> Result<String> {
+    fn render_one(source: &str, content: &str) -> Result<String> {
         let strings = SpecialStrings { bos_token: Some("<s>".into()), ..SpecialStrings::default() };
         ChatTemplate::new(source, &strings)?.render(&[Message::new("user", content)], false)
     }
 
     #[track_caller]
     fn check(source: &str, expected: &str) {
-        match render(source, "Köln & <Bonn>") {
+        match render_one(source, "Köln & <Bonn>") {
             Ok(text) => assert_eq!(text, expected, "{source}"),
             Err(error) => assert!(error.to_string().contains(expected), "{source}: {error}"),
         }
@@ -315,8 +344,9 @@ mod tests {
                 eos_token: text("eos_token"),
                 ..SpecialStrings::default()
             };
+            let generate = case["add_generation_prompt"].as_bool().unwrap();
             let rendered = ChatTemplate::new(case["template"].as_str().unwrap(), &strings).and_then(|template| {
-                template.render_values(value(&case["messages"]), case["add_generation_prompt"].as_bool().unwrap())
+                render(&template.environment, value(&case["messages"]), generate, FUEL).map_err(refusal)
             });
             let right = match (&rendered, text("expected")) {
                 (Ok(rendered), Some(expected)) => *rendered == expected,
@@ -363,9 +393,9 @@ mod tests {
 
     #[test]
     fn dates_are_of_now() {
-        let year = render("{{ strftime_now('%Y') }}", "").unwrap();
+        let year = render_one("{{ strftime_now('%Y') }}", "").unwrap();
         assert!(year.parse::<u32>().unwrap() >= 2025, "{year}");
-        let parts = render("{{ strftime_now('%d %b %Y, %-d. %B %H:%M:%S %A') }}", "").unwrap();
+        let parts = render_one("{{ strftime_now('%d %b %Y, %-d. %B %H:%M:%S %A') }}", "").unwrap();
         assert_eq!(parts.split(' ').count(), 7, "{parts}");
         check("{{ strftime_now('%') }}", "strftime_now");
     }
@@ -386,7 +416,9 @@ mod tests {
     fn work_and_output_are_bounded() {
         let loops = "{% for a in range(9999) %}{% for b in range(9999) %}{% if a %}{% endif %}{% endfor %}{% endfor %}";
         check(loops, "too many steps");
-        check("{% for a in range(9999) %}{{ 'x' * 9999 }}{% endfor %}", "writes more than");
+        let half = "x".repeat(MAX_RENDERED_BYTES / 2);
+        let thrice = render_one("{% for a in range(3) %}{{ messages[0].content }}{% endfor %}", &half).unwrap_err();
+        assert!(thrice.to_string().contains("writes more than"), "{thrice}");
         check("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "recursion");
         check(
             "{% set n = namespace(x=[]) %}{% for i in range(400) %}{% set n.x = [n.x] %}{% endfor %}{{ n.x|tojson }}",
@@ -405,6 +437,13 @@ mod tests {
                     {% set n.x = [n.x] %}{% endfor %}{% endfor %}";
         check(nest, "too many steps");
         check("{% set n = namespace(x=[]) %}{% for i in range(9999) %}{% set n.x = [n.x] %}{% endfor %}ok", "ok");
+    }
+
+    #[test]
+    fn what_a_small_budget_does_not_pay_for_is_rendered_apart() {
+        check("{% for a in range(5000) %}{% endfor %}{{ messages[0].content }}", "Köln & <Bonn>");
+        let long = "x".repeat(3 * SMALL_BYTES);
+        assert_eq!(render_one("{{ messages[0].content }}", &long).unwrap(), long);
     }
 
     #[test]

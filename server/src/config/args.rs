@@ -186,21 +186,28 @@ pub(crate) struct EngineFlags {
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Limits")]
 pub(crate) struct LimitFlags {
-    /// Most calls at a time, streams included; more are refused with RESOURCE_EXHAUSTED.
-    #[arg(long, env = "PLUMB_MAX_CONCURRENT_REQUESTS", default_value_t = 512, value_parser = count())]
+    /// Most calls at a time, streams included; more are refused with RESOURCE_EXHAUSTED. It bounds what calls take by
+    /// merely being there; what they make the server do is bounded by --max-queue-tokens.
+    #[arg(long, env = "PLUMB_MAX_CONCURRENT_REQUESTS", default_value_t = 4096, value_parser = count())]
     pub(crate) max_concurrent_requests: usize,
     /// Most items, candidates or samples in a call.
     #[arg(long, env = "PLUMB_MAX_CLIENT_BATCH_SIZE", default_value_t = 256, value_parser = count())]
     pub(crate) max_client_batch_size: usize,
-    /// Most tokens of work that are admitted and not yet done; more are refused with RESOURCE_EXHAUSTED.
-    #[arg(long, env = "PLUMB_MAX_QUEUE_TOKENS", default_value_t = 1 << 20, value_parser = count())]
-    pub(crate) max_queue_tokens: usize,
+    /// Most tokens of work that are admitted and not yet done; more are refused with RESOURCE_EXHAUSTED [default: what
+    /// the server does in about a second, as measured, and at least two batches].
+    #[arg(long, env = "PLUMB_MAX_QUEUE_TOKENS", value_parser = count())]
+    pub(crate) max_queue_tokens: Option<usize>,
     /// Most tokens in an input, below what the model allows [default: what the model allows].
     #[arg(long, env = "PLUMB_MAX_INPUT_TOKENS", value_parser = count())]
     pub(crate) max_input_tokens: Option<usize>,
     /// Largest message that is received or sent, in bytes.
     #[arg(long, env = "PLUMB_MAX_MESSAGE_BYTES", default_value_t = 64 << 20, value_parser = count(), value_name = "BYTES")]
     pub(crate) max_message_bytes: usize,
+    /// Most memory for messages that are being received, or whose work is not done, in MiB; beyond it the server reads
+    /// on when there is room. One client may use half of it [default: 512, or eight times --max-message-bytes if that is
+    /// more].
+    #[arg(long, env = "PLUMB_MAX_REQUEST_MEMORY_MIB", value_parser = count(), value_name = "MIB")]
+    pub(crate) max_request_memory_mib: Option<usize>,
     /// Most new tokens that a call may ask for, per sample.
     #[arg(long, env = "PLUMB_MAX_NEW_TOKENS_LIMIT", default_value_t = 4096, value_parser = count())]
     pub(crate) max_new_tokens_limit: usize,

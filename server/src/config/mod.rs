@@ -108,12 +108,14 @@ pub struct Limits {
     pub max_concurrent_requests: usize,
     /// Items, candidates or samples in a call.
     pub max_client_batch_size: usize,
-    /// Tokens of work admitted and not yet done.
-    pub max_queue_tokens: usize,
+    /// Tokens of work admitted and not yet done; unset: what the server does in about a second.
+    pub max_queue_tokens: Option<usize>,
     /// Tokens in an input; the model may allow less.
     pub max_input_tokens: Option<usize>,
     /// Size of a message.
     pub max_message_bytes: usize,
+    /// Messages that are being received, or whose work is not done.
+    pub max_request_bytes: usize,
     /// New tokens that a call may ask for, per sample.
     pub max_new_tokens_limit: usize,
     /// New tokens per sample where a call does not say.
@@ -352,6 +354,18 @@ impl Config {
         };
         // What is wrong with the files is wrong with the configuration.
         Table::read(&access)?;
+        // Half of it is a single client's, which has to be able to send the largest message.
+        let max_request_bytes = match limits.max_request_memory_mib.map(|mib| mib << 20) {
+            None => (512 << 20).max(8 * limits.max_message_bytes),
+            Some(bytes) if bytes / 2 >= limits.max_message_bytes => bytes,
+            Some(bytes) => {
+                return Err(format!(
+                    "--max-request-memory-mib {} is less than two messages of --max-message-bytes {}",
+                    bytes >> 20,
+                    limits.max_message_bytes
+                ));
+            }
+        };
         let logical_cores = std::thread::available_parallelism().map_or(1, usize::from);
         Ok(Self {
             models: served,
@@ -379,6 +393,7 @@ impl Config {
                 max_queue_tokens: limits.max_queue_tokens,
                 max_input_tokens: limits.max_input_tokens,
                 max_message_bytes: limits.max_message_bytes,
+                max_request_bytes,
                 max_new_tokens_limit: limits.max_new_tokens_limit,
                 default_max_new_tokens: limits.default_max_new_tokens,
                 max_stream_in_flight: limits.max_stream_in_flight,

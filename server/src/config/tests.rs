@@ -37,7 +37,7 @@ fn flags_come_before_the_file_and_the_file_before_defaults() {
     let path = file.path().to_str().unwrap();
     let config = parse(&["--config", path, "--max-batch-tokens", "7"]).unwrap();
     assert_eq!(config.engine.max_batch_tokens, 7);
-    assert_eq!(config.limits.max_queue_tokens, 200);
+    assert_eq!(config.limits.max_queue_tokens, Some(200));
     assert_eq!(config.limits.max_client_batch_size, 256);
     assert!(config.limits.auto_truncate);
     assert_eq!(config.models.iter().map(|model| model.name.as_str()).collect::<Vec<_>>(), ["a", "b"]);
@@ -83,6 +83,7 @@ fn values_out_of_range_are_refused() {
     check(&["--record-sample", "NaN"], "not a share above 0");
     check(&["--record-max-age-secs", "0.5"], "must be 1 or more");
     check(&["--record-keep", "0"], "0 is not in 1..");
+    check(&["--max-request-memory-mib", "127"], "less than two messages of --max-message-bytes 67108864");
     check(&["--api-key", ""], "a key is empty");
     check(&["--api-key-file", file("\n \n").path().to_str().unwrap()], "there is no key in it");
     check(&["--auth-tokens-file", file("").path().to_str().unwrap()], "neither a [[token]] nor a [[certificate]]");

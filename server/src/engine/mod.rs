@@ -20,7 +20,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 
 pub use scheduler::Priority;
 
-use crate::admission::TokenPermit;
+use crate::admission::Permit;
 use crate::error::{Error, Result};
 use compute::Compute;
 use sampling::Sampler;
@@ -70,8 +70,15 @@ pub struct JobMeta {
     pub arrived: Instant,
     /// Leading tokens whose state is kept for as long as the model lives: the HHH prompt; 0 for none.
     pub pinned_prefix: usize,
-    /// Held until the work is done.
-    pub permit: Option<TokenPermit>,
+    /// Held until the work is done; says whose it is, too.
+    pub permit: Option<Permit>,
+}
+
+impl JobMeta {
+    /// Whose it is, and what it counts for among the clients: `tokens`, unless admission has found out more.
+    fn turn(&self, tokens: usize) -> (scheduler::Client, usize) {
+        self.permit.as_ref().map_or((0, tokens), |permit| (permit.client_id(), permit.tokens()))
+    }
 }
 
 /// What is wanted of a sequence.
@@ -160,24 +167,6 @@ pub enum Finish {
     Length,
 }
 
-/// The recent speed in tokens per second, which the thread tells without being asked; 0 before the first step.
-#[derive(Debug, Default)]
-struct Speed(AtomicU64);
-
-impl Speed {
-    fn read(&self) -> f64 {
-        f64::from_bits(self.0.load(Ordering::Relaxed))
-    }
-
-    /// Moves the average towards a step's speed.
-    fn record(&self, tokens: usize, duration: Duration) {
-        let rate = tokens as f64 / duration.as_secs_f64().max(1e-6);
-        let old = self.read();
-        let new = if old == 0.0 { rate } else { 0.9 * old + 0.1 * rate };
-        self.0.store(new.to_bits(), Ordering::Relaxed);
-    }
-}
-
 /// Why the engine cannot compute any more. Only a new process helps.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Loss {
@@ -219,7 +208,6 @@ impl Drop for End {
 #[derive(Clone, Debug)]
 pub struct Engine {
     commands: std::sync::mpsc::Sender<Command>,
-    speed: Arc<Speed>,
     lost: watch::Receiver<Option<Loss>>,
     next_key: Arc<AtomicU64>,
 }
@@ -261,11 +249,11 @@ impl Engine {
     pub fn start(options: EngineOptions) -> Result<Engine> {
         let compute = Compute::start(options.threads)?;
         let (commands, receiver) = std::sync::mpsc::channel();
-        let (speed, pulse) = (Arc::new(Speed::default()), Pulse::default());
+        let pulse = Pulse::default();
         let (sender, lost) = watch::channel(None);
         let losses = Losses(Arc::new(sender));
         let (watched, ended) = std::sync::mpsc::channel();
-        let worker = Worker::new(options, receiver, speed.clone(), pulse.clone(), compute);
+        let worker = Worker::new(options, receiver, pulse.clone(), compute);
         let end = End { losses: losses.clone(), loss: Loss::Died };
         spawn("plumb-engine", move || {
             let _watched = watched;
@@ -276,7 +264,7 @@ impl Engine {
         spawn("plumb-watchdog", move || {
             watchdog::watch(&pulse, options.stall_timeout, &ended, || losses.tell(Loss::Stuck));
         })?;
-        Ok(Engine { commands, speed, lost, next_key: Arc::new(AtomicU64::new(1)) })
+        Ok(Engine { commands, lost, next_key: Arc::new(AtomicU64::new(1)) })
     }
 
     /// Makes room for a model and tries it out. `name` and `version` are for logs and metrics.
@@ -312,11 +300,6 @@ impl Engine {
     /// Tells when the engine is lost.
     pub fn lost(&self) -> watch::Receiver<Option<Loss>> {
         self.lost.clone()
-    }
-
-    /// Recent speed in tokens per second; 0 before the first step.
-    pub fn tokens_per_second(&self) -> f64 {
-        self.speed.read()
     }
 
     fn send(&self, command: Command) -> Result<()> {

@@ -14,7 +14,7 @@ use super::scheduler::cost::Cost;
 use super::scheduler::{ModelKey, NewSequence, Plan, Scheduler, SequenceId, Slice, Want as Wanted};
 use super::step::{self, Device, Input, Outcome, Values};
 use super::watchdog::Pulse;
-use super::{EngineOptions, Finish, GenerateEvent, GenerateJob, Loss, Sequence, SequenceOutput, Speed, Want};
+use super::{EngineOptions, Finish, GenerateEvent, GenerateJob, Loss, Sequence, SequenceOutput, Want};
 use crate::error::{Error, Result};
 use crate::telemetry::events::{BatchFailed, BatchRun, InputIsolated, PrefixEvictions, QueueChanged};
 
@@ -68,7 +68,6 @@ impl Caller {
 
 pub(super) struct Worker {
     commands: Receiver<Command>,
-    speed: Arc<Speed>,
     pulse: Pulse,
     compute: Arc<Compute>,
     scheduler: Scheduler,
@@ -82,17 +81,10 @@ pub(super) struct Worker {
 }
 
 impl Worker {
-    pub(super) fn new(
-        options: EngineOptions,
-        commands: Receiver<Command>,
-        speed: Arc<Speed>,
-        pulse: Pulse,
-        compute: Compute,
-    ) -> Self {
+    pub(super) fn new(options: EngineOptions, commands: Receiver<Command>, pulse: Pulse, compute: Compute) -> Self {
         Self {
             scheduler: Scheduler::new(options.limits()),
             commands,
-            speed,
             pulse,
             compute: Arc::new(compute),
             devices: HashMap::new(),
@@ -193,6 +185,11 @@ impl Worker {
     }
 
     fn add(&mut self, mut caller: Caller) {
+        let (client, work) = match &caller {
+            Caller::Score { sequence, .. } => sequence.meta.turn(sequence.tokens.len()),
+            Caller::Generate { job: None, .. } => return,
+            Caller::Generate { job: Some(job), .. } => job.meta.turn(job.tokens.len() + job.max_new_tokens),
+        };
         let new = match &mut caller {
             Caller::Score { sequence, .. } => NewSequence {
                 model: sequence.model.key(),
@@ -209,6 +206,8 @@ impl Worker {
                 deadline: sequence.meta.deadline,
                 arrived: sequence.meta.arrived,
                 pinned_prefix: sequence.meta.pinned_prefix,
+                client,
+                work,
             },
             Caller::Generate { job: None, .. } => return,
             Caller::Generate { job: Some(job), .. } => NewSequence {
@@ -219,6 +218,8 @@ impl Worker {
                 deadline: job.meta.deadline,
                 arrived: job.meta.arrived,
                 pinned_prefix: job.meta.pinned_prefix,
+                client,
+                work,
             },
         };
         match self.scheduler.add(new) {
@@ -334,7 +335,6 @@ impl Worker {
             duration,
         }
         .emit();
-        self.speed.record(plan.tokens(), duration);
     }
 
     /// Hands out what a step has computed for a slice.
@@ -361,7 +361,7 @@ impl Worker {
         if !self.scheduler.complete(slice, values) {
             return;
         }
-        let (Some(entry), Some(Caller::Score { sequence: _held, reply })) =
+        let (Some(entry), Some(Caller::Score { sequence, reply })) =
             (self.scheduler.remove(slice.id), self.callers.remove(&slice.id))
         else {
             return;
@@ -374,6 +374,10 @@ impl Worker {
             finished: Instant::now(),
             values: entry.into_values(),
         };
+        // Before the answer: who calls again because of it finds the room.
+        if let Some(permit) = sequence.meta.permit {
+            permit.finish();
+        }
         // The caller may have gone meanwhile.
         drop(reply.send(Ok(output)));
     }
@@ -381,6 +385,10 @@ impl Worker {
     /// Sends a sequence's next token, and ends it if that was the last one.
     fn send_token(&mut self, id: SequenceId, token: u32, log_prob: f32) {
         let Some(Caller::Generate { job: Some(job), events, drawn }) = self.callers.get_mut(&id) else { return };
+        if let Some(permit) = &mut job.meta.permit {
+            permit.prompt_is_done();
+            permit.token_is_drawn();
+        }
         if *drawn == 0 {
             let (cached_tokens, queued) = self.scheduler.entry(id).map_or((0, Default::default()), |e| {
                 (e.cached(), e.started().unwrap_or(e.arrived()).duration_since(e.arrived()))

@@ -6,7 +6,9 @@
 pub(crate) mod admission;
 pub(crate) mod auth;
 mod body;
+pub(crate) mod caller;
 pub(crate) mod deadline;
+pub(crate) mod inflow;
 pub(crate) mod metrics;
 pub(crate) mod receive;
 pub(crate) mod rpc;
@@ -20,10 +22,17 @@ use axum::middleware::{from_fn, from_fn_with_state};
 use tower::ServiceBuilder;
 
 use self::admission::Gate;
+use self::inflow::Inflow;
 use crate::access::Access;
 
 /// Puts the layers around the services, outermost first.
-pub(crate) fn around(services: Router, access: Arc<Access>, receive_timeout: Duration, gate: Arc<Gate>) -> Router {
+pub(crate) fn around(
+    services: Router,
+    access: Arc<Access>,
+    receive_timeout: Duration,
+    gate: Arc<Gate>,
+    inflow: Arc<Inflow>,
+) -> Router {
     services.layer(
         ServiceBuilder::new()
             // Outermost: what the others log belongs to the call's span, and the arrival is when the call came in.
@@ -32,11 +41,15 @@ pub(crate) fn around(services: Router, access: Arc<Access>, receive_timeout: Dur
             .layer(from_fn(metrics::metrics))
             // Before anything is spent on a caller who may not call.
             .layer(from_fn_with_state(access, auth::auth))
+            // Behind the keys, whose names tell clients apart.
+            .layer(from_fn(caller::caller))
             // Around all that reads the request, which is only the service.
             .layer(from_fn_with_state(receive_timeout, receive::receive))
             // Around the work and nothing else: a refusal needs no time limit, work must not outlive its caller's.
             .layer(from_fn(deadline::deadline))
-            // Innermost: what is in flight here is work, which is what a shutdown waits for.
-            .layer(from_fn_with_state(gate, admission::admission)),
+            // What is in flight here is work, which is what a shutdown waits for.
+            .layer(from_fn_with_state(gate, admission::admission))
+            // Innermost: nobody reads a message of a call that is refused.
+            .layer(from_fn_with_state(inflow, inflow::inflow)),
     )
 }

@@ -10,12 +10,11 @@ use tracing::{Instrument as _, Span, field};
 
 use super::body;
 use super::rpc::{Class, Rpc};
+use crate::services::limits::MAX_REQUEST_ID_BYTES;
 use crate::telemetry::tracing::follow_parent;
 
 /// Where callers may put an id of their own; the answer carries it back.
 const REQUEST_ID: &str = "x-request-id";
-/// Longer ids are not taken: they would fill the logs.
-const MAX_REQUEST_ID_LENGTH: usize = 128;
 
 /// When a call came in.
 #[derive(Clone, Copy, Debug)]
@@ -54,7 +53,7 @@ pub(crate) async fn trace(mut request: Request, next: Next) -> Response {
 
 /// Puts the id of a call's message into its span; in a stream the last message's stays.
 pub(crate) fn record_request_id(id: &str) {
-    if !id.is_empty() && id.len() <= MAX_REQUEST_ID_LENGTH {
+    if !id.is_empty() && id.len() <= MAX_REQUEST_ID_BYTES {
         Span::current().record("request_id", id);
     }
 }
@@ -64,8 +63,9 @@ pub(super) fn record_caller(name: &str) {
     Span::current().record("caller", name);
 }
 
+/// The caller's, unless it is too long.
 fn request_id(request: &Request) -> HeaderValue {
-    let given = request.headers().get(REQUEST_ID).filter(|id| id.len() <= MAX_REQUEST_ID_LENGTH && id.to_str().is_ok());
+    let given = request.headers().get(REQUEST_ID).filter(|id| id.len() <= MAX_REQUEST_ID_BYTES && id.to_str().is_ok());
     given.cloned().unwrap_or_else(|| {
         let id = format!("{:016x}", rand::random::<u64>());
         HeaderValue::from_str(&id).unwrap_or(HeaderValue::from_static("-"))

@@ -10,7 +10,8 @@ use plumb_proto::v1;
 use super::input::Objective;
 use super::sample::{Piece, Sample};
 use super::scoring::{ScoreCall, Scored};
-use super::{CallTimes, Context, rank};
+use super::{Call, Context, rank};
+use crate::admission::Permit;
 use crate::engine::Priority;
 use crate::error::Result;
 use crate::record::Origin;
@@ -23,7 +24,9 @@ pub(super) struct Ranking {
     pub(super) prompt: TextInput,
     pub(super) text: RenderOptions,
     pub(super) priority: Priority,
-    pub(super) times: CallTimes,
+    pub(super) call: Call,
+    /// Room that was got together with that for the samples: a call that is let in is not refused half-way.
+    pub(super) permit: Permit,
     /// Where the ranking is recorded: the Rank that would be answered the same, without its candidates.
     pub(super) record: Option<(Origin, v1::RankRequest)>,
 }
@@ -32,7 +35,7 @@ pub(super) struct Ranking {
 /// example, comes last and has no reward.
 pub(super) async fn draw(context: &Context, ranking: Ranking, samples: &mut [Sample]) -> Result<Vec<Piece>> {
     let mut drawn = try_join_all(samples.iter_mut().map(complete)).await?;
-    let Ranking { ranker, prompt, text, priority, times, record } = ranking;
+    let Ranking { ranker, prompt, text, priority, call, permit, record } = ranking;
     let answers = drawn.iter().map(|sample| Response::Text(sample.text.clone()));
     let inputs =
         answers.map(|response| Ok(TextInput::PromptResponse { prompt: Box::new(prompt.clone()), response })).collect();
@@ -44,7 +47,8 @@ pub(super) async fn draw(context: &Context, ranking: Ranking, samples: &mut [Sam
         objective: Objective::MeanLogProb,
         per_token: false,
         priority,
-        times,
+        call,
+        permit: Some(permit),
     };
     let identity = call.model.identity();
     let Scored { results, timings } = context.score(call).await?;

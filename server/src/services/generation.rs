@@ -15,7 +15,9 @@ use super::best_of::{self, Ranking};
 use super::sample::{Piece, Sample};
 use super::scoring::{count, timings};
 use super::stop::StopStrings;
-use super::{CallTimes, Context, input, split_hash};
+use super::work::{Size, Tokens};
+use super::{Call, Context, input, limits, split_hash, work};
+use crate::admission::{Permit, Work};
 use crate::engine::sampling::{Sampler, SamplingParams};
 use crate::engine::{GenerateJob, JobMeta, Priority};
 use crate::error::{Error, Result};
@@ -23,9 +25,6 @@ use crate::layers::trace::record_request_id;
 use crate::record::Origin;
 use crate::registry::{Need, Served};
 use crate::telemetry::events::{Computed, InputAccepted, Tokenized};
-
-/// Most stop strings, and most banned strings, of a call: each is looked for after every token.
-const MAX_STRINGS: usize = 64;
 
 type Sender = mpsc::Sender<Result<v1::GenerateResponse, Status>>;
 
@@ -45,8 +44,8 @@ impl Generation for GenerationService {
     type GenerateStream = ReceiverStream<Result<v1::GenerateResponse, Status>>;
 
     async fn generate(&self, request: Request<v1::GenerateRequest>) -> Result<Response<Self::GenerateStream>, Status> {
-        let (times, origin) = (CallTimes::of(&request), Origin::of(&request, "Generate"));
-        let plan = Plan::check(&self.context, request.into_inner(), times, origin)?;
+        let (call, origin) = (Call::of(&request), Origin::of(&request, "Generate"));
+        let plan = Plan::check(&self.context, request.into_inner(), call, origin)?;
         let run = start(Arc::clone(&self.context), plan).await?;
         Ok(Response::new(super::stream(self.context.aborted.clone(), |sender| run.deliver(sender))))
     }
@@ -69,14 +68,15 @@ struct Plan {
     samples: usize,
     priority: Priority,
     request_id: String,
-    times: CallTimes,
+    call: Call,
     record: Option<(Origin, v1::RankRequest)>,
 }
 
 impl Plan {
-    fn check(context: &Context, request: v1::GenerateRequest, times: CallTimes, origin: Origin) -> Result<Self> {
+    fn check(context: &Context, request: v1::GenerateRequest, call: Call, origin: Origin) -> Result<Self> {
+        limits::request_id(&request.request_id)?;
         record_request_id(&request.request_id);
-        let limits = &context.limits;
+        limits::spec("model", request.model.as_ref())?;
         let hash = || split_hash(&request.request_id, &request);
         let n = request.n.unwrap_or(1) as usize;
         context.check_count("n", n)?;
@@ -88,6 +88,7 @@ impl Plan {
                     return Err(Error::invalid("best_of.samples", format!("{samples} are fewer than n, which is {n}")));
                 }
                 context.check_count("best_of.samples", samples)?;
+                limits::spec("best_of.ranker", best_of.ranker.as_ref())?;
                 (Some(context.registry.resolve(best_of.ranker.as_ref(), Need::Preference, hash)?), samples)
             }
         };
@@ -98,14 +99,16 @@ impl Plan {
             return Err(Error::invalid("prompt", "best_of needs text: the ranker has a tokenizer of its own"));
         }
         let stopping = request.stopping.unwrap_or_default();
-        check_strings("stopping.stop_strings", &stopping.stop_strings)?;
-        let max_new_tokens = stopping.max_new_tokens.map_or(limits.default_max_new_tokens, |tokens| tokens as usize);
-        if max_new_tokens == 0 || max_new_tokens > limits.max_new_tokens_limit {
-            let message = format!("{max_new_tokens} is not in 1..={}", limits.max_new_tokens_limit);
+        limits::strings("stopping.stop_strings", &stopping.stop_strings)?;
+        let max_new_tokens =
+            stopping.max_new_tokens.map_or(context.limits.default_max_new_tokens, |tokens| tokens as usize);
+        if max_new_tokens == 0 || max_new_tokens > context.limits.max_new_tokens_limit {
+            let message = format!("{max_new_tokens} is not in 1..={}", context.limits.max_new_tokens_limit);
             return Err(Error::invalid("stopping.max_new_tokens", message));
         }
         let sampling = sampling(request.sampling.unwrap_or_default())?;
-        let mut text = input::render_options(request.text.as_ref(), model.info.max_input_tokens, limits.auto_truncate)?;
+        let mut text =
+            input::render_options(request.text.as_ref(), model.info.max_input_tokens, context.limits.auto_truncate)?;
         // Truncation makes room for the new tokens. Without it, a long prompt leaves less room than was asked for.
         let reserved = if text.truncation == Truncation::Refuse { 1 } else { max_new_tokens };
         text.max_tokens.get_or_insert(model.info.max_input_tokens.saturating_sub(reserved).max(1));
@@ -122,7 +125,7 @@ impl Plan {
             samples,
             priority: input::priority(request.priority)?,
             request_id: request.request_id,
-            times,
+            call,
             record,
         })
     }
@@ -148,7 +151,7 @@ fn ranking_record(context: &Context, request: &v1::GenerateRequest) -> Option<v1
 }
 
 fn sampling(wire: v1::Sampling) -> Result<SamplingParams> {
-    check_strings("sampling.banned_strings", &wire.banned_strings)?;
+    limits::strings("sampling.banned_strings", &wire.banned_strings)?;
     let params = SamplingParams {
         repetition_penalty: wire.repetition_penalty.unwrap_or(1.0),
         banned_strings: wire.banned_strings,
@@ -162,16 +165,6 @@ fn sampling(wire: v1::Sampling) -> Result<SamplingParams> {
     Ok(params)
 }
 
-fn check_strings(field: &str, strings: &[String]) -> Result<()> {
-    if strings.len() > MAX_STRINGS {
-        return Err(Error::invalid(field, format!("{} are given, {MAX_STRINGS} are allowed", strings.len())));
-    }
-    match strings.iter().position(String::is_empty) {
-        Some(i) => Err(Error::invalid(format!("{field}[{i}]"), "is empty")),
-        None => Ok(()),
-    }
-}
-
 /// The seed of a sample: samples of a call differ, and the first ones stay the same if more are asked for (SplitMix64,
 /// Steele et al. 2014).
 fn seed_of(seed: u64, sample: usize) -> u64 {
@@ -181,8 +174,11 @@ fn seed_of(seed: u64, sample: usize) -> u64 {
     z ^ (z >> 31)
 }
 
-/// Renders the prompt and puts all samples into the queue.
+/// Gets room for the call, renders the prompt and puts all samples into the queue.
 async fn start(context: Arc<Context>, plan: Plan) -> Result<Run> {
+    let size = Size::of(&plan.prompt);
+    let (mut permit, ranking) = admit(&context, &plan, size).await?;
+    let ranking = permit.take(ranking);
     let began = Instant::now();
     let (plan, rendered) = context
         .pool
@@ -205,15 +201,39 @@ async fn start(context: Arc<Context>, plan: Plan) -> Result<Run> {
     plan.model.record_input(prompt_tokens, plan.text.hhh_prompt);
     let max_new_tokens = plan.max_new_tokens.min(room);
     let truncated = rendered.truncated;
-    let samples = start_samples(&context, &plan, rendered, max_new_tokens).await?;
-    Ok(Run { context, plan, samples, prompt_tokens, truncated, tokenize })
+    if !truncated {
+        context.estimator.learn(plan.model.name(), size.bytes, prompt_tokens - rendered.prefix_len.min(prompt_tokens));
+    }
+    let samples = start_samples(&context, &plan, rendered, max_new_tokens, permit)?;
+    Ok(Run { context, plan, ranking, samples, prompt_tokens, truncated, tokenize })
 }
 
-async fn start_samples(context: &Context, plan: &Plan, prompt: Rendered, max_new_tokens: usize) -> Result<Vec<Sample>> {
+/// Room for a call, the prompt once and all tokens that may be drawn, and how much of it is for ranking the samples.
+///
+/// All, and not as many as are likely: a sequence takes pages for all of them when it begins, and those that are not drawn
+/// are given back.
+async fn admit(context: &Context, plan: &Plan, prompt: Size) -> Result<(Permit, Work)> {
+    let tokens = |model: &Served| prompt.tokens(&context.estimator, model.name(), model.info.max_input_tokens);
+    let new = plan.samples * plan.max_new_tokens.min(plan.model.info.max_input_tokens);
+    let samples = Work { prompt: tokens(&plan.model), new };
+    let ranking = plan.ranker.as_ref().map_or(0, |ranker| tokens(ranker) + new);
+    let (ranking, certain) = (Work::prompt(ranking), prompt.ids + new);
+    Ok((context.admit(&plan.call, plan.priority, samples + ranking, certain).await?, ranking))
+}
+
+fn start_samples(
+    context: &Context,
+    plan: &Plan,
+    prompt: Rendered,
+    max_new_tokens: usize,
+    permit: Permit,
+) -> Result<Vec<Sample>> {
     let model = &plan.model;
     let pinned_prefix = input::pinned_prefix(&prompt, &plan.text);
-    let work = prompt.ids.len() - pinned_prefix + max_new_tokens;
-    let permits = context.admit(&vec![work; plan.samples])?;
+    let tokens = Tokens { ids: &prompt.ids, pinned_prefix, reusable: prompt.ids.len() - 1 };
+    let mut works = work::count(std::iter::repeat_n(tokens, plan.samples), context.prefix_cache);
+    works.iter_mut().for_each(|work| work.new = max_new_tokens);
+    let permits = permit.split(&works)?;
     let default_stops = plan.default_stop_strings();
     let decoder = match default_stops.is_empty() {
         // In this form an answer begins after a space or a new line.
@@ -233,7 +253,7 @@ async fn start_samples(context: &Context, plan: &Plan, prompt: Rendered, max_new
             stop_at_eos: plan.stop_at_eos,
             meta: JobMeta {
                 priority: plan.priority,
-                deadline: plan.times.deadline,
+                deadline: plan.call.deadline,
                 arrived: Instant::now(),
                 pinned_prefix,
                 permit: Some(permit),
@@ -249,6 +269,8 @@ async fn start_samples(context: &Context, plan: &Plan, prompt: Rendered, max_new
 struct Run {
     context: Arc<Context>,
     plan: Plan,
+    /// Room for ranking them.
+    ranking: Permit,
     samples: Vec<Sample>,
     prompt_tokens: usize,
     truncated: bool,
@@ -258,7 +280,7 @@ struct Run {
 impl Run {
     /// Sends all there is to say, until the deadline.
     async fn deliver(self, sender: Sender) -> Result<()> {
-        match self.plan.times.deadline {
+        match self.plan.call.deadline {
             None => self.deliver_all(&sender).await,
             Some(deadline) => match tokio::time::timeout_at(deadline.into(), self.deliver_all(&sender)).await {
                 Ok(delivered) => delivered,
@@ -269,6 +291,7 @@ impl Run {
 
     async fn deliver_all(mut self, sender: &Sender) -> Result<()> {
         let began = Instant::now();
+        let ranking = self.ranking.rest();
         let Plan { model, ranker, .. } = &self.plan;
         let first = v1::GenerateResponse {
             model: Some(model.identity()),
@@ -287,7 +310,8 @@ impl Run {
                     // The ranker's own form and limit; what to do with what does not fit is the caller's choice.
                     text: RenderOptions { truncation: self.plan.text.truncation, ..RenderOptions::default() },
                     priority: self.plan.priority,
-                    times: self.plan.times,
+                    call: self.plan.call.clone(),
+                    permit: ranking,
                     record: self.plan.record.clone(),
                 };
                 let best = best_of::draw(&self.context, ranking, &mut self.samples).await?;
@@ -309,7 +333,7 @@ impl Run {
             cached_tokens: self.samples.first().map_or(0, |sample| count(sample.cached_tokens())),
             truncated: self.truncated,
             seed: self.plan.sampling.seed,
-            timings: Some(timings(self.plan.times.arrived, self.tokenize, queued, inference)),
+            timings: Some(timings(self.plan.call.arrived, self.tokenize, queued, inference)),
             request_id: self.plan.request_id.clone(),
         }
     }
@@ -349,13 +373,5 @@ mod tests {
         assert_eq!(distinct.len(), 100);
         assert_ne!(seed_of(7, 1), seed_of(8, 0), "neighbouring seeds share no samples");
         assert_eq!(seed_of(0, 1), 0xe220_a839_7b1d_cdaf, "the reference's first number");
-    }
-
-    #[test]
-    fn strings_are_bounded_and_not_empty() {
-        assert!(check_strings("stops", &["a".to_owned()]).is_ok());
-        let error = check_strings("stops", &["a".to_owned(), String::new()]).unwrap_err();
-        assert!(matches!(error, Error::InvalidArgument { field, .. } if field == "stops[1]"));
-        assert!(check_strings("stops", &vec!["a".to_owned(); MAX_STRINGS + 1]).is_err());
     }
 }

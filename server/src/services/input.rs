@@ -4,11 +4,13 @@
 use plumb_model::text::{self, ChatFormat, HhhPrompt, Message, RenderOptions, Response, TextInput, Truncation};
 use plumb_proto::v1;
 
+use super::limits;
 use crate::engine::Priority;
 use crate::error::{Error, Result};
 
 /// An input, in whichever form it came.
 pub(super) fn text_input(input: &v1::Input) -> Result<TextInput> {
+    limits::input(input)?;
     match &input.input {
         None => Err(Error::invalid("", "one of `conversation`, `text` and `token_ids` is needed")),
         Some(v1::input::Input::Text(text)) => Ok(TextInput::Text(text.clone())),
@@ -33,6 +35,7 @@ pub(super) fn candidate_input(prompt: &TextInput, candidate: &v1::Candidate) -> 
             if ids.response_start.is_some() {
                 return Err(Error::invalid("token_ids.response_start", "a candidate is a response as a whole"));
             }
+            limits::token_ids(ids)?;
             Response::TokenIds(ids.ids.clone())
         }
         (None, _) => return Err(Error::invalid("", "one of `text` and `token_ids` is needed")),

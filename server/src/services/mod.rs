@@ -6,6 +6,7 @@
 mod best_of;
 mod generation;
 mod input;
+pub(crate) mod limits;
 mod models;
 mod preference;
 mod rank;
@@ -13,6 +14,7 @@ mod sample;
 mod scoring;
 mod stop;
 mod tokens;
+mod work;
 
 use std::future::Future;
 use std::sync::Arc;
@@ -30,11 +32,12 @@ pub(crate) use self::generation::GenerationService;
 pub(crate) use self::models::ModelsService;
 pub(crate) use self::preference::PreferenceService;
 pub(crate) use self::tokens::TokensService;
-use crate::admission::{TokenBudget, TokenPermit};
+use crate::admission::{Admission, Ask, Estimator, Permit, Work};
 use crate::config::Limits;
-use crate::engine::Engine;
+use crate::engine::{Engine, Priority};
 use crate::error::{Error, Result};
 use crate::layers::admission::Aborted;
+use crate::layers::caller::Caller;
 use crate::layers::deadline::Deadline;
 use crate::layers::trace::Arrived;
 use crate::pool::CpuPool;
@@ -50,7 +53,10 @@ pub(crate) struct Context {
     pub(crate) registry: Arc<Registry>,
     pub(crate) engine: Engine,
     pub(crate) pool: CpuPool,
-    pub(crate) budget: Arc<TokenBudget>,
+    pub(crate) admission: Arc<Admission>,
+    pub(crate) estimator: Estimator,
+    /// Sequences may use what others have computed.
+    pub(crate) prefix_cache: bool,
     pub(crate) limits: Limits,
     pub(crate) recorder: Arc<Recorder>,
     /// Cancelled when streams should come to an end, because the server does.
@@ -60,10 +66,26 @@ pub(crate) struct Context {
 }
 
 impl Context {
-    /// Room for sequences of these lengths.
-    fn admit(&self, tokens: &[usize]) -> Result<Vec<TokenPermit>> {
-        let admitted = self.budget.admit(tokens, self.engine.tokens_per_second());
-        admitted.inspect_err(|error| Rejected { error }.emit())
+    /// Room for a call's work, of which so many tokens are `certain` and the rest is a guess. A request of a stream waits
+    /// for it: meanwhile the stream is read no further, and its sender is held up by flow control.
+    async fn admit(&self, call: &Call, priority: Priority, work: Work, certain: usize) -> Result<Permit> {
+        let Call { ref caller, deadline, in_stream: waits, .. } = *call;
+        let ask = Ask { client: Arc::clone(&caller.0), priority, work, certain, deadline, waits };
+        loop {
+            let refusal = match self.admission.admit(ask.clone()) {
+                Ok(permit) => return Ok(permit),
+                Err(refusal) => refusal,
+            };
+            match refusal.retry_after().map(|after| Instant::now() + after) {
+                Some(then) if waits && deadline.is_none_or(|deadline| then < deadline) => {
+                    tokio::time::sleep_until(then.into()).await;
+                }
+                _ => {
+                    Rejected { error: &refusal }.emit();
+                    return Err(refusal);
+                }
+            }
+        }
     }
 
     /// Refuses a list that is empty or longer than a call may bring.
@@ -77,19 +99,24 @@ impl Context {
     }
 }
 
-/// When a call came, and until when its answer is of use.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct CallTimes {
+/// Whose a call is, when it came, and until when its answer is of use.
+#[derive(Clone, Debug)]
+pub(crate) struct Call {
+    pub(crate) caller: Caller,
     pub(crate) arrived: Instant,
     pub(crate) deadline: Option<Instant>,
+    /// It is one request of a stream.
+    pub(crate) in_stream: bool,
 }
 
-impl CallTimes {
+impl Call {
     fn of<T>(request: &Request<T>) -> Self {
         let extensions = request.extensions();
         Self {
+            caller: Caller::of(extensions),
             arrived: extensions.get().map_or_else(Instant::now, |&Arrived(arrived)| arrived),
             deadline: extensions.get().map(|&Deadline(deadline)| deadline),
+            in_stream: false,
         }
     }
 }

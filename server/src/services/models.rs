@@ -10,7 +10,7 @@ use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
 
-use super::Context;
+use super::{Context, limits};
 use crate::config::check_name;
 use crate::error::{Error, Result};
 use crate::registry::{MAX_LABELS, Share};
@@ -35,7 +35,9 @@ impl Models for ModelsService {
     }
 
     async fn get_model(&self, request: Request<v1::GetModelRequest>) -> Result<Response<v1::GetModelResponse>, Status> {
-        let status = self.context.registry.status(request.into_inner().model.as_ref())?;
+        let v1::GetModelRequest { model } = request.into_inner();
+        limits::spec("model", model.as_ref())?;
+        let status = self.context.registry.status(model.as_ref())?;
         Ok(Response::new(v1::GetModelResponse { model: Some(status) }))
     }
 
@@ -44,7 +46,11 @@ impl Models for ModelsService {
         request: Request<v1::LoadVersionRequest>,
     ) -> Result<Response<v1::LoadVersionResponse>, Status> {
         let v1::LoadVersionRequest { name, version, source, adapter, revision } = request.into_inner();
+        limits::name("name", &name)?;
         check_name(&name).map_err(|message| Error::invalid("name", message))?;
+        for (field, text) in [("source", &source), ("adapter", &adapter), ("revision", &revision)] {
+            limits::source(field, text)?;
+        }
         if version == Some(0) {
             return Err(Error::invalid("version", "versions begin at 1").into());
         }
@@ -64,12 +70,15 @@ impl Models for ModelsService {
         request: Request<v1::UnloadVersionRequest>,
     ) -> Result<Response<v1::UnloadVersionResponse>, Status> {
         let v1::UnloadVersionRequest { name, version } = request.into_inner();
+        limits::name("name", &name)?;
         let status = self.context.registry.unload(&name, version)?;
         Ok(Response::new(v1::UnloadVersionResponse { model: Some(status) }))
     }
 
     async fn set_label(&self, request: Request<v1::SetLabelRequest>) -> Result<Response<v1::SetLabelResponse>, Status> {
         let v1::SetLabelRequest { name, label, version } = request.into_inner();
+        limits::name("name", &name)?;
+        limits::name("label", &label)?;
         check_name(&label).map_err(|message| Error::invalid("label", message))?;
         let registry = &self.context.registry;
         registry.set_label(&name, &label, version)?;
@@ -106,6 +115,7 @@ impl Models for ModelsService {
     ) -> Result<Response<Self::WatchModelsStream>, Status> {
         let context = Arc::clone(&self.context);
         let name = request.into_inner().name;
+        limits::name("name", &name)?;
         Ok(Response::new(super::stream(context.aborted.clone(), |sender| watch(context, name, sender))))
     }
 }

@@ -10,8 +10,9 @@ use tonic::{Request, Response, Status, Streaming};
 
 use super::input::{self, Objective};
 use super::scoring::{ScoreCall, Scored};
-use super::{CallTimes, Context, rank, split_hash};
+use super::{Call, Context, limits, rank, split_hash};
 use crate::error::{Error, Result};
+use crate::layers::inflow::{Received, Room};
 use crate::layers::trace::record_request_id;
 use crate::record::Origin;
 use crate::registry::Need;
@@ -32,15 +33,16 @@ impl Preference for PreferenceService {
     type ScoreStreamStream = Pin<Box<dyn Stream<Item = Result<v1::ScoreResponse, Status>> + Send>>;
 
     async fn score(&self, request: Request<v1::ScoreRequest>) -> Result<Response<v1::ScoreResponse>, Status> {
-        let (times, origin) = (CallTimes::of(&request), Origin::of(&request, "Score"));
-        Ok(Response::new(score(&self.context, request.into_inner(), times, origin).await?))
+        let (call, origin) = (Call::of(&request), Origin::of(&request, "Score"));
+        Ok(Response::new(score(&self.context, request.into_inner(), call, origin).await?))
     }
 
     async fn score_stream(
         &self,
         request: Request<Streaming<v1::ScoreRequest>>,
     ) -> Result<Response<Self::ScoreStreamStream>, Status> {
-        let (deadline, origin) = (CallTimes::of(&request).deadline, Origin::of(&request, "ScoreStream"));
+        let (call, origin) = (Call::of(&request), Origin::of(&request, "ScoreStream"));
+        let received = request.extensions().get::<Received>().cloned().unwrap_or_default();
         let in_flight = self.context.limits.max_stream_in_flight;
         let context = Arc::clone(&self.context);
         let (draining, aborted) = (self.context.draining.clone(), self.context.aborted.clone());
@@ -50,7 +52,7 @@ impl Preference for PreferenceService {
         let answers = request
             .into_inner()
             .take_until(draining.clone().cancelled_owned())
-            .map(move |message| answer(Arc::clone(&context), message, deadline, origin.clone()))
+            .map(move |message| answer(Arc::clone(&context), message, call.clone(), origin.clone(), received.next()))
             .buffer_unordered(in_flight)
             .take_until(async move { abort.cause().await });
         // A client that still had something to say learns that it was not heard.
@@ -63,26 +65,27 @@ impl Preference for PreferenceService {
     }
 
     async fn rank(&self, request: Request<v1::RankRequest>) -> Result<Response<v1::RankResponse>, Status> {
-        let (times, origin) = (CallTimes::of(&request), Origin::of(&request, "Rank"));
+        let (call, origin) = (Call::of(&request), Origin::of(&request, "Rank"));
         let request = request.into_inner();
         record_request_id(&request.request_id);
-        let answer = rank_candidates(&self.context, &request, times).await;
+        let answer = rank_candidates(&self.context, &request, call).await;
         self.context.recorder.rank(origin, request, &answer);
         Ok(Response::new(answer?))
     }
 }
 
-/// One request of a stream; what is wrong with it does not end the stream.
+/// One request of a stream; what is wrong with it does not end the stream. `_room` is held until it is answered.
 async fn answer(
     context: Arc<Context>,
     message: Result<v1::ScoreRequest, Status>,
-    deadline: Option<std::time::Instant>,
+    stream: Call,
     origin: Origin,
+    _room: Option<Room>,
 ) -> Result<v1::ScoreResponse, Status> {
     let request = message?;
-    let times = CallTimes { arrived: std::time::Instant::now(), deadline };
+    let call = Call { arrived: std::time::Instant::now(), in_stream: true, ..stream };
     let request_id = request.request_id.clone();
-    let response = score(&context, request, times, origin).await;
+    let response = score(&context, request, call, origin).await;
     Ok(response.unwrap_or_else(|error| v1::ScoreResponse {
         request_id,
         error: Some(v1::ItemError::from(&error)),
@@ -90,23 +93,20 @@ async fn answer(
     }))
 }
 
-async fn score(
-    context: &Context,
-    request: v1::ScoreRequest,
-    times: CallTimes,
-    origin: Origin,
-) -> Result<v1::ScoreResponse> {
+async fn score(context: &Context, request: v1::ScoreRequest, call: Call, origin: Origin) -> Result<v1::ScoreResponse> {
     record_request_id(&request.request_id);
-    let answer = score_items(context, &request, times).await;
+    let answer = score_items(context, &request, call).await;
     context.recorder.score(origin, request, &answer);
     answer
 }
 
-async fn score_items(context: &Context, request: &v1::ScoreRequest, times: CallTimes) -> Result<v1::ScoreResponse> {
+async fn score_items(context: &Context, request: &v1::ScoreRequest, call: Call) -> Result<v1::ScoreResponse> {
     let v1::ScoreRequest { model, items, text, objective, per_token, request_id, priority } = request;
+    limits::request_id(request_id)?;
+    limits::spec("model", model.as_ref())?;
     context.check_count("items", items.len())?;
     let model = context.registry.resolve(model.as_ref(), Need::Any, || split_hash(request_id, request))?;
-    let call = ScoreCall {
+    let work = ScoreCall {
         text: input::render_options(text.as_ref(), model.info.max_input_tokens, context.limits.auto_truncate)?,
         objective: Objective::parse(*objective)?,
         priority: input::priority(*priority)?,
@@ -114,10 +114,11 @@ async fn score_items(context: &Context, request: &v1::ScoreRequest, times: CallT
         inputs: items.iter().map(input::text_input).collect(),
         field: "items",
         per_token: *per_token,
-        times,
+        call,
+        permit: None,
     };
-    let identity = call.model.identity();
-    let Scored { results, timings } = context.score(call).await?;
+    let identity = work.model.identity();
+    let Scored { results, timings } = context.score(work).await?;
     let results = results.into_iter().map(|result| v1::ScoreResult {
         outcome: Some(match result {
             Ok(score) => v1::score_result::Outcome::Score(score),
@@ -133,13 +134,16 @@ async fn score_items(context: &Context, request: &v1::ScoreRequest, times: CallT
     })
 }
 
-async fn rank_candidates(context: &Context, request: &v1::RankRequest, times: CallTimes) -> Result<v1::RankResponse> {
+async fn rank_candidates(context: &Context, request: &v1::RankRequest, call: Call) -> Result<v1::RankResponse> {
     let v1::RankRequest { model, prompt, candidates, text, objective, request_id, priority } = request;
+    limits::request_id(request_id)?;
+    limits::spec("model", model.as_ref())?;
     context.check_count("candidates", candidates.len())?;
     let prompt =
         input::text_input(prompt.as_ref().unwrap_or(&v1::Input::default())).map_err(|error| error.within("prompt"))?;
+    limits::candidates(&prompt, candidates, context.limits.max_message_bytes)?;
     let model = context.registry.resolve(model.as_ref(), Need::Any, || split_hash(request_id, request))?;
-    let call = ScoreCall {
+    let work = ScoreCall {
         text: input::render_options(text.as_ref(), model.info.max_input_tokens, context.limits.auto_truncate)?,
         objective: Objective::parse(*objective)?,
         priority: input::priority(*priority)?,
@@ -149,10 +153,11 @@ async fn rank_candidates(context: &Context, request: &v1::RankRequest, times: Ca
         inputs: candidates.iter().map(|candidate| input::candidate_input(&prompt, candidate)).collect(),
         field: "candidates",
         per_token: false,
-        times,
+        call,
+        permit: None,
     };
-    let identity = call.model.identity();
-    let Scored { results, timings } = context.score(call).await?;
+    let identity = work.model.identity();
+    let Scored { results, timings } = context.score(work).await?;
     Ok(v1::RankResponse {
         model: Some(identity),
         ranked: rank::order(results),

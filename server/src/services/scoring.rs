@@ -1,4 +1,4 @@
-//! Scores inputs: render on the CPU pool, admit, queue all sequences together, put the answers together.
+//! Scores inputs: admit, render on the CPU pool, queue all sequences together, put the answers together.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -10,7 +10,9 @@ use plumb_proto::v1;
 use rayon::prelude::*;
 
 use super::input::{Objective, pinned_prefix};
-use super::{CallTimes, Context};
+use super::work::{self, Size, Tokens};
+use super::{Call, Context};
+use crate::admission::{Permit, Work};
 use crate::engine::{JobMeta, Priority, Sequence, SequenceOutput, Want};
 use crate::error::{Error, Result};
 use crate::registry::Served;
@@ -27,7 +29,9 @@ pub(super) struct ScoreCall {
     pub(super) objective: Objective,
     pub(super) per_token: bool,
     pub(super) priority: Priority,
-    pub(super) times: CallTimes,
+    pub(super) call: Call,
+    /// Room that was got before, for what is a part of a larger call.
+    pub(super) permit: Option<Permit>,
 }
 
 /// An answer for every input, in their order.
@@ -54,9 +58,9 @@ struct Part {
 }
 
 impl Part {
-    /// Tokens to compute. The HHH prompt is computed once per model, not once per request.
-    fn work(&self) -> usize {
-        self.tokens.len() - self.pinned_prefix
+    fn tokens(&self) -> Tokens<'_> {
+        // The HHH prompt is computed once per model, not once per request.
+        Tokens::of(&self.tokens, self.pinned_prefix, &self.want)
     }
 }
 
@@ -70,7 +74,15 @@ impl Context {
     /// Scores every input by itself: one that fails does not fail its neighbours. If all fail with the same code, that
     /// is the call's error, so that whoever sends a single item gets a plain status.
     pub(super) async fn score(&self, call: ScoreCall) -> Result<Scored> {
-        let ScoreCall { model, inputs, field, text, objective, per_token, priority, times } = call;
+        let ScoreCall { model, inputs, field, text, objective, per_token, priority, call, permit } = call;
+        let permit = match permit {
+            Some(permit) => permit,
+            None => {
+                let (tokens, certain) = self.estimate(&model, &inputs, objective);
+                self.admit(&call, priority, Work::prompt(tokens), certain).await?
+            }
+        };
+        let sizes: Vec<Size> = inputs.iter().map(|input| input.as_ref().map_or(Size::default(), Size::of)).collect();
         let began = Instant::now();
         let (served, hhh_prompt) = (Arc::clone(&model), text.hhh_prompt);
         let prepared: Vec<Result<Prepared>> = self
@@ -82,8 +94,9 @@ impl Context {
             .await?;
         let tokenize = began.elapsed();
         Tokenized { model: model.name(), duration: tokenize }.emit();
+        self.learn(&model, &sizes, &prepared);
 
-        let mut outputs = self.run_all(&model, &prepared, priority, times).await?.into_iter();
+        let mut outputs = self.run_all(&model, &prepared, priority, call.deadline, permit).await?.into_iter();
         let mut clock = Clock::default();
         let mut results = Vec::with_capacity(prepared.len());
         for (i, prepared) in prepared.into_iter().enumerate() {
@@ -119,8 +132,26 @@ impl Context {
         }
         let (queued, inference) = clock.read();
         Computed { model: model.name(), queued, inference }.emit();
-        let timings = timings(times.arrived, tokenize, queued, inference);
+        let timings = timings(call.arrived, tokenize, queued, inference);
         Ok(Scored { results, timings })
+    }
+
+    /// Tokens that a call's inputs are likely to be, and how many of those are certain.
+    fn estimate(&self, model: &Served, inputs: &[Result<TextInput>], objective: Objective) -> (usize, usize) {
+        let (tokens, certain) = work::estimate(inputs, &self.estimator, model.name(), model.info.max_input_tokens);
+        // The response alone is no longer than the whole.
+        let twice = model.info.kind == ModelKind::Language && objective == Objective::MutualInformation;
+        (if twice { 2 * tokens } else { tokens }, certain)
+    }
+
+    /// Takes in what texts have become. One that was cut says nothing.
+    fn learn(&self, model: &Served, sizes: &[Size], prepared: &[Result<Prepared>]) {
+        let whole = sizes.iter().zip(prepared).filter_map(|(size, prepared)| {
+            let sequence = &prepared.as_ref().ok().filter(|prepared| !prepared.truncated)?.sequence;
+            (size.bytes > 0).then_some((size.bytes, sequence.tokens.len() - sequence.pinned_prefix))
+        });
+        let (bytes, tokens) = whole.fold((0, 0), |sum, one| (sum.0 + one.0, sum.1 + one.1));
+        self.estimator.learn(model.name(), bytes, tokens);
     }
 
     /// Runs the sequences of all inputs that could be prepared; the answers are in their order.
@@ -129,17 +160,18 @@ impl Context {
         model: &Served,
         prepared: &[Result<Prepared>],
         priority: Priority,
-        times: CallTimes,
+        deadline: Option<Instant>,
+        permit: Permit,
     ) -> Result<Vec<Result<Outputs>>> {
         let parts = || prepared.iter().flatten().flat_map(Prepared::parts);
-        let work: Vec<usize> = parts().map(Part::work).collect();
-        let mut permits = self.admit(&work)?.into_iter();
+        let work = work::count(parts().map(Part::tokens), self.prefix_cache);
+        let mut permits = permit.split(&work)?.into_iter();
         // All are in the queue before the first is awaited: what they share is computed once, and batches are full.
         let mut answers = Vec::with_capacity(work.len());
         for part in parts() {
             let meta = JobMeta {
                 priority,
-                deadline: times.deadline,
+                deadline,
                 arrived: Instant::now(),
                 pinned_prefix: part.pinned_prefix,
                 permit: permits.next(),

@@ -9,7 +9,7 @@ use rayon::prelude::*;
 use tonic::{Request, Response, Status};
 
 use super::scoring::count;
-use super::{Context, input, split_hash};
+use super::{Context, input, limits, split_hash};
 use crate::error::{Error, Result};
 use crate::registry::Need;
 
@@ -29,6 +29,7 @@ impl Tokens for TokensService {
     async fn tokenize(&self, request: Request<v1::TokenizeRequest>) -> Result<Response<v1::TokenizeResponse>, Status> {
         let request = request.into_inner();
         self.context.check_count("texts", request.texts.len())?;
+        limits::spec("model", request.model.as_ref())?;
         let hash = || split_hash("", &request);
         let model = self.context.registry.resolve(request.model.as_ref(), Need::Any, hash)?;
         let v1::TokenizeRequest { model: _, texts, add_special_tokens } = request;
@@ -50,6 +51,7 @@ impl Tokens for TokensService {
 
     async fn render(&self, request: Request<v1::RenderRequest>) -> Result<Response<v1::RenderResponse>, Status> {
         let request = request.into_inner();
+        limits::spec("model", request.model.as_ref())?;
         let hash = || split_hash("", &request);
         let model = self.context.registry.resolve(request.model.as_ref(), Need::Any, hash)?;
         let v1::RenderRequest { model: _, input, text, add_generation_prompt } = request;

@@ -12,7 +12,7 @@ use plumb_tests::{Exposition, Launch, Server};
 
 /// Expects a code with the details that belong to it, and a message with these words.
 #[track_caller]
-fn check<T: Debug>(result: Result<T, Error>, code: Code, words: &str) {
+pub(super) fn check<T: Debug>(result: Result<T, Error>, code: Code, words: &str) {
     let error = refused(result);
     assert_eq!(error.code, code, "{error}");
     assert!(error.message.contains(words), "`{words}` is not in: {error}");
@@ -23,7 +23,7 @@ fn check<T: Debug>(result: Result<T, Error>, code: Code, words: &str) {
 
 /// Expects INVALID_ARGUMENT that names a field and has these words.
 #[track_caller]
-fn invalid<T: Debug>(result: Result<T, Error>, field: &str, words: &str) {
+pub(super) fn invalid<T: Debug>(result: Result<T, Error>, field: &str, words: &str) {
     let error = refused(result);
     assert_eq!(error.code, Code::InvalidArgument, "{error}");
     assert_eq!((error.attempts, error.retry_after), (1, None), "{error}");

@@ -1,11 +1,12 @@
 //! A sequence, from its arrival to its last value.
 
+use std::cmp::Reverse;
 use std::ops::Range;
 use std::time::Instant;
 
 use plumb_model::cache::Table;
 
-use super::ModelKey;
+use super::{ModelKey, SequenceId, WaitingKey};
 
 /// How urgent a sequence is; the greater goes first.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
@@ -35,6 +36,9 @@ pub enum Want {
     },
 }
 
+/// Names a client inside the engine.
+pub type Client = u64;
+
 /// A sequence as it is handed in.
 #[derive(Clone, Debug)]
 pub struct NewSequence {
@@ -52,6 +56,10 @@ pub struct NewSequence {
     pub arrived: Instant,
     /// Leading tokens whose state is worth keeping for as long as the model lives: the HHH prompt.
     pub pinned_prefix: usize,
+    /// Whose it is: clients of the same priority take turns.
+    pub client: Client,
+    /// What it counts for when they do, in tokens: what is likely to be in the cache does not.
+    pub work: usize,
 }
 
 /// A sequence in the scheduler.
@@ -67,6 +75,8 @@ pub struct Entry {
     /// Tokens whose keys and values are computed or in a step that is planned.
     pub(super) done: usize,
     pub(super) passed_over: usize,
+    /// Its place among the waiting sequences of its priority.
+    pub(super) turn: u64,
     pub(super) started: Option<Instant>,
     pub(super) values: Vec<f32>,
 }
@@ -74,7 +84,22 @@ pub struct Entry {
 impl Entry {
     pub(super) fn new(sequence: NewSequence) -> Self {
         let prompt = sequence.tokens.len();
-        Self { sequence, prompt, table: None, cached: 0, done: 0, passed_over: 0, started: None, values: Vec::new() }
+        Self {
+            sequence,
+            prompt,
+            table: None,
+            cached: 0,
+            done: 0,
+            passed_over: 0,
+            turn: 0,
+            started: None,
+            values: Vec::new(),
+        }
+    }
+
+    /// Where it stands among those that wait.
+    pub(super) fn waiting_key(&self, id: SequenceId) -> WaitingKey {
+        (Reverse(self.sequence.priority), self.turn, id)
     }
 
     /// Forgets what was computed; tokens that were drawn stay. Gives back the pages.

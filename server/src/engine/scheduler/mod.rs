@@ -2,8 +2,9 @@
 //!
 //! The scheduler holds sequences, gives them pages and cuts them into steps. A step belongs to one model and stays under
 //! a budget, in which a token counts for more the more keys it attends to ([`cost`]), and one whose state is cached for
-//! nothing. Waiting sequences come by priority, then by arrival; one that does not fit now does not stop smaller ones
-//! behind it, until it has been passed over sixteen times: then it comes before all others.
+//! nothing. Waiting sequences come by priority, and within one the clients take turns, by tokens ([`turns`]); while more
+//! urgent ones wait, the less urgent get a sixteenth, so that they get on. One that does not fit now does not stop smaller
+//! ones behind it, until it has been passed over sixteen times: then it comes before all others.
 //!
 //! Sequences that are being generated run one token in a step. While others want the engine too, the two share its time
 //! (`share`): in some steps streams run alone, in others a limited stretch of prompts runs beside them.
@@ -15,6 +16,7 @@ mod entry;
 mod share;
 mod step;
 mod suspects;
+mod turns;
 
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -24,10 +26,11 @@ use std::time::{Duration, Instant};
 use plumb_model::cache::{BlockCache, PAGE, Table};
 
 use cost::Cost;
-pub use entry::{Entry, NewSequence, Priority, Want, log_prob_rows};
+pub use entry::{Client, Entry, NewSequence, Priority, Want, log_prob_rows};
 use share::Share;
 use step::Kinds;
 use suspects::Suspects;
+use turns::Turns;
 
 /// Names a loaded model inside the engine.
 pub type ModelKey = u64;
@@ -92,7 +95,7 @@ impl Plan {
 }
 
 /// Orders waiting sequences.
-type WaitingKey = (Reverse<Priority>, SequenceId);
+type WaitingKey = (Reverse<Priority>, u64, SequenceId);
 
 /// A model's share of the scheduler.
 #[derive(Debug)]
@@ -101,10 +104,11 @@ struct Queue {
     cache: BlockCache,
     /// Sequences with pages, in the order in which they began.
     running: Vec<SequenceId>,
-    /// Sequences without, by urgency and arrival.
+    /// Sequences without, by urgency and turn.
     waiting: BTreeSet<WaitingKey>,
     /// Sequences of steps that failed, which neither wait nor run with others.
     suspects: Suspects,
+    turns: Turns,
     /// Prefixes that are kept, with the tables that keep them.
     pinned: Vec<(Vec<u32>, Table)>,
 }
@@ -136,6 +140,7 @@ impl Scheduler {
             running: Vec::new(),
             waiting: BTreeSet::new(),
             suspects: Suspects::default(),
+            turns: Turns::default(),
             pinned: Vec::new(),
         };
         self.queues.insert(model, queue);
@@ -151,12 +156,14 @@ impl Scheduler {
 
     /// Takes a sequence in, or hands it back if its model is not there or could never hold it.
     pub fn add(&mut self, sequence: NewSequence) -> Result<SequenceId, NewSequence> {
-        let entry = Entry::new(sequence);
+        let mut entry = Entry::new(sequence);
         match self.queues.get_mut(&entry.sequence.model) {
             Some(queue) if entry.final_length() <= queue.cache.capacity() && !entry.tokens().is_empty() => {
                 let id = self.next_id;
                 self.next_id += 1;
-                queue.waiting.insert((Reverse(entry.sequence.priority), id));
+                let NewSequence { priority, client, work, .. } = entry.sequence;
+                entry.turn = queue.turns.enter(priority, client, work);
+                queue.waiting.insert(entry.waiting_key(id));
                 self.entries.insert(id, entry);
                 Ok(id)
             }
@@ -171,7 +178,7 @@ impl Scheduler {
 
     /// Sequences and tokens that wait for their first step.
     pub fn waiting(&self) -> (usize, usize) {
-        let ids = self.queues.values().flat_map(|q| q.waiting.iter().map(|(_, id)| *id).chain(q.suspects.ids()));
+        let ids = self.queues.values().flat_map(|q| q.waiting.iter().map(|(_, _, id)| *id).chain(q.suspects.ids()));
         let waits = ids.filter_map(|id| self.entries.get(&id)).filter(|entry| entry.table.is_none());
         waits.fold((0, 0), |(n, tokens), entry| (n + 1, tokens + entry.tokens().len()))
     }
@@ -196,7 +203,7 @@ impl Scheduler {
     pub fn remove(&mut self, id: SequenceId) -> Option<Entry> {
         let mut entry = self.entries.remove(&id)?;
         if let Some(queue) = self.queues.get_mut(&entry.sequence.model) {
-            queue.waiting.remove(&(Reverse(entry.sequence.priority), id));
+            queue.waiting.remove(&entry.waiting_key(id));
             queue.running.retain(|running| *running != id);
             queue.suspects.clear(id);
             if let Some(table) = entry.table.take() {
@@ -237,7 +244,7 @@ impl Scheduler {
             return None;
         }
         let fills = |queue: &Queue| {
-            let ids = queue.running.iter().chain(queue.waiting.iter().map(|(_, id)| id));
+            let ids = queue.running.iter().chain(queue.waiting.iter().map(|(_, _, id)| id));
             let costs = ids.filter_map(|id| self.entries.get(id)).map(|e| queue.cost.slice(e.done..e.tokens().len()));
             let mut left = self.limits.max_batch_tokens;
             costs.take(self.limits.max_batch_sequences).any(|cost| {
@@ -304,6 +311,27 @@ impl Scheduler {
 }
 
 impl Queue {
+    /// The sequence that comes before more urgent ones, because those that are less urgent are owed something: of the
+    /// first of each priority the one that came first.
+    fn owed(&self, entries: &HashMap<SequenceId, Entry>) -> Option<WaitingKey> {
+        let &(Reverse(urgent), ..) = self.waiting.first().filter(|_| self.turns.owes())?;
+        let first = |&priority: &Priority| self.waiting.range((Reverse(priority), 0, 0)..).next().copied();
+        let others = [Priority::Normal, Priority::Low].into_iter().filter(|priority| *priority < urgent);
+        others
+            .filter_map(|priority| first(&priority).filter(|key| key.0 == Reverse(priority)))
+            .min_by_key(|key| entries.get(&key.2).map(Entry::arrived))
+    }
+
+    /// Takes a sequence out of those that wait, which begins.
+    fn begin(&mut self, key: WaitingKey, work: usize) {
+        let (Reverse(priority), turn, id) = key;
+        self.waiting.remove(&key);
+        let more = self.waiting.first().is_some_and(|first| first.0.0 > priority);
+        let less = self.waiting.last().is_some_and(|last| last.0.0 < priority);
+        self.turns.begin(priority, turn, work, (more, less));
+        self.running.push(id);
+    }
+
     /// Keeps no prefix any longer.
     fn unpin_all(&mut self) {
         for (_, table) in self.pinned.drain(..) {

@@ -85,15 +85,19 @@ impl Scheduler {
         // Nothing begins before suspects that wait for room.
         let most = if queue.suspects.is_empty() { MAX_CONSIDERED * limits.max_batch_sequences } else { 0 };
         let considered = || queue.waiting.iter().take(most).copied();
-        let waits_too_long =
-            |key: &WaitingKey| self.entries.get(&key.1).is_some_and(|e| e.passed_over >= MAX_PASSED_OVER);
+        // The less urgent have a share of their own.
+        let urgent = queue.waiting.first().map(|key| key.0);
+        let passed_over = |key: &WaitingKey| self.entries.get(&key.2).map_or(0, |entry| entry.passed_over);
+        let waits_too_long = |key: &WaitingKey| Some(key.0) == urgent && passed_over(key) >= MAX_PASSED_OVER;
         let overdue = considered().find(waits_too_long);
-        let order: Vec<_> = overdue.into_iter().chain(considered().filter(|key| Some(*key) != overdue)).collect();
+        let owed = queue.owed(&self.entries).filter(|key| Some(*key) != overdue);
+        let first = overdue.into_iter().chain(owed);
+        let order: Vec<_> = first.chain(considered().filter(|key| ![overdue, owed].contains(&Some(*key)))).collect();
         for key in order {
             if full(&step) {
                 break;
             }
-            let Some(entry) = self.entries.get_mut(&key.1) else { continue };
+            let Some(entry) = self.entries.get_mut(&key.2) else { continue };
             let reusable = if limits.prefix_cache { entry.reusable() } else { 0 };
             let tokens = &entry.sequence.tokens;
             let left = cost.slice(queue.cache.cached(tokens, reusable)..tokens.len());
@@ -110,9 +114,8 @@ impl Scheduler {
             };
             entry.begin(table, now);
             step.prefixes.add(entry.cached);
-            step.take_part(key.1, entry, cost, &mut queue.cache);
-            queue.waiting.remove(&key);
-            queue.running.push(key.1);
+            step.take_part(key.2, entry, cost, &mut queue.cache);
+            queue.begin(key, entry.sequence.work);
         }
         step.budget += unused;
         plan(step)

@@ -8,7 +8,6 @@
 //! Groups come before everything else of their model: the next failure empties its cache, and what others had begun
 //! would be for nothing. Sequences that come meanwhile join no group.
 
-use std::cmp::Reverse;
 use std::time::Instant;
 
 use super::step::{Kinds, StepBuilder};
@@ -73,7 +72,7 @@ impl Scheduler {
             failed.slices.iter().map(|slice| slice.id).filter(|id| self.entries.contains_key(id)).collect();
         for id in begun.into_iter().filter(|id| !suspects.contains(id)) {
             if let Some(entry) = self.entries.get(&id) {
-                queue.waiting.insert((Reverse(entry.sequence.priority), id));
+                queue.waiting.insert(entry.waiting_key(id));
             }
         }
         queue.suspects.halve(&suspects);

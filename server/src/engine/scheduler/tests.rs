@@ -30,6 +30,8 @@ fn sequence(seed: u32, len: usize, want: Want) -> NewSequence {
         deadline: None,
         arrived: Instant::now(),
         pinned_prefix: 0,
+        client: 0,
+        work: len,
     }
 }
 
@@ -361,4 +363,41 @@ fn lookups_hits_and_saved_tokens_are_counted() {
         s.add(sequence(seed, len, Want::Reward)).unwrap();
     }
     assert_eq!(s.plan(Instant::now()).unwrap().prefixes, Prefixes { lookups: 3, hits: 1, tokens: 64 });
+}
+
+#[test]
+fn a_client_with_one_sequence_waits_for_one_of_each_other() {
+    let mut s = scheduler(100);
+    for seed in 0..40 {
+        s.add(NewSequence { client: 1, ..sequence(seed, 100, Want::Reward) }).unwrap();
+    }
+    assert_eq!(slices(&mut s), [(0, 0..100), (1, 0..100)]);
+    let late = s.add(NewSequence { client: 2, ..sequence(50, 100, Want::Reward) }).unwrap();
+    let small: Vec<_> =
+        (60..64).map(|seed| s.add(NewSequence { client: 3, ..sequence(seed, 50, Want::Reward) }).unwrap()).collect();
+    // What was there before at the same tag comes first; then everybody's tokens count alike.
+    let mut order: Vec<_> = (0..4).flat_map(|_| slices(&mut s)).map(|(id, _)| id).collect();
+    order.retain(|id| *id > 40 || *id == late || small.contains(id));
+    assert_eq!(order[0], late, "{order:?}");
+    assert!(small.iter().all(|id| order.contains(id)), "{order:?}");
+}
+
+#[test]
+fn the_less_urgent_get_on_behind_any_number_of_more_urgent_ones() {
+    let mut s = scheduler(1000);
+    let low = s.add(NewSequence { priority: Priority::Low, ..sequence(9000, 200, Want::Reward) }).unwrap();
+    let high = |s: &mut Scheduler, seed| {
+        s.add(NewSequence { priority: Priority::High, ..sequence(seed, 100, Want::Reward) }).unwrap();
+    };
+    (0..4).for_each(|seed| high(&mut s, seed));
+    for step in 0..4 {
+        let ran = slices(&mut s);
+        if ran.iter().any(|(id, _)| *id == low) {
+            assert!(step > 0, "the urgent come first");
+            return;
+        }
+        ran.iter().for_each(|(id, _)| drop(s.remove(*id)));
+        (0..4).for_each(|seed| high(&mut s, 10 + 4 * step + seed));
+    }
+    panic!("starved");
 }

@@ -168,6 +168,21 @@ impl WorkerPanicked {
     }
 }
 
+/// A thread panicked: a fault of ours.
+pub struct ThreadPanicked<'a> {
+    /// Where; what was said there may quote a caller.
+    pub location: Option<&'a std::panic::Location<'a>>,
+}
+
+impl ThreadPanicked<'_> {
+    /// Calls for help.
+    pub fn emit(self) {
+        let location = self.location.map(tracing::field::display);
+        let thread = std::thread::current();
+        error!(target: "plumb", location, thread = thread.name(), "a thread panicked");
+    }
+}
+
 /// The server ends with an error.
 pub struct Fatal<'a> {
     /// Why.

@@ -59,7 +59,7 @@ pub struct Rejected<'a> {
 impl Rejected<'_> {
     /// Logs and counts it.
     pub fn emit(self) {
-        debug!(target: "plumb::request", error = %self.error, "rejected");
+        debug!(target: "plumb::request", error = self.error.for_logs(), "rejected");
         counter!(names::REJECTIONS.name, "reason" => self.error.reason()).increment(1);
     }
 }
@@ -68,12 +68,34 @@ impl Rejected<'_> {
 pub struct AdmissionChanged {
     /// Tokens that are admitted and not yet done.
     pub tokens: usize,
+    /// Tokens of prompts that may wait at a time.
+    pub limit: usize,
+    /// Clients with work in the gate, or that were told to come back.
+    pub clients: usize,
+    /// How long what waits takes.
+    pub wait: Duration,
 }
 
 impl AdmissionChanged {
     /// Shows it.
     pub fn emit(self) {
         gauge!(names::ADMITTED_TOKENS.name).set(self.tokens as f64);
+        gauge!(names::ADMISSION_LIMIT.name).set(self.limit as f64);
+        gauge!(names::ADMISSION_CLIENTS.name).set(self.clients as f64);
+        gauge!(names::ADMISSION_WAIT.name).set(self.wait.as_secs_f64());
+    }
+}
+
+/// A call found no way in, for one of the reasons that admission knows.
+pub struct AdmissionRefused {
+    /// Which: `queue`, `share`, `late`, `hopeless`, `too_large`, `calls` or `client_calls`.
+    pub reason: &'static str,
+}
+
+impl AdmissionRefused {
+    /// Counts it.
+    pub fn emit(self) {
+        counter!(names::ADMISSION_REFUSALS.name, "reason" => self.reason).increment(1);
     }
 }
 
@@ -127,7 +149,7 @@ impl ItemFailed<'_> {
     pub fn emit(self) {
         let Self { model, version, error } = self;
         let code = code_name(error.code());
-        debug!(target: "plumb::request", model, version, code, %error, "item failed");
+        debug!(target: "plumb::request", model, version, code, error = error.for_logs(), "item failed");
         if matches!(error, Error::NonFinite { .. }) {
             warn!(target: "plumb::request", model, version, %error, "the model computes no number");
             counter!(names::NON_FINITE.name, "model" => model.to_owned(), "version" => version.to_string())

@@ -205,9 +205,9 @@ fn read(folder: &Path) -> Result<BTreeMap<String, Stored>> {
 fn change(folder: &Path, change: impl FnOnce(&mut BTreeMap<String, Stored>) -> Result<()>) -> Result<()> {
     let mut tensors = read(folder)?;
     change(&mut tensors)?;
-    let views = tensors.iter().map(|(name, Stored { dtype, shape, bytes })| {
-        Ok((name, TensorView::new(*dtype, shape.clone(), bytes)?))
-    });
+    let views = tensors
+        .iter()
+        .map(|(name, Stored { dtype, shape, bytes })| Ok((name, TensorView::new(*dtype, shape.clone(), bytes)?)));
     let views = views.collect::<Result<Vec<_>>>()?;
     let metadata = Some([("format".to_owned(), "pt".to_owned())].into());
     Ok(safetensors::serialize_to_file(views, metadata, &folder.join(WEIGHTS))?)

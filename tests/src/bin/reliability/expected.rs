@@ -239,7 +239,9 @@ impl Judge {
         let (variant, version) = self.variant(LM, Some(identity), began, digest)?;
         match &self.expected.texts[variant].values[dialogue] {
             right if right == drawn => Ok(()),
-            right => Err(format!("version {version} goes on with {drawn:?} behind dialogue {dialogue}, {right:?} is right")),
+            right => {
+                Err(format!("version {version} goes on with {drawn:?} behind dialogue {dialogue}, {right:?} is right"))
+            }
         }
     }
 

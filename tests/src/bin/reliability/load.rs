@@ -361,7 +361,8 @@ impl Worker {
                 open.insert(request_id.clone(), (Instant::now(), dialogue, response));
                 sent += 1;
                 // A closed stream says why where answers are read.
-                let _ = requests.send(v1::ScoreRequest { model: named(PM), items, request_id, ..Default::default() }).await;
+                let _ =
+                    requests.send(v1::ScoreRequest { model: named(PM), items, request_id, ..Default::default() }).await;
             }
             if open.is_empty() && sender.is_none() {
                 return false;
@@ -414,12 +415,7 @@ pub(crate) async fn score_items(client: &Client, judge: &Judge, items: Vec<(usiz
 }
 
 /// Checks an answer to the scoring of responses to dialogues.
-pub(crate) fn check_score(
-    answer: &v1::ScoreResponse,
-    judge: &Judge,
-    began: Instant,
-    items: &[(usize, usize)],
-) -> End {
+pub(crate) fn check_score(answer: &v1::ScoreResponse, judge: &Judge, began: Instant, items: &[(usize, usize)]) -> End {
     if let Some(error) = &answer.error {
         let failure = plumb_client::ItemFailure::from(error);
         return End::Failed { code: failure.code, retry_after: None, message: failure.to_string() };

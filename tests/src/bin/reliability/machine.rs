@@ -42,9 +42,9 @@ impl Machine {
         let root = root().to_string_lossy().into_owned();
         let git = |words: &[&str]| output("git", &[&["-C", &root], words].concat());
         let read = |path: &str| std::fs::read_to_string(path).unwrap_or_default();
-        let kib = read("/proc/meminfo").lines().find_map(|line| {
-            line.strip_prefix("MemTotal:")?.trim().strip_suffix("kB")?.trim().parse::<f64>().ok()
-        });
+        let kib = read("/proc/meminfo")
+            .lines()
+            .find_map(|line| line.strip_prefix("MemTotal:")?.trim().strip_suffix("kB")?.trim().parse::<f64>().ok());
         Self {
             date: OffsetDateTime::now_utc().format(&Rfc3339).unwrap_or_default(),
             revision: git(&["rev-parse", "HEAD"]),

@@ -32,13 +32,17 @@ use crate::experiments::{drain, failed_loads, fuzz, overload, poison, publish_ki
 
 /// Shows that the server's promises hold.
 #[derive(Parser)]
-#[command(name = "reliability", max_term_width = 110, after_help = "\
+#[command(
+    name = "reliability",
+    max_term_width = 110,
+    after_help = "\
 Exit codes: 0 all bars are met, 1 one is missed or the experiment could not be done, 2 the command line makes no sense.
 
 Examples:
   cargo run --release -p plumb-tests --bin reliability -- swaps --runs 3
   cargo run --release -p plumb-tests --bin reliability -- soak --minutes 60
-  cargo run --release -p plumb-tests --bin reliability -- render")]
+  cargo run --release -p plumb-tests --bin reliability -- render"
+)]
 struct Cli {
     #[command(subcommand)]
     command: Command,

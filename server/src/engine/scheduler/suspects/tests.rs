@@ -145,6 +145,9 @@ fn serve(requests: &[Request], limits: Limits, pages: usize) -> (Ends, Device) {
                 deadline: None,
                 arrived: now,
                 pinned_prefix: 0,
+                // Some share a client.
+                client: number as u64 / 2,
+                work: request.tokens(number).len(),
             };
             live.insert(scheduler.add(new).unwrap(), (number, 0));
         }

@@ -159,8 +159,7 @@ async fn ended(server: &mut Server, signal: Instant) -> Result<Ended> {
 /// Answers when a watcher of health saw that the server no longer serves.
 async fn watch(server: &Server) -> Result<JoinHandle<Option<Instant>>> {
     let mut client = HealthClient::new(server.narrow_channel().await?);
-    let mut changes: Streaming<HealthCheckResponse> =
-        client.watch(HealthCheckRequest::default()).await?.into_inner();
+    let mut changes: Streaming<HealthCheckResponse> = client.watch(HealthCheckRequest::default()).await?.into_inner();
     let first = changes.message().await?.context("the watch of health ended")?;
     anyhow::ensure!(first.status() == ServingStatus::Serving, "the server does not serve");
     Ok(tokio::spawn(async move {
@@ -244,7 +243,11 @@ fn measures(stops: &[Stop]) -> Vec<Measure> {
         Measure::never("later calls that were neither answered right nor UNAVAILABLE", otherwise),
         Measure::new("later calls", later as f64, ""),
         Measure::never("servers of which NOT_SERVING was not seen before a refusal", disorder),
-        Measure::new("NOT_SERVING seen after the signal, median", seen.get(seen.len() / 2).copied().unwrap_or(-1.0), "ms"),
+        Measure::new(
+            "NOT_SERVING seen after the signal, median",
+            seen.get(seen.len() / 2).copied().unwrap_or(-1.0),
+            "ms",
+        ),
         Measure::new("NOT_SERVING seen after the signal, slowest", seen.last().copied().unwrap_or(-1.0), "ms"),
         Measure::all("servers that ended with code 0", zero, stops.len()),
         Measure::new("slowest end after the signal", slowest.as_secs_f64(), "s")

@@ -44,12 +44,20 @@ enum Cause {
 
 const WAYS: [Failure; 9] = [
     Failure { name: "a corrupt byte", cause: Cause::Damage(Damage::CorruptByte), words: &["sha256"] },
-    Failure { name: "a wrong digest", cause: Cause::Damage(Damage::WrongDigest), words: &["tokenizer.json` is", "sha256"] },
+    Failure {
+        name: "a wrong digest",
+        cause: Cause::Damage(Damage::WrongDigest),
+        words: &["tokenizer.json` is", "sha256"],
+    },
     Failure { name: "a truncated file", cause: Cause::Damage(Damage::Truncated), words: &["model.safetensors"] },
     Failure { name: "a wrong shape", cause: Cause::Damage(Damage::WrongShape), words: &["shape"] },
     Failure { name: "a missing tensor", cause: Cause::Damage(Damage::MissingTensor), words: &["missing", "up_proj"] },
     Failure { name: "weights larger than the memory", cause: Cause::Damage(Damage::TooLarge), words: &["memory"] },
-    Failure { name: "a slow disk that reads short", cause: Cause::Fault("slow-read 20\nshort-read 10000"), words: &["safetensors", "sha256", "short"] },
+    Failure {
+        name: "a slow disk that reads short",
+        cause: Cause::Fault("slow-read 20\nshort-read 10000"),
+        words: &["safetensors", "sha256", "short"],
+    },
     Failure { name: "a disk that reads a corrupt byte", cause: Cause::Fault("corrupt-byte 1000000"), words: &["sha256"] },
     Failure { name: "a failed allocation", cause: Cause::Fault("failed-allocation"), words: &["memory"] },
 ];

@@ -81,7 +81,9 @@ impl Experiment for Overload {
     fn what(&self) -> String {
         let cores = Cores::of_machine();
         let place = match &cores {
-            Some(cores) => format!("The server has cores {}, the clients {}.", cores.server_list(), cores.clients_list()),
+            Some(cores) => {
+                format!("The server has cores {}, the clients {}.", cores.server_list(), cores.clients_list())
+            }
             None => "There is one core for the server and the clients.".to_owned(),
         };
         format!(
@@ -144,8 +146,12 @@ impl Experiment for Overload {
         measures.extend(even.measures("", capacity)?);
         measures.extend([
             Measure::new("resident memory at the capacity, most so far", mib(before.peak), "MiB"),
-            Measure::new("growth of the most resident memory", (mib(during.peak) / mib(before.peak) - 1.0) * 100.0, "%")
-                .at_most(25.0),
+            Measure::new(
+                "growth of the most resident memory",
+                (mib(during.peak) / mib(before.peak) - 1.0) * 100.0,
+                "%",
+            )
+            .at_most(25.0),
         ]);
         measures.extend(unequal.measures("half of it by a few: ", capacity)?);
         measures.extend(patient.measures_of_patience(capacity));

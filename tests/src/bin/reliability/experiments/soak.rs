@@ -108,7 +108,8 @@ fn broken(context: &Context, cast: &Cast) -> Result<Vec<PathBuf>> {
     let root = context.folder().join("sound");
     let output = publish_command(&context.programs.train, &cast.preference[0], &root, PM).output()?;
     anyhow::ensure!(output.status.success(), "publish: {}", String::from_utf8_lossy(&output.stderr));
-    let damages = [Damage::CorruptByte, Damage::WrongDigest, Damage::Truncated, Damage::WrongShape, Damage::MissingTensor];
+    let damages =
+        [Damage::CorruptByte, Damage::WrongDigest, Damage::Truncated, Damage::WrongShape, Damage::MissingTensor];
     let make = |damage: Damage| {
         let folder = context.folder().join(format!("damaged-{damage:?}"));
         damaged(&root.join(PM).join("1"), &folder, damage)?;
@@ -292,7 +293,10 @@ fn sample(pid: u32, every: Duration) -> Sampler {
 fn measures(tally: &Tally, done: &Done, samples: &[Held]) -> Vec<Measure> {
     let mut measures = vec![
         Measure::never("wrong scores", tally.wrong),
-        Measure::never("calls that failed, other than by being refused", tally.failures_other_than(&[Code::ResourceExhausted])),
+        Measure::never(
+            "calls that failed, other than by being refused",
+            tally.failures_other_than(&[Code::ResourceExhausted]),
+        ),
         Measure::never("refusals without a time to come back", tally.without_retry_info),
         Measure::never("broken checkpoints that were loaded", done.not_failed),
         Measure::new("calls answered right", tally.right as f64, ""),
@@ -304,7 +308,8 @@ fn measures(tally: &Tally, done: &Done, samples: &[Held]) -> Vec<Measure> {
     }
     let settled = &samples[(samples.len() as f64 * WARM_UP) as usize..];
     let mib = |held: &Held| held.resident as f64 / f64::from(1 << 20);
-    let kinds: [(&str, &str, &dyn Fn(&Held) -> f64); 3] = [
+    type Read<'a> = &'a dyn Fn(&Held) -> f64;
+    let kinds: [(&str, &str, Read<'_>); 3] = [
         ("resident memory", "MiB", &mib),
         ("descriptors", "", &|held| held.descriptors as f64),
         ("threads", "", &|held| held.threads as f64),
@@ -314,7 +319,8 @@ fn measures(tally: &Tally, done: &Done, samples: &[Held]) -> Vec<Measure> {
         measures.extend([
             Measure::new(format!("{name}, median of the first quarter"), trend.first, unit),
             Measure::new(format!("{name}, median of the last quarter"), trend.last, unit),
-            Measure::new(format!("{name}, growth from the first to the last quarter"), trend.growth(), "%").at_most(5.0),
+            Measure::new(format!("{name}, growth from the first to the last quarter"), trend.growth(), "%")
+                .at_most(5.0),
             Measure::new(format!("{name}, growth by a straight line"), trend.line, "%").at_most(5.0),
         ]);
     }
@@ -370,7 +376,7 @@ mod tests {
             let trend = Trend::of(&values);
             assert!((trend.line - line).abs() < 0.5 && (trend.growth() - growth).abs() < 0.5, "{trend:?}");
         };
-        let noise = |i: usize| f64::from(u8::from(i % 2 == 0));
+        let noise = |i: usize| f64::from(u8::from(i.is_multiple_of(2)));
         check((0..1000).map(|i| 100.0 + noise(i)).collect(), 0.0, 0.0);
         check((0..=1000).map(|i| 100.0 + 10.0 * i as f64 / 1000.0).collect(), 9.5, 7.4);
         assert_eq!(Trend::of(&[1.0, 2.0]), Trend::default());

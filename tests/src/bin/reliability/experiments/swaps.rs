@@ -165,7 +165,7 @@ impl Phase {
             Measure::new(named("share of the time in which the engine computed"), self.busy * 100.0, "%"),
             Measure::new(named("calls a second"), tally.all() as f64 / self.seconds, ""),
         ];
-        measures.extend(self.latencies(&named)?);
+        measures.extend(self.latencies(named)?);
         let growth = |of: fn(&Held) -> u64| (of(&self.after) as f64 / of(&self.before) as f64 - 1.0) * 100.0;
         let (resident, anonymous) = (growth(|held| held.resident), growth(|held| held.anonymous));
         let more = self.after.descriptors as f64 - self.before.descriptors as f64;

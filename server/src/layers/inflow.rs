@@ -1,0 +1,336 @@
+//! How much memory requests take: before a large message is read there has to be room for all of it.
+//!
+//! A message says how long it is in its first five bytes. Until there is room for so much, nothing more of it is read: the
+//! stream's HTTP/2 window closes, and its sender waits with what it has still to send. The room is held until the
+//! request's work is done.
+//!
+//! Nobody waits for ever for somebody who waits. Whoever waits for room holds none for that message, of which nothing but
+//! what is in the window is here; what was read before it has been passed on, so a stream's earlier requests go on.
+//! Whoever has room has it for a whole message, and needs no more to read it and to answer it. There are two bounds, of a
+//! client and of all, always taken in this order. What remains is a client that is slow to send, or to read its answers:
+//! it holds no more than its own part, which is half of all, until its deadline or the end of its connection.
+
+use std::collections::{HashMap, VecDeque};
+use std::pin::Pin;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{Context, Poll, ready};
+
+use axum::body::{Body, Bytes, HttpBody};
+use axum::extract::{Request, State};
+use axum::middleware::Next;
+use axum::response::Response;
+use http_body::{Frame, SizeHint};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio_util::sync::PollSemaphore;
+
+use super::caller::Caller;
+
+/// Messages up to this size need no room: a stream's window brings as much anyway, and calls are counted.
+const SMALL: u32 = 64 << 10;
+/// Bytes that are counted as one.
+const UNIT: usize = 1 << 10;
+/// Bytes before every message: whether it is compressed, and how long it is.
+const PREFIX: usize = 5;
+
+/// Room for messages, in all and of each client.
+pub(crate) struct Inflow {
+    room: Arc<Semaphore>,
+    of_client: usize,
+    clients: Mutex<HashMap<Arc<str>, Arc<Semaphore>>>,
+    /// Longer messages are refused where they are decoded.
+    longest: usize,
+}
+
+impl Inflow {
+    /// Room for `bytes`, of which half is enough for a message of the `longest` size.
+    pub(crate) fn new(bytes: usize, longest: usize) -> Arc<Self> {
+        let units = (bytes / UNIT).min(Semaphore::MAX_PERMITS);
+        let room = Arc::new(Semaphore::new(units));
+        Arc::new(Self { room, of_client: units / 2, clients: Mutex::default(), longest })
+    }
+
+    fn client(&self, caller: &Caller) -> Arc<Semaphore> {
+        let mut clients = lock(&self.clients);
+        // Those that nobody holds are whole again.
+        clients.retain(|_, room| Arc::strong_count(room) > 1);
+        let room = clients.entry(Arc::clone(&caller.0)).or_insert_with(|| Arc::new(Semaphore::new(self.of_client)));
+        Arc::clone(room)
+    }
+}
+
+/// Room for the messages of a call, in their order. It is given back when the last holder of this is gone.
+#[derive(Clone, Default)]
+pub(crate) struct Received(Arc<Mutex<VecDeque<Option<Room>>>>);
+
+/// Room for a message. It is only held.
+pub(crate) struct Room {
+    _of_client: OwnedSemaphorePermit,
+    _of_all: OwnedSemaphorePermit,
+}
+
+impl Received {
+    /// The room of the next message, for whoever answers it by itself.
+    pub(crate) fn next(&self) -> Option<Room> {
+        lock(&self.0).pop_front().flatten()
+    }
+
+    fn push(&self, room: Option<Room>) {
+        lock(&self.0).push_back(room);
+    }
+}
+
+/// Reads the call's messages as there is room for them.
+pub(crate) async fn inflow(State(inflow): State<Arc<Inflow>>, mut request: Request, next: Next) -> Response {
+    let received = Received::default();
+    let caller = Caller::of(request.extensions());
+    request.extensions_mut().insert(received.clone());
+    let request = request.map(|inner| {
+        let (prefix, received) = (Prefix::default(), received.clone());
+        Body::new(Metered { inner, inflow, caller, received, prefix, rest: None, wanted: None })
+    });
+    let response = next.run(request).await;
+    // The request of a unary call has been worked on by now; a stream's body holds on to its own.
+    drop(received);
+    response
+}
+
+/// A body that is read as there is room for its messages.
+struct Metered {
+    inner: Body,
+    inflow: Arc<Inflow>,
+    caller: Caller,
+    received: Received,
+    prefix: Prefix,
+    /// Read, and not yet passed on.
+    rest: Option<Bytes>,
+    wanted: Option<Wanted>,
+}
+
+/// Room that is waited for.
+struct Wanted {
+    units: u32,
+    of_client: PollSemaphore,
+    of_all: PollSemaphore,
+    got: Option<OwnedSemaphorePermit>,
+}
+
+impl Wanted {
+    fn new(inflow: &Inflow, caller: &Caller, bytes: u32) -> Self {
+        Self {
+            units: bytes.div_ceil(UNIT as u32),
+            of_client: PollSemaphore::new(inflow.client(caller)),
+            of_all: PollSemaphore::new(Arc::clone(&inflow.room)),
+            got: None,
+        }
+    }
+
+    /// `None` if there will never be room, which is when the server is gone.
+    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Option<Room>> {
+        if self.got.is_none() {
+            self.got = ready!(self.of_client.poll_acquire_many(cx, self.units));
+        }
+        let of_all = ready!(self.of_all.poll_acquire_many(cx, self.units));
+        Poll::Ready(
+            self.got.take().zip(of_all).map(|(of_client, of_all)| Room { _of_client: of_client, _of_all: of_all }),
+        )
+    }
+}
+
+impl HttpBody for Metered {
+    type Data = Bytes;
+    type Error = axum::Error;
+
+    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
+        let this = &mut *self;
+        loop {
+            if let Some(wanted) = &mut this.wanted {
+                let room = ready!(wanted.poll(cx));
+                this.wanted = None;
+                this.received.push(room);
+            }
+            let mut data = match this.rest.take() {
+                Some(data) => data,
+                None => match ready!(Pin::new(&mut this.inner).poll_frame(cx)) {
+                    Some(Ok(frame)) => match frame.into_data() {
+                        Ok(data) => data,
+                        Err(frame) => return Poll::Ready(Some(Ok(frame))),
+                    },
+                    end => return Poll::Ready(end),
+                },
+            };
+            let Found { before, message } = this.prefix.scan(&data);
+            if let Some(bytes) = message {
+                match bytes > SMALL && bytes as usize <= this.inflow.longest {
+                    true => this.wanted = Some(Wanted::new(&this.inflow, &this.caller, bytes)),
+                    false => this.received.push(None),
+                }
+            }
+            let passed = data.split_to(before);
+            if !data.is_empty() {
+                this.rest = Some(data);
+            }
+            if !passed.is_empty() {
+                return Poll::Ready(Some(Ok(Frame::data(passed))));
+            }
+        }
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.rest.is_none() && self.inner.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        let mut hint = self.inner.size_hint();
+        if let Some(rest) = &self.rest {
+            // What was read is to come as well.
+            let exact = hint.exact();
+            hint = SizeHint::new();
+            if let Some(exact) = exact {
+                hint.set_exact(exact + rest.len() as u64);
+            }
+        }
+        hint
+    }
+}
+
+/// Where messages begin.
+#[derive(Debug, Default)]
+struct Prefix {
+    bytes: [u8; PREFIX],
+    read: usize,
+    /// Bytes until the next prefix.
+    left: u64,
+}
+
+/// What was found in some bytes.
+#[derive(Debug, PartialEq)]
+struct Found {
+    /// Bytes that belong to what was found before.
+    before: usize,
+    /// Length of the message whose prefix ends after them.
+    message: Option<u32>,
+}
+
+impl Prefix {
+    /// Looks for the next message. What comes after `before` has to be given again.
+    fn scan(&mut self, data: &[u8]) -> Found {
+        let before = usize::try_from(self.left).unwrap_or(usize::MAX).min(data.len());
+        self.left -= before as u64;
+        let prefix = data[before..].iter().take(PREFIX - self.read);
+        let (mut read, start) = (self.read, self.read);
+        for &byte in prefix {
+            self.bytes[read] = byte;
+            read += 1;
+        }
+        if read < PREFIX {
+            self.read = read;
+            return Found { before: data.len(), message: None };
+        }
+        let [_compressed, length @ ..] = self.bytes;
+        let length = u32::from_be_bytes(length);
+        self.read = 0;
+        self.left = (PREFIX - start) as u64 + u64::from(length);
+        Found { before, message: Some(length) }
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use futures::StreamExt as _;
+    use futures::future::poll_immediate;
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn message(length: usize) -> Vec<u8> {
+        [&[0][..], &u32::try_from(length).unwrap().to_be_bytes(), &vec![7; length]].concat()
+    }
+
+    fn body(inflow: &Arc<Inflow>, client: &str, chunks: Vec<Vec<u8>>) -> (Body, Received) {
+        let received = Received::default();
+        let chunks = chunks.into_iter().map(|chunk| Ok::<_, std::convert::Infallible>(Bytes::from(chunk)));
+        let metered = Metered {
+            inner: Body::from_stream(futures::stream::iter(chunks)),
+            inflow: Arc::clone(inflow),
+            caller: Caller(client.into()),
+            received: received.clone(),
+            prefix: Prefix::default(),
+            rest: None,
+            wanted: None,
+        };
+        (Body::new(metered), received)
+    }
+
+    /// What can be read now.
+    async fn read(body: &mut axum::body::BodyDataStream) -> Vec<u8> {
+        let mut read = Vec::new();
+        while let Some(Some(data)) = poll_immediate(body.next()).await {
+            read.extend(data.unwrap());
+        }
+        read
+    }
+
+    #[tokio::test]
+    async fn nothing_of_a_message_is_passed_on_before_there_is_room_for_all_of_it() {
+        let inflow = Inflow::new(400 << 10, 200 << 10);
+        let large = message(150 << 10);
+        let (first, held) = body(&inflow, "a", vec![large.clone()]);
+        assert_eq!(read(&mut first.into_data_stream()).await, large);
+        // Another client's fits beside it, a second one of the same does not.
+        let (other, _of_other) = body(&inflow, "b", vec![large.clone()]);
+        assert_eq!(read(&mut other.into_data_stream()).await, large);
+        let small = message(100);
+        let (same, received) = body(&inflow, "a", vec![[&small[..], &large, &small].concat()]);
+        let mut same = same.into_data_stream();
+        assert_eq!(read(&mut same).await, small, "what comes before it is not held up");
+        drop(held);
+        assert_eq!(read(&mut same).await, [&large[..], &small].concat());
+        assert!(received.next().is_none());
+        assert!(received.next().is_some(), "in their order");
+        assert!(received.next().is_none());
+        assert_eq!(inflow.room.available_permits(), 250, "150 of 400 KiB are held");
+    }
+
+    #[tokio::test]
+    async fn a_message_that_is_refused_anyway_waits_for_nothing() {
+        let inflow = Inflow::new(400 << 10, 200 << 10);
+        let (body, _) = body(&inflow, "a", vec![message(300 << 10)[..1000].to_vec()]);
+        assert_eq!(read(&mut body.into_data_stream()).await.len(), 1000);
+        assert_eq!(inflow.room.available_permits(), 400);
+    }
+
+    #[tokio::test]
+    async fn clients_that_have_gone_are_forgotten() {
+        let inflow = Inflow::new(400 << 10, 200 << 10);
+        for client in 0..100 {
+            let (body, _) = body(&inflow, &client.to_string(), vec![message(100 << 10)]);
+            read(&mut body.into_data_stream()).await;
+        }
+        assert!(lock(&inflow.clients).len() <= 1);
+    }
+
+    #[test]
+    fn messages_are_found_however_they_are_cut() {
+        let sizes = prop::collection::vec(0..200usize, 0..8);
+        proptest!(|(sizes in sizes, cut in 1..40usize)| {
+            let all: Vec<u8> = sizes.iter().flat_map(|size| message(*size)).collect();
+            let (mut prefix, mut found, mut passed) = (Prefix::default(), Vec::new(), 0);
+            for chunk in all.chunks(cut) {
+                let mut rest = chunk;
+                while !rest.is_empty() {
+                    let Found { before, message } = prefix.scan(rest);
+                    found.extend(message);
+                    passed += before;
+                    rest = &rest[before..];
+                    prop_assert!(before > 0 || message.is_some());
+                }
+            }
+            prop_assert_eq!(found, sizes.iter().map(|size| *size as u32).collect::<Vec<_>>());
+            prop_assert_eq!(passed, all.len());
+        });
+    }
+}
