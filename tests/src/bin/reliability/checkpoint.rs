@@ -15,6 +15,10 @@ use serde_json::{Value, json};
 const WEIGHTS: &str = "model.safetensors";
 /// The token embedding, in the names of Llama and its kin.
 const EMBEDDING: &str = "model.embed_tokens.weight";
+/// What the names of all tensors of layers begin with.
+const LAYERS: &str = "model.layers.";
+/// The widest feed-forward network that a server takes.
+const LARGEST_WIDTH: usize = 1 << 20;
 /// A matrix that every layer has.
 const MATRIX: &str = "model.layers.0.mlp.up_proj.weight";
 
@@ -130,41 +134,48 @@ pub(crate) fn damaged(published: &Path, to: &Path, damage: Damage) -> Result<()>
     }
 }
 
-/// Gives the model a feed-forward width with which it takes more than the memory that is free, most of it a hole in the
-/// file.
+/// Gives the model wide and many layers, so that it takes more than the memory that is free; most of the file is a hole.
 fn inflate(folder: &Path) -> Result<()> {
     let tensors = read(folder)?;
-    let is_wide = |name: &str| name.contains(".mlp.");
-    let wide = tensors.iter().filter(|(name, _)| is_wide(name));
-    let narrow = |tensor: &Stored| tensor.shape.iter().copied().min().unwrap_or(1);
-    let bytes_of_one = wide.map(|(_, tensor)| narrow(tensor) * tensor.dtype.bitsize() / 8).sum::<usize>().max(1);
-    let width = free_memory()? * 5 / 4 / bytes_of_one;
-    edit_json(&folder.join("config.json"), |config| config["intermediate_size"] = width.into())?;
-    let mut header = serde_json::Map::new();
-    let mut data = Vec::new();
-    for (name, tensor) in tensors.iter().filter(|(name, _)| !is_wide(name)) {
-        let begin = data.len();
-        data.extend_from_slice(&tensor.bytes);
-        header.insert(name.clone(), entry(tensor.dtype, &tensor.shape, begin, data.len())?);
-    }
-    let mut end = data.len();
-    for (name, tensor) in tensors.iter().filter(|(name, _)| is_wide(name)) {
-        let hidden = narrow(tensor);
-        let shape: Vec<usize> = tensor.shape.iter().map(|&n| if n == hidden { hidden } else { width }).collect();
+    let (layer, rest): (Vec<_>, Vec<_>) = tensors.iter().partition(|(name, _)| name.starts_with(LAYERS));
+    let first: Vec<(&str, &Stored)> = layer
+        .into_iter()
+        .filter_map(|(name, tensor)| Some((name.strip_prefix(LAYERS)?.strip_prefix("0.")?, tensor)))
+        .collect();
+    // Of a matrix of the feed-forward network, the smaller side is the hidden size.
+    let widened = |name: &str, tensor: &Stored| {
+        let hidden = tensor.shape.iter().copied().min().unwrap_or(1);
+        let side = |&n: &usize| if n == hidden || !name.starts_with("mlp.") { n } else { LARGEST_WIDTH };
+        tensor.shape.iter().map(side).collect::<Vec<_>>()
+    };
+    let bytes = |dtype: Dtype, shape: &[usize]| shape.iter().product::<usize>() * dtype.bitsize() / 8;
+    let of_layer: usize = first.iter().map(|(name, tensor)| bytes(tensor.dtype, &widened(name, tensor))).sum();
+    let layers = free_memory()? * 5 / 4 / of_layer.max(1) + 1;
+    edit_json(&folder.join("config.json"), |config| {
+        config["intermediate_size"] = LARGEST_WIDTH.into();
+        config["num_hidden_layers"] = layers.into();
+    })?;
+    let (mut header, mut end) = (serde_json::Map::new(), 0);
+    let mut add = |name: String, dtype: Dtype, shape: &[usize]| -> Result<()> {
         let begin = end;
-        end += hidden * width * tensor.dtype.bitsize() / 8;
-        header.insert(name.clone(), entry(tensor.dtype, &shape, begin, end)?);
+        end += bytes(dtype, shape);
+        let dtype = serde_json::to_value(dtype)?;
+        header.insert(name, json!({ "dtype": dtype, "shape": shape, "data_offsets": [begin, end] }));
+        Ok(())
+    };
+    for (name, tensor) in rest {
+        add(name.clone(), tensor.dtype, &tensor.shape)?;
+    }
+    for number in 0..layers {
+        for (name, tensor) in &first {
+            add(format!("{LAYERS}{number}.{name}"), tensor.dtype, &widened(name, tensor))?;
+        }
     }
     let header = serde_json::to_vec(&header)?;
     let mut file = File::create(folder.join(WEIGHTS))?;
     file.write_all(&(header.len() as u64).to_le_bytes())?;
     file.write_all(&header)?;
-    file.write_all(&data)?;
     Ok(file.set_len((8 + header.len() + end) as u64)?)
-}
-
-fn entry(dtype: Dtype, shape: &[usize], begin: usize, end: usize) -> Result<Value> {
-    Ok(json!({ "dtype": serde_json::to_value(dtype)?, "shape": shape, "data_offsets": [begin, end] }))
 }
 
 /// Bytes of memory that could be had without swapping.

@@ -28,7 +28,7 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 
 use crate::context::conduct;
-use crate::experiments::{drain, failed_loads, overload, poison, publish_kill, replicas, soak, swaps};
+use crate::experiments::{drain, failed_loads, fuzz, overload, poison, publish_kill, replicas, soak, swaps};
 
 /// Shows that the server's promises hold.
 #[derive(Parser)]
@@ -62,6 +62,8 @@ enum Command {
     Drain(drain::Drain),
     /// Every batch has a request that fails
     Poison(poison::Poison),
+    /// What comes from outside is made up at random
+    Fuzz(fuzz::Fuzz),
     /// One of two replicas behind HAProxy is killed under load
     Replicas(replicas::Replicas),
     /// All of it mixed, for a long time
@@ -78,6 +80,7 @@ fn main() -> ExitCode {
         Command::Overload(experiment) => conduct(&experiment),
         Command::Drain(experiment) => conduct(&experiment),
         Command::Poison(experiment) => conduct(&experiment),
+        Command::Fuzz(experiment) => conduct(&experiment),
         Command::Replicas(experiment) => conduct(&experiment),
         Command::Soak(experiment) => conduct(&experiment),
         Command::Render(render) => render.run().map(|()| true),

@@ -7,7 +7,7 @@ use anyhow::{Context as _, Result};
 use clap::Args;
 
 use crate::context::Experiment;
-use crate::experiments::{drain, failed_loads, overload, poison, publish_kill, replicas, soak, swaps};
+use crate::experiments::{drain, failed_loads, fuzz, overload, poison, publish_kill, replicas, soak, swaps};
 use crate::options::root;
 use crate::report::Report;
 
@@ -15,13 +15,14 @@ const BEGIN: &str = "<!-- reliability:begin -->\n";
 const END: &str = "<!-- reliability:end -->";
 
 /// In the order in which they are shown.
-const EXPERIMENTS: [&str; 8] = [
+const EXPERIMENTS: [&str; 9] = [
     swaps::Swaps::NAME,
     failed_loads::FailedLoads::NAME,
     publish_kill::PublishKill::NAME,
     overload::Overload::NAME,
     drain::Drain::NAME,
     poison::Poison::NAME,
+    fuzz::Fuzz::NAME,
     replicas::Replicas::NAME,
     soak::Soak::NAME,
 ];

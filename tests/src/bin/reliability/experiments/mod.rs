@@ -2,6 +2,7 @@
 
 pub(crate) mod drain;
 pub(crate) mod failed_loads;
+pub(crate) mod fuzz;
 pub(crate) mod overload;
 pub(crate) mod poison;
 pub(crate) mod publish_kill;

@@ -273,7 +273,7 @@ impl Seen {
             Measure::never(named("servers that no longer served"), get(&self.not_serving)),
             Measure::new(named("sound items"), get(&self.sound) as f64, ""),
             Measure::new(named("poisoned items"), get(&self.poisoned) as f64, ""),
-            Measure::new(named("poisoned items in a batch, on average"), per_batch, ""),
+            Measure::new(named("poisoned items over batches, those run to find them included"), per_batch, ""),
         ]
     }
 }

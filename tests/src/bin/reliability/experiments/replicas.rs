@@ -1,6 +1,6 @@
 //! One of two replicas behind HAProxy is killed under load.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -15,12 +15,13 @@ use crate::expected::PM;
 use crate::load::{Call, Load, Log, Mix, Sink, Tally};
 use crate::options::{Common, root};
 use crate::report::Measure;
-use crate::server::{client_of, free_ports};
+use crate::server::{Server, client_of, free_ports};
+use crate::surface;
 
 /// What a user would keep in flight; only calls with one answer, which the client may try again.
 const MIX: Mix = Mix { single: 8, batch: 4, rank: 4, stream: 0, generate: 0 };
-/// HAProxy takes a replica in after two good checks, half a second apart.
-const UNTIL_IN: Duration = Duration::from_secs(2);
+/// Longest wait until HAProxy sends calls to a replica.
+const PATIENCE: Duration = Duration::from_secs(60);
 
 /// Options of the experiment.
 #[derive(Args)]
@@ -68,7 +69,7 @@ impl Experiment for Replicas {
             replicas.push((launch, ports, server));
         }
         let (bind, _) = free_ports()?;
-        let _proxy = Proxy::start(bind, [replicas[0].1, replicas[1].1], context.folder()).await?;
+        let proxy = Proxy::start(bind, [replicas[0].1, replicas[1].1], context.folder()).await?;
 
         let log = Arc::new(Log::default());
         let load = Load {
@@ -80,14 +81,16 @@ impl Experiment for Replicas {
             seed: context.seed,
         };
         let running = load.start(MIX);
-        context.pause(UNTIL_IN).await;
+        for (.., server) in &replicas {
+            until_asked(server).await.with_context(|| proxy.said())?;
+        }
         context.begin(self.kills() as u64, "kills");
         for kill in 0..self.kills() {
             let (launch, _, server) = &mut replicas[kill % 2];
             server.kill()?;
             context.pause(context.or_quick(Duration::from_secs(2), Duration::from_millis(700))).await;
             *server = launch.start(context.folder()).await?;
-            context.pause(UNTIL_IN).await;
+            until_asked(server).await.with_context(|| proxy.said())?;
             context.step();
         }
         running.stop().await?;
@@ -105,6 +108,19 @@ impl Experiment for Replicas {
     }
 }
 
+/// Waits until a replica computes something for somebody.
+async fn until_asked(server: &Server) -> Result<()> {
+    let batches = async || anyhow::Ok(server.metrics().await?.value(surface::BATCHES, &[]));
+    let (began, before) = (Instant::now(), batches().await?);
+    while batches().await? <= before {
+        if began.elapsed() > PATIENCE {
+            bail!("HAProxy does not send calls to a replica that serves");
+        }
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    Ok(())
+}
+
 fn slowest(calls: &[Call]) -> Duration {
     calls.iter().map(Call::took).max().unwrap_or_default()
 }
@@ -116,18 +132,22 @@ fn longest_gap(calls: &[Call]) -> Duration {
 }
 
 /// HAProxy; it ends when dropped.
-struct Proxy(Child);
+struct Proxy {
+    child: Child,
+    log: PathBuf,
+}
 
 impl Drop for Proxy {
     fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
+        let _ = self.child.kill();
+        let _ = self.child.wait();
     }
 }
 
 impl Proxy {
     async fn start(bind: u16, replicas: [(u16, u16); 2], folder: &Path) -> Result<Self> {
-        let log = std::fs::File::create(folder.join("haproxy.log"))?;
+        let path = folder.join("haproxy.log");
+        let log = std::fs::File::create(&path)?;
         let mut command = Command::new("haproxy");
         // In the foreground, one process.
         command.arg("-db").arg("-f").arg(root().join("deploy/haproxy.cfg"));
@@ -137,17 +157,21 @@ impl Proxy {
         }
         command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
         let child = command.spawn().context("haproxy is needed; Debian has it as `haproxy`")?;
-        let proxy = Self(child);
+        let proxy = Self { child, log: path };
         let began = Instant::now();
         while TcpStream::connect(("127.0.0.1", bind)).await.is_err() {
             if began.elapsed() > Duration::from_secs(10) {
-                let said = std::fs::read_to_string(folder.join("haproxy.log")).unwrap_or_default();
-                bail!("haproxy does not listen: {said}");
+                bail!("haproxy does not listen: {}", proxy.said());
             }
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
         // Until it has looked at the replicas, it takes them to be there.
         client_of(&format!("http://127.0.0.1:{bind}"), RetryPolicy::default())?.list_models().await?;
         Ok(proxy)
+    }
+
+    /// What it has said: when it took a replica out, and why.
+    fn said(&self) -> String {
+        std::fs::read_to_string(&self.log).unwrap_or_default()
     }
 }

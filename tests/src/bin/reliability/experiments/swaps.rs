@@ -166,11 +166,14 @@ impl Phase {
             Measure::new(named("calls a second"), tally.all() as f64 / self.seconds, ""),
         ];
         measures.extend(self.latencies(named)?);
-        let growth = self.after.resident as f64 / self.before.resident as f64 - 1.0;
+        let growth = |of: fn(&Held) -> u64| (of(&self.after) as f64 / of(&self.before) as f64 - 1.0) * 100.0;
+        let (resident, anonymous) = (growth(|held| held.resident), growth(|held| held.anonymous));
+        let more = self.after.descriptors as f64 - self.before.descriptors as f64;
         measures.extend([
             Measure::new(named("resident memory before"), mib(self.before.resident), "MiB"),
-            Measure::new(named("growth of resident memory"), growth * 100.0, "%").at_most(5.0),
-            Measure::new(named("descriptors more than before"), more(&self.before, &self.after), "").at_most(0.0),
+            Measure::new(named("growth of resident memory"), resident, "%").at_most(5.0),
+            Measure::new(named("growth of the part of it that was allocated"), anonymous, "%"),
+            Measure::new(named("descriptors more than before"), more, "").at_most(0.0),
         ]);
         Ok(measures)
     }
@@ -198,8 +201,4 @@ impl Phase {
         }
         Ok(measures)
     }
-}
-
-fn more(before: &Held, after: &Held) -> f64 {
-    after.descriptors as f64 - before.descriptors as f64
 }
