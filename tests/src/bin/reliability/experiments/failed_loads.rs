@@ -58,7 +58,11 @@ const WAYS: [Failure; 9] = [
         cause: Cause::Fault("slow-read 20\nshort-read 10000"),
         words: &["safetensors", "sha256", "short"],
     },
-    Failure { name: "a disk that reads a corrupt byte", cause: Cause::Fault("corrupt-byte 1000000"), words: &["sha256"] },
+    Failure {
+        name: "a disk that reads a corrupt byte",
+        cause: Cause::Fault("corrupt-byte 1000000"),
+        words: &["sha256"],
+    },
     Failure { name: "a failed allocation", cause: Cause::Fault("failed-allocation"), words: &["memory"] },
 ];
 
