@@ -11,7 +11,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::pace::Pace;
-use super::{RETRY_AFTER, RETRY_UNKNOWN, Work};
+use super::{RETRY_AFTER, RETRY_GUESSED, RETRY_UNKNOWN, Work};
 
 /// Clients of a priority that are told apart. Those that come when there are so many share one place.
 pub(super) const MAX_CLIENTS: usize = 4096;
@@ -51,9 +51,9 @@ impl Client {
 /// How much later than at its turn a client is told to come: who comes too early has come in vain.
 const LATER: f64 = 1.2;
 /// A call that has not come back by then will not.
-const FORGOTTEN: Duration = Duration::from_secs(10);
+const FORGOTTEN: Duration = Duration::from_secs(3);
 /// Calls of a client that are told one time after the other; more of them are told the last one.
-const MAX_PROMISES: usize = 64;
+const MAX_PROMISES: usize = 32;
 
 /// The clients of one priority.
 #[derive(Debug, Default)]
@@ -173,11 +173,11 @@ impl Lane {
     pub(super) fn turn(&mut self, key: &Arc<str>, work: Work, ahead: f64, now: Instant) -> Duration {
         let per_second = self.pace.rate() / self.active() as f64;
         // Then there may still be others who wait for room.
-        let line = self.line(now);
+        let (line, longest) = (self.line(now), self.longest());
         let client = self.account(key);
         let promised: usize = client.promises.iter().map(|(_, tokens)| tokens).sum();
         let wait = seconds(ahead + promised as f64, per_second);
-        let wait = wait.mul_f64(LATER).saturating_add(line).min(RETRY_AFTER.1);
+        let wait = wait.mul_f64(LATER).saturating_add(line).min(longest);
         if client.promises.len() < MAX_PROMISES {
             client.promises.push_back((now + wait, work.tokens()));
         }
@@ -188,6 +188,11 @@ impl Lane {
     pub(super) fn is_behind(&self, key: &Arc<str>, now: Instant) -> bool {
         let was_told = self.clients.get(key).and_then(|client| client.slot).is_some_and(|slot| slot <= now);
         !was_told && !self.line(now).is_zero()
+    }
+
+    /// The longest wait that a client is told. A pace that is a guess is not good for more than a moment.
+    fn longest(&self) -> Duration {
+        if self.pace.known_rate().is_some() { RETRY_AFTER.1 } else { RETRY_GUESSED }
     }
 
     /// How long those wait who only need room.
@@ -208,13 +213,13 @@ impl Lane {
         let rate = rate.unwrap_or(self.pace.rate());
         let own = seconds(excess, rate);
         let time = if rate > 0.0 { seconds(work.tokens() as f64, rate) } else { Duration::ZERO };
-        let slot = self.account(key).slot;
+        let (slot, longest) = (self.account(key).slot, self.longest());
         let line = match slot {
             Some(slot) if slot > now => return slot - now,
             Some(_) => &mut self.again_until,
             None => &mut self.promised_until,
         };
-        let wait = line.map_or(own, |until| own.max(until.saturating_duration_since(now))).min(RETRY_AFTER.1);
+        let wait = line.map_or(own, |until| own.max(until.saturating_duration_since(now))).min(longest);
         *line = Some(now + wait + time);
         if slot.is_none() {
             self.account(key).slot = Some(now + wait);

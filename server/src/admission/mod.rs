@@ -30,6 +30,8 @@ use crate::telemetry::events::{AdmissionChanged, AdmissionRefused};
 const RETRY_AFTER: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(30));
 /// Waited for where the pace is not known yet.
 const RETRY_UNKNOWN: Duration = Duration::from_millis(200);
+/// The longest wait where it is a guess.
+const RETRY_GUESSED: Duration = Duration::from_secs(1);
 /// Clients that are refused together are spread over this part of their wait.
 const SPREAD: f64 = 0.1;
 /// Tokens that are admitted and not done, where nobody sets a limit: at some twenty bytes each, what takes memory.

@@ -178,6 +178,7 @@ impl Policy {
         }
         if left as f64 >= self.limit() as f64 * AHEAD {
             self.pace.crowd();
+            self.lanes[priority as usize].pace.crowd();
         }
         self.sweep(now);
     }
