@@ -52,6 +52,8 @@ impl Launch {
             .env("PLUMB_THREADS", "1")
             .env("PLUMB_KV_CACHE_MIB", "16")
             .env("PLUMB_MAX_NEW_TOKENS_LIMIT", "60000")
+            // How much is let in would follow from the speed, which is any in a test.
+            .env("PLUMB_MAX_QUEUE_TOKENS", "1048576")
             .env("HF_HOME", folder.path())
             .env("HF_HUB_OFFLINE", "1");
         Self { command, folder, hub: None }

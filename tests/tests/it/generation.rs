@@ -119,7 +119,7 @@ async fn sampling_options_narrow_what_is_drawn() {
     assert!(narrow(|s| s.top_k = Some(1)).await, "the likeliest one");
     assert!(narrow(|s| s.top_p = Some(1e-6)).await, "the smallest set");
     assert!(narrow(|s| s.min_p = Some(1.0)).await, "as likely as the likeliest");
-    assert!(narrow(|s| s.temperature = Some(1e-4)).await, "cold");
+    assert!(narrow(|s| s.temperature = Some(1e-3)).await, "cold");
     let penalised = with_sampling(request(40, 0.0, None), |s| s.repetition_penalty = Some(100.0));
     let penalised = generate(&client, penalised).await.unwrap().samples.remove(0).ids;
     let distinct: std::collections::BTreeSet<_> = penalised.iter().collect();
