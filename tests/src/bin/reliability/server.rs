@@ -18,6 +18,9 @@ use crate::process::{self, Held};
 /// How long something that has to happen may take.
 const PATIENCE: Duration = Duration::from_secs(120);
 const POLL: Duration = Duration::from_millis(5);
+/// Bytes that a caller who does not read is sent. In messages of a token each, some 250: at a thousand that wait, h2 takes
+/// the server for an attacker and ends the connection.
+const WINDOW: u32 = 4 << 10;
 
 /// How a server is started.
 #[derive(Clone, Debug)]
@@ -175,7 +178,7 @@ impl Server {
     /// A connection with a small window, for a reader that stops to read and shall be noticed soon.
     pub(crate) async fn narrow_channel(&self) -> Result<Channel> {
         let endpoint = Endpoint::from_shared(self.url())?;
-        Ok(endpoint.initial_stream_window_size(16 << 10).initial_connection_window_size(16 << 10).connect().await?)
+        Ok(endpoint.initial_stream_window_size(WINDOW).initial_connection_window_size(WINDOW).connect().await?)
     }
 
     /// What it holds now.
