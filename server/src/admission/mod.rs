@@ -1,8 +1,8 @@
 //! How much work is let in, counted in tokens: a call is admitted whole or refused at once, before anything is spent on
 //! it, with the time after which there should be room for it.
 //!
-//! Read [`policy`] first: it decides; [`lane`] says what is fair between clients, [`pace`] how fast work gets done,
-//! [`estimate`] how many tokens a text will be. Here is what a call holds meanwhile: a [`Permit`], of which each of its
+//! Read `policy` first: it decides; `lane` says what is fair between clients, `pace` how fast work gets done,
+//! `estimate` how many tokens a text will be. Here is what a call holds meanwhile: a [`Permit`], of which each of its
 //! sequences gets a part, and gives it back when it is done, cancelled or failed.
 //!
 //! This gate bounds what a call makes the engine do. The count of calls in `layers/admission.rs` comes before it and

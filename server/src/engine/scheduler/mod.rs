@@ -2,7 +2,7 @@
 //!
 //! The scheduler holds sequences, gives them pages and cuts them into steps. A step belongs to one model and stays under
 //! a budget, in which a token counts for more the more keys it attends to ([`cost`]), and one whose state is cached for
-//! nothing. Waiting sequences come by priority, and within one the clients take turns, by tokens ([`turns`]); while more
+//! nothing. Waiting sequences come by priority, and within one the clients take turns, by tokens (`turns`); while more
 //! urgent ones wait, the less urgent get a sixteenth, so that they get on. One that does not fit now does not stop smaller
 //! ones behind it, until it has been passed over sixteen times: then it comes before all others.
 //!
