@@ -180,7 +180,7 @@ async fn with_unread_call(context: &Context, cast: &Cast) -> Result<Ended> {
         prompt: Some(cast.judge.expected().dialogues[0].prompt()),
         stopping: Some(v1::Stopping { max_new_tokens: Some(800), ignore_eos: true, ..Default::default() }),
         // Many samples: more than all buffers on the way hold.
-        n: Some(64),
+        n: Some(256),
         ..Default::default()
     };
     let mut client = GenerationClient::new(server.narrow_channel().await?);
