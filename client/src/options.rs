@@ -8,6 +8,10 @@ use tonic::transport::{Certificate, ClientTlsConfig, Endpoint, Identity};
 
 use crate::{Error, RetryPolicy};
 
+/// What servers may send on a connection before it is read. HTTP/2 below cuts off a connection whose unread messages are
+/// many and small, which those of `Generate` are, and takes its measure from this: some 70,000.
+const CONNECTION_WINDOW: u32 = 32 << 20;
+
 /// How a [`crate::Client`] connects and how long it waits.
 #[derive(Clone, Debug)]
 pub struct ClientOptions {
@@ -79,6 +83,7 @@ impl ClientOptions {
             .connect_timeout(self.connect_timeout)
             .http2_keep_alive_interval(self.keepalive_interval)
             .keep_alive_timeout(self.keepalive_timeout)
+            .initial_connection_window_size(CONNECTION_WINDOW)
             // Small messages should leave at once: scoring in an RL loop waits for each.
             .tcp_nodelay(true);
         if !address.starts_with("https://") {

@@ -169,8 +169,15 @@ impl Lane {
     }
 
     /// When a client should come back that is `ahead` of the clock: when the clock has caught up with all that it was
-    /// let in with, and told to come back with.
-    pub(super) fn turn(&mut self, key: &Arc<str>, work: Work, ahead: f64, now: Instant) -> Duration {
+    /// let in with, and told to come back with. A call that is `over` by then is told all the same, and not waited for.
+    pub(super) fn turn(
+        &mut self,
+        key: &Arc<str>,
+        work: Work,
+        ahead: f64,
+        over: Option<Instant>,
+        now: Instant,
+    ) -> Duration {
         let per_second = self.pace.rate() / self.active() as f64;
         // Then there may still be others who wait for room.
         let (line, longest) = (self.line(now), self.longest());
@@ -178,7 +185,7 @@ impl Lane {
         let promised: usize = client.promises.iter().map(|(_, tokens)| tokens).sum();
         let wait = seconds(ahead + promised as f64, per_second);
         let wait = wait.mul_f64(LATER).saturating_add(line).min(longest);
-        if client.promises.len() < MAX_PROMISES {
+        if client.promises.len() < MAX_PROMISES && comes_back(now + wait, over) {
             client.promises.push_back((now + wait, work.tokens()));
         }
         wait
@@ -201,13 +208,14 @@ impl Lane {
     }
 
     /// When a client should come back that only needs room: behind those who were told the same before. `rate` is that at
-    /// which room becomes free, if it is not the lane's own.
+    /// which room becomes free, if it is not the lane's own. None is kept for a call that is `over` by then.
     pub(super) fn room(
         &mut self,
         key: &Arc<str>,
         work: Work,
         excess: f64,
         rate: Option<f64>,
+        over: Option<Instant>,
         now: Instant,
     ) -> Duration {
         let rate = rate.unwrap_or(self.pace.rate());
@@ -220,6 +228,9 @@ impl Lane {
             None => &mut self.promised_until,
         };
         let wait = line.map_or(own, |until| own.max(until.saturating_duration_since(now))).min(longest);
+        if !comes_back(now + wait, over) {
+            return wait;
+        }
         *line = Some(now + wait + time);
         if slot.is_none() {
             self.account(key).slot = Some(now + wait);
@@ -227,10 +238,13 @@ impl Lane {
         wait
     }
 
-    /// A client was told to come back.
-    pub(super) fn refuse(&mut self, key: &Arc<str>, retry_after: Duration, now: Instant) {
+    /// A client was told to come back with a call that is `over` some time.
+    pub(super) fn refuse(&mut self, key: &Arc<str>, retry_after: Duration, over: Option<Instant>, now: Instant) {
         self.pace.crowd();
-        self.account(key).wants_until = Some(now + retry_after.mul_f64(1.5) + PATIENCE);
+        let until = now + retry_after.mul_f64(1.5);
+        let until = over.map_or(until, |over| until.min(over)) + PATIENCE;
+        let client = self.account(key);
+        client.wants_until = client.wants_until.max(Some(until));
     }
 
     /// Forgets clients that want nothing any more.
@@ -252,6 +266,11 @@ impl Lane {
         client.active = true;
         client
     }
+}
+
+/// Whether a call that is told to come at a time still can.
+fn comes_back(at: Instant, over: Option<Instant>) -> bool {
+    over.is_none_or(|over| at < over)
 }
 
 /// How long so many tokens take.

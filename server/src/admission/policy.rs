@@ -81,7 +81,7 @@ impl Policy {
             Err(refusal) => {
                 if let Some(retry_after) = refusal.retry_after() {
                     self.pace.crowd();
-                    self.lanes[ask.priority as usize].refuse(&key, retry_after, now);
+                    self.lanes[ask.priority as usize].refuse(&key, retry_after, ask.deadline, now);
                 }
                 Err(refusal)
             }
@@ -112,11 +112,11 @@ impl Policy {
         let excess = if behind { 0.0 } else { excess } + batch.min(work.prompt) as f64;
         let lane = &mut self.lanes[ask.priority as usize];
         let retry_after = match standing {
-            Standing::Within => lane.room(key, ask.work, excess, rate, now),
+            Standing::Within => lane.room(key, ask.work, excess, rate, ask.deadline, now),
             // Its calls come back one after the other.
-            Standing::Alone => lane.turn(key, ask.work, excess, now),
+            Standing::Alone => lane.turn(key, ask.work, excess, ask.deadline, now),
             Standing::Ahead(ahead) => {
-                let retry_after = lane.turn(key, ask.work, ahead, now);
+                let retry_after = lane.turn(key, ask.work, ahead, ask.deadline, now);
                 return Err(Refusal::Share { retry_after, limit });
             }
         };

@@ -2,6 +2,7 @@
 //! any clock: what callers get in sum.
 
 use std::collections::{BinaryHeap, HashMap};
+use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -29,12 +30,14 @@ enum Manner {
 struct Kind {
     manner: Manner,
     tokens: usize,
+    /// Sequences that the tokens are of.
+    items: usize,
     priority: Priority,
     /// Seconds.
     timeout: Option<f64>,
 }
 
-const PATIENT: Kind = Kind { manner: Manner::Patient(1), tokens: 300, priority: Priority::Normal, timeout: None };
+const PATIENT: Kind = Kind { manner: Manner::Patient(1), tokens: 300, items: 1, priority: Priority::Normal, timeout: None };
 
 /// What a client got, after the start.
 #[derive(Clone, Debug, Default)]
@@ -74,10 +77,10 @@ impl Ord for At {
     }
 }
 
+/// A call that was let in.
 struct Running {
     client: usize,
     key: Arc<str>,
-    work: Work,
     refusals: usize,
     since: f64,
     until: f64,
@@ -90,9 +93,12 @@ struct World {
     speed: fn(f64) -> f64,
     /// Seconds that are not counted.
     warm_up: f64,
+    /// From when on all clients are patient, with a call each.
+    patient_from: f64,
     policy: Policy,
     scheduler: Scheduler,
-    running: HashMap<SequenceId, Running>,
+    /// Sequences, with their tokens.
+    running: HashMap<SequenceId, (Rc<Running>, usize)>,
     step: Option<Plan>,
     events: BinaryHeap<At>,
     sent: u64,
@@ -120,6 +126,7 @@ impl World {
             kinds,
             speed,
             warm_up: 0.0,
+            patient_from: f64::INFINITY,
             policy: Policy::new(AdmissionLimits { max_queue_tokens: None, max_batch_tokens: BATCH }),
             scheduler,
             running: HashMap::new(),
@@ -142,6 +149,17 @@ impl World {
         world
     }
 
+    /// From a time on all clients are patient, with a call each.
+    fn then_patient(mut self, from: f64) -> Self {
+        self.patient_from = from;
+        (0..self.kinds.len()).for_each(|client| self.call(from, client, 0));
+        self
+    }
+
+    fn manner(&self, client: usize) -> Manner {
+        if self.now < self.patient_from { self.kinds[client].manner } else { Manner::Patient(1) }
+    }
+
     fn at(&mut self, seconds: f64, event: Event) {
         self.sent += 1;
         self.events.push(At((seconds * 1e9) as u64, self.sent, event));
@@ -152,7 +170,7 @@ impl World {
     }
 
     fn send_next(&mut self, client: usize) {
-        if let Manner::Deaf(rate) = self.kinds[client].manner {
+        if let Manner::Deaf(rate) = self.manner(client) {
             let pause = -(1.0 - self.random.random::<f64>()).ln() / rate;
             self.call(pause, client, 0);
         }
@@ -179,7 +197,7 @@ impl World {
     }
 
     fn arrive(&mut self, client: usize, refusals: usize) {
-        let Kind { manner, tokens, priority, timeout } = self.kinds[client];
+        let Kind { tokens, items, priority, timeout, .. } = self.kinds[client];
         let until = timeout.map_or(f64::INFINITY, |timeout| self.now + timeout);
         let ask = Ask {
             client: client.to_string().into(),
@@ -190,26 +208,30 @@ impl World {
             waits: false,
         };
         match self.policy.admit(&ask, self.instant()) {
-            Ok((key, work)) => {
-                let id = self.scheduler.add(NewSequence {
-                    model: 1,
-                    tokens: vec![0; tokens],
-                    want: Want::Reward,
-                    priority,
-                    deadline: None,
-                    arrived: self.instant(),
-                    pinned_prefix: 0,
-                    client: client as u64,
-                    work: tokens,
-                });
-                self.running.insert(id.unwrap(), Running { client, key, work, refusals, since: self.now, until });
+            Ok((key, _)) => {
+                let call = Rc::new(Running { client, key, refusals, since: self.now, until });
+                for i in 0..items {
+                    let tokens = tokens * (i + 1) / items - tokens * i / items;
+                    let id = self.scheduler.add(NewSequence {
+                        model: 1,
+                        tokens: vec![0; tokens],
+                        want: Want::Reward,
+                        priority,
+                        deadline: None,
+                        arrived: self.instant(),
+                        pinned_prefix: 0,
+                        client: client as u64,
+                        work: tokens,
+                    });
+                    self.running.insert(id.unwrap(), (Rc::clone(&call), tokens));
+                }
                 self.most_waiting = self.most_waiting.max(self.policy.work().prompt);
             }
             Err(refusal) => {
                 if self.now > self.warm_up {
                     self.got[client].refused += 1;
                 }
-                if let Manner::Patient(_) = manner {
+                if let Manner::Patient(_) = self.manner(client) {
                     let pause = refusal.retry_after().unwrap().mul_f64(1.0 + SPREAD * self.random.random::<f64>());
                     // The way there and back, and what a client adds.
                     let lag = self.random.random_range(0.001..0.05);
@@ -246,18 +268,22 @@ impl World {
                 continue;
             }
             self.scheduler.remove(slice.id);
-            let Running { client, key, work, refusals, since, until } = self.running.remove(&slice.id).unwrap();
+            let (call, tokens) = self.running.remove(&slice.id).unwrap();
+            let (client, counts) = (call.client, self.now > self.warm_up);
             let priority = self.kinds[client].priority;
-            self.policy.leave(&key, priority, work, true, self.instant());
-            if self.now > self.warm_up {
-                let got = &mut self.got[client];
-                got.late += usize::from(self.now > until);
-                got.tokens += work.prompt;
-                got.calls += 1;
-                *got.tries.entry(refusals).or_default() += 1;
-                got.waits.push(self.now - since);
+            self.policy.leave(&call.key, priority, Work::prompt(tokens), true, self.instant());
+            if counts {
+                self.got[client].tokens += tokens;
             }
-            if let Manner::Patient(_) = self.kinds[client].manner {
+            let Ok(call) = Rc::try_unwrap(call) else { continue };
+            if counts {
+                let got = &mut self.got[client];
+                got.late += usize::from(self.now > call.until);
+                got.calls += 1;
+                *got.tries.entry(call.refusals).or_default() += 1;
+                got.waits.push(self.now - call.since);
+            }
+            if let Manner::Patient(_) = self.manner(client) {
                 let lag = self.random.random_range(0.001..0.01);
                 self.call(lag, client, 0);
             }
@@ -441,4 +467,18 @@ fn a_server_that_turns_out_slower_is_not_asked_again_and_again() {
         world.got.iter().fold((0, 0), |(calls, refused), got| (calls + got.calls, refused + got.refused));
     assert!(refused < 3 * calls, "{refused} of {calls}: {}", world.report(60.0));
     assert!(world.fairness(0..200) > 0.95, "{}", world.report(60.0));
+}
+
+#[test]
+fn calls_that_are_over_are_not_waited_for() {
+    let (speed, of_time) = SPEEDS[1];
+    let kind = |i: usize| Kind {
+        manner: Manner::Deaf(10.0 * speed / 3200.0 / 200.0 * if i % 20 == 0 { 10.0 } else { 0.5 }),
+        tokens: 2400 + i * 8,
+        items: 16,
+        timeout: Some(10.0),
+        ..PATIENT
+    };
+    let world = World::new((0..200).map(kind).collect(), of_time).then_patient(60.0).run(60.0, 60.0);
+    check("calmed", &world, speed, 60.0);
 }

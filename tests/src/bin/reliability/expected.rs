@@ -77,9 +77,7 @@ impl Expected {
             texts.push(texts_of(&client, &named(LM, i), prompts).await?);
             step();
         }
-        let expected = Self { dialogues, rewards, texts };
-        expected.check_that_variants_differ()?;
-        Ok(expected)
+        Self { dialogues, rewards, texts }.without_ties()
     }
 
     /// The dialogues whose prompts are gone on with.
@@ -92,19 +90,36 @@ impl Expected {
         self.rewards[variant].values[dialogue][response]
     }
 
-    /// A score says nothing about the version if two versions answer it.
-    fn check_that_variants_differ(&self) -> Result<()> {
-        let rewards = |a: usize, b: usize| {
-            let mut pairs = self.rewards[a].values.iter().flatten().zip(self.rewards[b].values.iter().flatten());
-            pairs.any(|(a, b)| a == b)
-        };
-        let texts = |a: usize, b: usize| self.texts[a].values.iter().zip(&self.texts[b].values).any(|(a, b)| a == b);
-        let pairs = |count: usize| (0..count).flat_map(move |b| (0..b).map(move |a| (a, b)));
-        if pairs(self.rewards.len()).any(|(a, b)| rewards(a, b)) || pairs(self.texts.len()).any(|(a, b)| texts(a, b)) {
-            bail!("two variants of a checkpoint answer the same for some dialogue; take another --seed");
+    /// Leaves out dialogues of which two variants answer the same: such a score says nothing about the version. Of a
+    /// million pairs of rewards that are some.
+    fn without_ties(mut self) -> Result<Self> {
+        let all = self.dialogues.len();
+        let tied: Vec<bool> = (0..all).map(|dialogue| self.is_tied(dialogue)).collect();
+        retain(&mut self.dialogues, &tied);
+        self.rewards.iter_mut().for_each(|answers| retain(&mut answers.values, &tied));
+        self.texts.iter_mut().for_each(|answers| retain(&mut answers.values, &tied));
+        let left = self.dialogues.len();
+        if left * 2 < all || self.texts.iter().any(|answers| answers.values.is_empty()) {
+            bail!("two variants of a checkpoint answer the same for {} of {all} dialogues", all - left);
         }
-        Ok(())
+        Ok(self)
     }
+
+    fn is_tied(&self, dialogue: usize) -> bool {
+        let rewards = (0..RESPONSES).any(|i| has_twice(self.rewards.iter().map(|answers| answers.values[dialogue][i])));
+        rewards || has_twice(self.texts.iter().filter_map(|answers| answers.values.get(dialogue)))
+    }
+}
+
+fn has_twice<T: PartialEq>(values: impl Iterator<Item = T>) -> bool {
+    let values: Vec<T> = values.collect();
+    values.iter().enumerate().any(|(i, value)| values[..i].contains(value))
+}
+
+/// Leaves out what is marked; there may be more marks than values.
+fn retain<T>(values: &mut Vec<T>, leave_out: &[bool]) {
+    let mut marks = leave_out.iter();
+    values.retain(|_| !marks.next().copied().unwrap_or_default());
 }
 
 async fn rewards_of(client: &Client, model: &str, dialogues: &[Dialogue]) -> Result<Answers<Rewards>> {

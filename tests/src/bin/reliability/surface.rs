@@ -27,6 +27,8 @@ pub(crate) const STABLE: &str = "stable";
 pub(crate) const BATCHES: &str = "plumb_batches_total";
 /// Seconds that all batches took together.
 pub(crate) const BATCH_SECONDS: &str = "plumb_batch_duration_seconds_sum";
+/// A flag with which the gate has room for whatever a load asks, so that a refusal is a failure.
+pub(crate) const ROOMY: &str = "--max-queue-tokens 1048576";
 /// The name of the manifest of a published version.
 pub(crate) const MANIFEST: &str = "manifest.json";
 

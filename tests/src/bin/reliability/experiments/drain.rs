@@ -20,7 +20,7 @@ use crate::load::{Call, End, Load, Log, Mix, Sink, score_items};
 use crate::options::Common;
 use crate::report::Measure;
 use crate::server::{Launch, Server};
-use crate::surface::Faults;
+use crate::surface::{self, Faults};
 
 /// After NOT_SERVING, the server goes on as before for so long.
 const LAME_DUCK: Duration = Duration::from_secs(1);
@@ -108,7 +108,8 @@ impl Experiment for Drain {
 }
 
 fn launch(launch: Launch, cast: &Cast, deadline: Duration, lame_duck: Duration) -> Launch {
-    let launch = launch.model(PM, &cast.preference[0]).model(LM, &cast.language[0]).flags("--kv-cache-mib 64");
+    let launch = launch.model(PM, &cast.preference[0]).model(LM, &cast.language[0]);
+    let launch = launch.flags("--kv-cache-mib 64").flags(surface::ROOMY);
     let (deadline, lame_duck) = (deadline.as_secs_f64(), lame_duck.as_secs_f64());
     launch.flags(&format!("--drain-timeout-secs {deadline} --lame-duck-secs {lame_duck}"))
 }

@@ -91,7 +91,7 @@ impl Experiment for FailedLoads {
         let cast = context.cast(1, 1).await?;
         let sources = Sources::make(context, &cast.preference[0])?;
         let faults = Faults::in_folder(context.folder())?;
-        let (_, server) = Rollout::start(context, &cast, Way::Rpc, "", Some(&faults)).await?;
+        let (_, server) = Rollout::start(context, &cast, Way::Rpc, surface::ROOMY, Some(&faults)).await?;
         let tally = Arc::new(Mutex::new(Tally::default()));
         let load = Load {
             url: server.url(),

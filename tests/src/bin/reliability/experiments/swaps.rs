@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::Result;
 use clap::Args;
-use plumb_client::{Code, RetryPolicy};
+use plumb_client::RetryPolicy;
 
 use crate::context::{Cast, Context, Experiment};
 use crate::latency::{Split, Window, milliseconds};
@@ -98,7 +98,7 @@ struct Phase {
 
 impl Swaps {
     async fn phase(&self, context: &Context, cast: &Cast, way: Way, flags: &str, swaps: usize) -> Result<Phase> {
-        let (mut rollout, server) = Rollout::start(context, cast, way, flags, None).await?;
+        let (mut rollout, server) = Rollout::start(context, cast, way, &format!("{flags} {}", surface::ROOMY), None).await?;
         let log = Arc::new(Log::default());
         // Connected before and after.
         let client = server.client()?;
@@ -154,11 +154,9 @@ impl Phase {
         let mib = |bytes: u64| bytes as f64 / f64::from(1 << 20);
         let mut took: Vec<f64> = self.windows.iter().map(|w| (w.to - w.from).as_secs_f64()).collect();
         took.sort_by(f64::total_cmp);
-        let refused = tally.with(Code::ResourceExhausted);
         let mut measures = vec![
             Measure::never(named("calls that failed"), tally.failures()),
             Measure::never(named("wrong scores, or of a version that was not meant"), tally.wrong),
-            Measure::new(named("calls refused for want of room, of those that failed"), refused as f64, ""),
             Measure::new(named("calls answered right"), tally.right as f64, ""),
             Measure::new(named("swaps"), self.windows.len() as f64, ""),
             Measure::new(named("a swap takes, median"), took[took.len() / 2], "s"),
