@@ -37,7 +37,8 @@ struct Kind {
     timeout: Option<f64>,
 }
 
-const PATIENT: Kind = Kind { manner: Manner::Patient(1), tokens: 300, items: 1, priority: Priority::Normal, timeout: None };
+const PATIENT: Kind =
+    Kind { manner: Manner::Patient(1), tokens: 300, items: 1, priority: Priority::Normal, timeout: None };
 
 /// What a client got, after the start.
 #[derive(Clone, Debug, Default)]

@@ -4,7 +4,6 @@ use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
 use std::time::Instant;
 
-use plumb_model::checkpoint::manifest::Probe;
 use plumb_model::loaded::ModelKind;
 use plumb_model::text::{HhhPrompt, Message, RenderMode, RenderOptions, TextInput};
 
@@ -92,16 +91,13 @@ pub(super) async fn warm(engine: &Engine, model: &ModelHandle, usage: &Usage) ->
         (tokens, 0)
     });
     let prompts = usage.prompts().filter_map(|prompt| behind(model, prompt));
-    // All are queued before the first is awaited: the step is as large as usual.
-    let queued = made_up.chain(prompts).map(|(tokens, pinned)| {
+    // One after the other: the steps are short, and those who wait for an answer get theirs in between.
+    for (tokens, pinned) in made_up.chain(prompts) {
         let want = match model.info.kind {
             ModelKind::Preference => Want::Reward,
             ModelKind::Language => Want::LogProbs(tokens.len() - 1..tokens.len()),
         };
-        score(engine, model, tokens, want, pinned)
-    });
-    for answer in queued.collect::<Result<Vec<_>>>()? {
-        answer.await?;
+        score(engine, model, tokens, want, pinned).await?;
     }
     Ok(())
 }
@@ -111,22 +107,17 @@ pub(super) async fn warm(engine: &Engine, model: &ModelHandle, usage: &Usage) ->
 /// # Errors
 /// If a score is another one: the files are as they were published, but what they compute here is not.
 pub(super) async fn probe(engine: &Engine, model: &ModelHandle) -> Result<()> {
-    let ask = |i: usize| {
-        let probe: &Probe = &model.probes[i];
+    for (i, probe) in model.probes.iter().enumerate() {
         let rendered = match probe.render(&model.text) {
             // This server takes shorter inputs than the one that published.
-            Err(plumb_model::Error::TooLong { .. }) => return Ok(None),
+            Err(plumb_model::Error::TooLong { .. }) => continue,
             rendered => rendered?,
         };
         let want = match model.info.kind {
             ModelKind::Preference => Want::Reward,
             ModelKind::Language => Want::LogProbs(rendered.require_response()?),
         };
-        Ok(Some((i, probe, score(engine, model, rendered.ids, want, 0)?)))
-    };
-    let answers = (0..model.probes.len()).map(ask).collect::<Result<Vec<_>>>()?;
-    for (i, probe, answer) in answers.into_iter().flatten() {
-        let values = answer.await?;
+        let values = score(engine, model, rendered.ids, want, 0).await?;
         // A reward is one value; of log-probabilities the mean counts.
         let mean = values.iter().copied().map(f64::from).sum::<f64>() / values.len().max(1) as f64;
         let dtype = model.decoder.dtype();
@@ -151,18 +142,18 @@ fn behind(model: &ModelHandle, prompt: HhhPrompt) -> Option<(Vec<u32>, usize)> {
     Some((rendered.ids, rendered.prefix_len))
 }
 
-/// Queues a sequence, and answers its values when it is awaited.
-fn score(
+/// The values of a sequence.
+async fn score(
     engine: &Engine,
     model: &ModelHandle,
     tokens: Vec<u32>,
     want: Want,
     pinned_prefix: usize,
-) -> Result<impl Future<Output = Result<Vec<f32>>> + use<>> {
+) -> Result<Vec<f32>> {
     let priority = Priority::Normal;
     let meta = JobMeta { priority, deadline: None, arrived: Instant::now(), pinned_prefix, permit: None };
     let answer = engine.submit(Sequence { model: model.clone(), tokens, want, meta })?;
-    Ok(async move { answer.await.unwrap_or(Err(Error::DeviceLost)).map(|output| output.values) })
+    answer.await.unwrap_or(Err(Error::DeviceLost)).map(|output| output.values)
 }
 
 #[cfg(test)]

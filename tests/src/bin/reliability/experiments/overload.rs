@@ -211,7 +211,7 @@ impl Crowd {
                 ended
             });
         }
-        self.gathered(workers, began).await
+        self.gathered(workers, began, time).await
     }
 
     /// Calls begin at times of their own, whatever becomes of those before.
@@ -242,13 +242,7 @@ impl Crowd {
                 ended
             });
         }
-        // What is answered after the end of the phase was begun in it, and would make it look faster.
-        let mut outcome = self.gathered(workers, began).await?;
-        outcome.seconds = time.as_secs_f64();
-        let end = began + time;
-        outcome.late = outcome.ended.iter().filter(|ended| ended.call.ended > end).count();
-        outcome.ended.retain(|ended| ended.call.ended <= end || ended.call.end != End::Right);
-        Ok(outcome)
+        self.gathered(workers, began, time).await
     }
 
     /// Every client has one call at a time, and waits as it is told.
@@ -274,19 +268,23 @@ impl Crowd {
                 ended
             });
         }
-        let mut outcome = self.gathered(workers, began).await?;
+        let mut outcome = self.gathered(workers, began, time).await?;
         outcome.gave_up = gave_up.load(Ordering::Relaxed);
         Ok(outcome)
     }
 
-    async fn gathered(&self, mut workers: JoinSet<Vec<Ended>>, began: Instant) -> Result<Outcome> {
-        let mut ended = Vec::new();
+    /// What became of the calls of a phase. What is answered after its end was begun in it, and would make it look
+    /// faster.
+    async fn gathered(&self, mut workers: JoinSet<Vec<Ended>>, began: Instant, time: Duration) -> Result<Outcome> {
+        let (end, mut ended) = (began + time, Vec::new());
         while let Some(worker) = workers.join_next().await {
             ended.extend(worker?);
         }
         let tally = Tally::of(ended.iter().map(|ended| &ended.call));
-        let seconds = began.elapsed().as_secs_f64();
-        Ok(Outcome { ended, tally, seconds, clients: self.callers.len(), late: 0, gave_up: 0 })
+        let all = ended.len();
+        ended.retain(|ended| ended.call.ended <= end || ended.call.end != End::Right);
+        let (late, seconds) = (all - ended.len(), time.as_secs_f64());
+        Ok(Outcome { ended, tally, seconds, clients: self.callers.len(), late, gave_up: 0 })
     }
 }
 

@@ -40,6 +40,11 @@ impl Swaps {
         self.common.or_quick(self.swaps, 4)
     }
 
+    /// Swaps before those that are measured: one of each model.
+    fn early(&self) -> usize {
+        self.common.or_quick(LANGUAGE_EVERY, 1)
+    }
+
     fn mix(&self) -> Mix {
         self.common.or_quick(Mix::SATURATING, Mix::LIGHT)
     }
@@ -65,9 +70,11 @@ impl Experiment for Swaps {
              versions; every score is compared bit for bit with what the version that the answer names gives to a caller \
              who is alone, and that version has to be the one that was meant while the call ran. A call counts as during \
              a swap if any part of it lies between the request for the new version and the end of the old one, as steady \
-             if none does. Memory and descriptors are those of the idle server before the first and after the last swap.",
+             if none does. {} swaps come first and are checked too, but their times are not counted: what a second \
+             version takes in memory is taken once. Memory and descriptors are those of the idle server.",
             self.swaps(),
-            self.mix().in_words()
+            self.mix().in_words(),
+            self.early(),
         )
     }
 
@@ -88,9 +95,13 @@ impl Experiment for Swaps {
 
 /// What one server went through.
 struct Phase {
+    /// Of the first swaps.
+    early: Vec<Call>,
     calls: Vec<Call>,
     windows: Vec<Window>,
     seconds: f64,
+    /// Before the first swap, after the first ones, and after all.
+    fresh: Held,
     before: Held,
     after: Held,
     busy: f64,
@@ -98,7 +109,8 @@ struct Phase {
 
 impl Swaps {
     async fn phase(&self, context: &Context, cast: &Cast, way: Way, flags: &str, swaps: usize) -> Result<Phase> {
-        let (mut rollout, server) = Rollout::start(context, cast, way, &format!("{flags} {}", surface::ROOMY), None).await?;
+        let flags = format!("{flags} {}", surface::ROOMY);
+        let (mut rollout, server) = Rollout::start(context, cast, way, &flags, None).await?;
         let log = Arc::new(Log::default());
         // Connected before and after.
         let client = server.client()?;
@@ -111,12 +123,18 @@ impl Swaps {
             reconnect_after: None,
             seed: context.seed,
         };
-        // Memory that the load alone takes is taken once.
+        // Memory that the load takes, and that a second version takes, is taken once.
         let warming = load.start(self.mix());
         context.pause(self.steady() * 2).await;
         warming.stop().await?;
+        let fresh = idle(context, &server).await?;
+        let warming = load.start(self.mix());
+        for swap in 1..=self.early() {
+            rollout.swap(&client, model_of(swap)).await?;
+        }
+        warming.stop().await?;
         let before = idle(context, &server).await?;
-        log.drain();
+        let early = log.drain();
 
         let (began, busy) = (Instant::now(), busy_seconds(&server).await?);
         let running = load.start(self.mix());
@@ -124,8 +142,7 @@ impl Swaps {
         let mut windows = Vec::new();
         for swap in 1..=swaps {
             context.pause(self.steady()).await;
-            let model = usize::from(swap % LANGUAGE_EVERY == 0);
-            windows.push(rollout.swap(&client, model).await?);
+            windows.push(rollout.swap(&client, model_of(swap)).await?);
             context.step();
         }
         context.pause(self.steady()).await;
@@ -133,8 +150,13 @@ impl Swaps {
         let busy = (busy_seconds(&server).await? - busy) / seconds;
         running.stop().await?;
         let after = idle(context, &server).await?;
-        Ok(Phase { calls: log.drain(), windows, seconds, before, after, busy })
+        Ok(Phase { early, calls: log.drain(), windows, seconds, fresh, before, after, busy })
     }
+}
+
+/// The model that is swapped.
+fn model_of(swap: usize) -> usize {
+    usize::from(swap % LANGUAGE_EVERY == 0)
 }
 
 /// What the server holds once nobody calls, closed connections included.
@@ -150,13 +172,13 @@ async fn busy_seconds(server: &Server) -> Result<f64> {
 impl Phase {
     fn measures(&self, name: &str) -> Result<Vec<Measure>> {
         let named = |what: &str| format!("{name}: {what}");
-        let tally = Tally::of(&self.calls);
+        let (early, tally) = (Tally::of(&self.early), Tally::of(&self.calls));
         let mib = |bytes: u64| bytes as f64 / f64::from(1 << 20);
         let mut took: Vec<f64> = self.windows.iter().map(|w| (w.to - w.from).as_secs_f64()).collect();
         took.sort_by(f64::total_cmp);
         let mut measures = vec![
-            Measure::never(named("calls that failed"), tally.failures()),
-            Measure::never(named("wrong scores, or of a version that was not meant"), tally.wrong),
+            Measure::never(named("calls that failed"), early.failures() + tally.failures()),
+            Measure::never(named("wrong scores, or of a version that was not meant"), early.wrong + tally.wrong),
             Measure::new(named("calls answered right"), tally.right as f64, ""),
             Measure::new(named("swaps"), self.windows.len() as f64, ""),
             Measure::new(named("a swap takes, median"), took[took.len() / 2], "s"),
@@ -168,8 +190,10 @@ impl Phase {
         let (resident, anonymous) = (growth(|held| held.resident), growth(|held| held.anonymous));
         let more = self.after.descriptors as f64 - self.before.descriptors as f64;
         measures.extend([
-            Measure::new(named("resident memory before"), mib(self.before.resident), "MiB"),
-            Measure::new(named("growth of resident memory"), resident, "%").at_most(5.0),
+            Measure::new(named("resident memory before the first swap"), mib(self.fresh.resident), "MiB"),
+            Measure::new(named("resident memory after the first swaps"), mib(self.before.resident), "MiB"),
+            Measure::new(named("resident memory after the last swap"), mib(self.after.resident), "MiB"),
+            Measure::new(named("growth from the first swaps to the last"), resident, "%").at_most(5.0),
             Measure::new(named("growth of the part of it that was allocated"), anonymous, "%"),
             Measure::new(named("descriptors more than before"), more, "").at_most(0.0),
         ]);
