@@ -14,6 +14,10 @@ use memmap2::{MmapMut, MmapRaw};
 /// left at the end of a mapping, because the next array does not fit, is little of it.
 const MAPPING: usize = 256 << 20;
 
+/// Bytes that are taken from the system at a time: two huge pages.
+#[cfg(target_os = "linux")]
+const PIECE: usize = 4 << 20;
+
 /// Zeros that the system provides as they are first touched, and takes back when the buffer is dropped, up to a page at
 /// either end that it may share with another one.
 ///
@@ -78,9 +82,14 @@ impl<T: Pod> Buffer<T> {
     /// Takes all the memory from the system now, where it can be told to: nobody has to wait for a page later.
     #[must_use]
     pub fn populated(self) -> Self {
+        // While the system provides memory, it holds the lock that every other thread needs that maps some: a piece at a
+        // time, so that none of those waits for gigabytes to be cleared.
         #[cfg(target_os = "linux")]
-        // Linux before 5.14 refuses, and provides pages as they are touched.
-        drop(self.map.advise_range(memmap2::Advice::PopulateWrite, self.offset, self.len * size_of::<T>()));
+        for piece in (0..self.len * size_of::<T>()).step_by(PIECE) {
+            let bytes = PIECE.min(self.len * size_of::<T>() - piece);
+            // Linux before 5.14 refuses, and provides pages as they are touched.
+            drop(self.map.advise_range(memmap2::Advice::PopulateWrite, self.offset + piece, bytes));
+        }
         self
     }
 }

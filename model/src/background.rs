@@ -22,8 +22,14 @@ pub struct Background {
 }
 
 impl Background {
+    /// One thread, at whatever rate.
+    pub const ONE: Self = Self { threads: Some(NonZeroUsize::MIN), bytes_per_second: None };
+
     /// Does the work where it is to be done.
-    pub(crate) fn run<R: Send>(&self, work: impl FnOnce() -> Result<R> + Send) -> Result<R> {
+    ///
+    /// # Errors
+    /// Those of the work, and [`Error::OutOfMemory`] if there is no thread for it.
+    pub fn run<R: Send>(&self, work: impl FnOnce() -> Result<R> + Send) -> Result<R> {
         let Some(threads) = self.threads else { return work() };
         let mut handles = Vec::new();
         let spawn = |thread: ThreadBuilder| {

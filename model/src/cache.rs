@@ -24,7 +24,8 @@ pub struct BlockCache {
     evictions: u64,
 }
 
-type NodeId = u64;
+/// A block that is published.
+pub type NodeId = u64;
 /// The parent of first blocks.
 const ROOT: NodeId = 0;
 
@@ -59,6 +60,11 @@ impl Table {
     /// Positions that need not be computed; a multiple of [`PAGE`].
     pub fn cached(&self) -> usize {
         self.cached
+    }
+
+    /// Whether it has one of these blocks.
+    pub fn has_any(&self, blocks: &[NodeId]) -> bool {
+        self.nodes.iter().any(|node| blocks.contains(node))
     }
 }
 
@@ -162,6 +168,23 @@ impl BlockCache {
         self.free.extend(&table.pages[table.nodes.len()..]);
     }
 
+    /// Nobody finds any more what a sequence has published itself, because its numbers cannot be trusted. Whoever uses it
+    /// already goes on with it. Answers the blocks.
+    pub fn unpublish(&mut self, table: &Table) -> Vec<NodeId> {
+        let own = &table.nodes[table.cached / PAGE..];
+        own.iter().for_each(|id| self.hide(*id));
+        own.to_vec()
+    }
+
+    /// Takes a block out of the look-up, if it is still the one that is found there.
+    fn hide(&mut self, id: NodeId) {
+        let Some(node) = self.nodes.get(&id) else { return };
+        let key = (node.parent, node.tokens.clone());
+        if self.children.get(&key) == Some(&id) {
+            self.children.remove(&key);
+        }
+    }
+
     /// Drops everything published: its numbers cannot be trusted. No table may be alive.
     pub fn forget(&mut self) {
         debug_assert!(self.nodes.values().all(|node| node.users == 0), "a table is alive");
@@ -189,8 +212,8 @@ impl BlockCache {
     /// Frees the least recently used leaf.
     fn evict(&mut self) -> bool {
         let Some((_, id)) = self.evictable.pop_first() else { return false };
+        self.hide(id);
         let Some(node) = self.nodes.remove(&id) else { return false };
-        self.children.remove(&(node.parent, node.tokens));
         self.free.push(node.page);
         self.evictions += 1;
         if let Some(parent) = self.nodes.get_mut(&node.parent) {
@@ -266,6 +289,30 @@ mod tests {
         assert!(cache.acquire(&tokens(2, 2), 64, 64).is_some());
     }
 
+    #[test]
+    fn what_a_sequence_has_unpublished_is_not_found_and_comes_back() {
+        let mut cache = BlockCache::new(6);
+        let text = tokens(1, 3);
+        let mut first = cache.acquire(&text[..32], 32, 32).unwrap();
+        cache.publish(&mut first, &text[..32]);
+        cache.release(first);
+        // The first block is another's.
+        let mut bad = cache.acquire(&text, 96, 96).unwrap();
+        cache.publish(&mut bad, &text);
+        assert_eq!(cache.unpublish(&bad).len(), 2);
+        let mut good = cache.acquire(&text, 96, 96).unwrap();
+        assert_eq!(good.cached(), 32);
+        cache.publish(&mut good, &text);
+        cache.release(good);
+        cache.release(bad);
+        assert_eq!(cache.acquire(&text, 96, 96).map(|table| (table.cached(), cache.release(table))), Some((96, ())));
+        // Those that nobody finds go first, and do not take the others' place with them.
+        let other = cache.acquire(&tokens(2, 3), 96, 96).unwrap();
+        assert_eq!(cache.cached(&text, 96), 96);
+        cache.release(other);
+        assert!(cache.acquire(&[], 0, 6 * PAGE).is_some());
+    }
+
     proptest! {
         #[test]
         fn pages_are_never_lost_nor_shared_by_accident(calls in proptest::collection::vec((0u32..4, 1usize..5, any::<bool>()), 1..60)) {
@@ -274,6 +321,9 @@ mod tests {
             for (seed, blocks, release) in calls {
                 if release && !live.is_empty() {
                     let (table, _) = live.remove(seed as usize % live.len());
+                    if blocks == 1 {
+                        cache.unpublish(&table);
+                    }
                     cache.release(table);
                 } else if let Some(mut table) = cache.acquire(&tokens(seed, blocks), blocks * PAGE, blocks * PAGE + 1) {
                     cache.publish(&mut table, &tokens(seed, blocks));

@@ -159,11 +159,7 @@ impl LoadedModel {
         let text = TextPipeline::new(TextConfig {
             tokenizer,
             chat_template,
-            bos: special.bos,
-            eos: special.eos,
-            pad: special.pad,
-            unk: special.unk,
-            eos_ids: special.eos_ids,
+            special,
             vocab_size: config.vocab_size,
             max_tokens: max_input_tokens,
             hhh: options.hhh.clone(),

@@ -101,11 +101,7 @@ impl Draft {
         let text = TextPipeline::new(TextConfig {
             tokenizer,
             chat_template: Some(template.clone()),
-            bos: special.bos,
-            eos: special.eos,
-            pad: special.pad,
-            unk: special.unk,
-            eos_ids: special.eos_ids,
+            special,
             vocab_size: config.vocab_size,
             // The reader cuts.
             max_tokens: usize::MAX,

@@ -35,14 +35,14 @@ pub(super) fn locate(template: &ChatTemplate, messages: &[Message], full: &str) 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::text::template::SpecialStrings;
+    use crate::checkpoint::SpecialTokens;
 
     const TURNS: &str = "{% for m in messages %}[{{ m.role }}]";
     const END: &str = "<end>{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}";
 
     #[track_caller]
     fn check(body: &str, content: &str, expected: Option<&str>) {
-        let template = ChatTemplate::new(&format!("{TURNS}{body}{END}"), &SpecialStrings::default()).unwrap();
+        let template = ChatTemplate::new(&format!("{TURNS}{body}{END}"), &SpecialTokens::default()).unwrap();
         let messages = [Message::new("user", "Is it an end or a think?"), Message::new("assistant", content)];
         let full = template.render(&messages, false).unwrap();
         let found = locate(&template, &messages, &full).map(|range| (range.end, &full[range]));

@@ -9,9 +9,10 @@ use tokenizers::Tokenizer;
 use super::detokenize::StreamDecoder;
 use super::dialogue::{ASSISTANT, HUMAN};
 use super::hhh::RULE;
-use super::template::{ChatTemplate, SpecialStrings};
+use super::template::ChatTemplate;
 use super::tokens::{Codec, Lead, TokenSpan};
 use super::{ChatFormat, HhhName, HhhPrompt, HhhPrompts, RenderOptions, dialogue};
+use crate::checkpoint::SpecialTokens;
 use crate::{Error, Result};
 
 /// Most bytes that one input may have.
@@ -23,16 +24,8 @@ pub struct TextConfig {
     pub tokenizer: Tokenizer,
     /// The chat template's source.
     pub chat_template: Option<String>,
-    /// The beginning-of-sequence token's text.
-    pub bos: Option<String>,
-    /// The end-of-sequence token's text.
-    pub eos: Option<String>,
-    /// The padding token's text; only chat templates use it.
-    pub pad: Option<String>,
-    /// The unknown token's text; only chat templates use it.
-    pub unk: Option<String>,
-    /// Tokens that end a generated text.
-    pub eos_ids: Vec<u32>,
+    /// Tokens that have a role.
+    pub special: SpecialTokens,
     /// Rows of the embedding.
     pub vocab_size: usize,
     /// Most tokens in a sequence.
@@ -88,15 +81,10 @@ impl TextPipeline {
     pub fn new(config: TextConfig) -> Result<Self> {
         let codec = Codec::new(config.tokenizer, config.vocab_size)?;
         let id = |token: &Option<String>| token.as_deref().and_then(|token| codec.id(token));
-        let bos = id(&config.bos);
-        let context = bos.or(id(&config.eos)).or(config.eos_ids.first().copied());
-        let strings = SpecialStrings {
-            bos_token: config.bos,
-            eos_token: config.eos,
-            pad_token: config.pad,
-            unk_token: config.unk,
-        };
-        let template = config.chat_template.map(|source| ChatTemplate::new(&source, &strings)).transpose()?;
+        let special = config.special;
+        let bos = id(&special.bos);
+        let context = bos.or(id(&special.eos)).or(special.eos_ids.first().copied());
+        let template = config.chat_template.map(|source| ChatTemplate::new(&source, &special)).transpose()?;
         let tail = tail(&codec)?;
         Ok(Self {
             full: Prepared::new(&codec, &config.hhh, HhhPrompt::Full, tail)?,
@@ -107,7 +95,7 @@ impl TextPipeline {
             hhh: config.hhh,
             context,
             bos,
-            eos_ids: config.eos_ids,
+            eos_ids: special.eos_ids,
             vocab_size: config.vocab_size,
             max_tokens: config.max_tokens,
         })

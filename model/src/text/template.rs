@@ -18,6 +18,7 @@ use minijinja::{AutoEscape, Environment, Error as JinjaError, ErrorKind, State, 
 use sha2::{Digest, Sha256};
 
 use super::{Message, apart};
+use crate::checkpoint::SpecialTokens;
 use crate::{Error, Result};
 
 /// Most bytes that a template may write.
@@ -47,15 +48,6 @@ const MAX_RECURSION: usize = 200;
 
 const NAME: &str = "chat_template";
 
-/// Strings that templates know by these names. What a tokenizer does not have is undefined, as in Transformers.
-#[derive(Clone, Debug, Default)]
-pub(super) struct SpecialStrings {
-    pub bos_token: Option<String>,
-    pub eos_token: Option<String>,
-    pub pad_token: Option<String>,
-    pub unk_token: Option<String>,
-}
-
 /// A parsed chat template.
 #[derive(Debug)]
 pub(super) struct ChatTemplate {
@@ -65,7 +57,7 @@ pub(super) struct ChatTemplate {
 
 impl ChatTemplate {
     /// Parses a template. An error names the line.
-    pub(super) fn new(source: &str, strings: &SpecialStrings) -> Result<Self> {
+    pub(super) fn new(source: &str, special: &SpecialTokens) -> Result<Self> {
         if source.len() > MAX_TEMPLATE_BYTES {
             let bytes = source.len();
             return Err(Error::Unsupported(format!(
@@ -73,7 +65,7 @@ impl ChatTemplate {
             )));
         }
         let sha256 = hex::encode(Sha256::digest(source));
-        let environment = environment(source, strings).map_err(|error| {
+        let environment = environment(source, special).map_err(|error| {
             let line = error.line().map_or_else(String::new, |line| format!(", line {line}"));
             Error::Unsupported(format!("the chat template does not parse{line}: {}", describe(&error)))
         })?;
@@ -130,7 +122,7 @@ fn render(
     String::from_utf8(output.0).map_err(|_| JinjaError::new(ErrorKind::InvalidOperation, "it wrote no UTF-8"))
 }
 
-fn environment(source: &str, strings: &SpecialStrings) -> Result<Environment<'static>, JinjaError> {
+fn environment(source: &str, special: &SpecialTokens) -> Result<Environment<'static>, JinjaError> {
     let mut environment = Environment::new();
     environment.set_syntax(SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build()?);
     environment.set_auto_escape_callback(|_| AutoEscape::None);
@@ -139,11 +131,12 @@ fn environment(source: &str, strings: &SpecialStrings) -> Result<Environment<'st
     environment.add_function("raise_exception", raise_exception);
     environment.add_function("strftime_now", strftime_now);
     environment.add_filter("tojson", super::json::tojson);
+    // What a tokenizer does not have is undefined, as in Transformers.
     let strings = [
-        ("bos_token", &strings.bos_token),
-        ("eos_token", &strings.eos_token),
-        ("pad_token", &strings.pad_token),
-        ("unk_token", &strings.unk_token),
+        ("bos_token", &special.bos),
+        ("eos_token", &special.eos),
+        ("pad_token", &special.pad),
+        ("unk_token", &special.unk),
     ];
     for (name, string) in strings {
         if let Some(string) = string {
@@ -320,8 +313,8 @@ mod tests {
     }
 
     fn render_one(source: &str, content: &str) -> Result<String> {
-        let strings = SpecialStrings { bos_token: Some("<s>".into()), ..SpecialStrings::default() };
-        ChatTemplate::new(source, &strings)?.render(&[Message::new("user", content)], false)
+        let special = SpecialTokens { bos: Some("<s>".into()), ..SpecialTokens::default() };
+        ChatTemplate::new(source, &special)?.render(&[Message::new("user", content)], false)
     }
 
     #[track_caller]
@@ -339,13 +332,9 @@ mod tests {
         let mut failures = Vec::new();
         for case in &cases {
             let text = |name: &str| case[name].as_str().map(str::to_owned);
-            let strings = SpecialStrings {
-                bos_token: text("bos_token"),
-                eos_token: text("eos_token"),
-                ..SpecialStrings::default()
-            };
+            let special = SpecialTokens { bos: text("bos_token"), eos: text("eos_token"), ..SpecialTokens::default() };
             let generate = case["add_generation_prompt"].as_bool().unwrap();
-            let rendered = ChatTemplate::new(case["template"].as_str().unwrap(), &strings).and_then(|template| {
+            let rendered = ChatTemplate::new(case["template"].as_str().unwrap(), &special).and_then(|template| {
                 render(&template.environment, value(&case["messages"]), generate, FUEL).map_err(refusal)
             });
             let right = match (&rendered, text("expected")) {

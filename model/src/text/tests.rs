@@ -10,6 +10,7 @@ use serde_json::{Value, json};
 use tokenizers::Tokenizer;
 
 use super::*;
+use crate::checkpoint::SpecialTokens;
 use crate::{Error, Result};
 
 /// Puts `<|bos|>` before every text; its template puts none.
@@ -44,11 +45,12 @@ fn config(folder: PathBuf) -> TextConfig {
     TextConfig {
         tokenizer: Tokenizer::from_file(folder.join("tokenizer.json")).unwrap(),
         chat_template: file.or(string(&tokenizer_config["chat_template"])),
-        bos: string(&tokenizer_config["bos_token"]),
-        eos: string(&tokenizer_config["eos_token"]),
-        pad: None,
-        unk: None,
-        eos_ids: vec![EOS],
+        special: SpecialTokens {
+            bos: string(&tokenizer_config["bos_token"]),
+            eos: string(&tokenizer_config["eos_token"]),
+            eos_ids: vec![EOS],
+            ..SpecialTokens::default()
+        },
         vocab_size: 280,
         max_tokens: LIMIT,
         hhh: Arc::default(),

@@ -8,26 +8,7 @@ use plumb_model::checkpoint::Checkpoint;
 use plumb_model::config::{Head, RewardHead};
 use serde_json::{Value, json};
 
-use crate::support::{Copy, fixture, open, take_all, values};
-
-const FOLDERS: [&str; 16] = [
-    "gemma2-lm",
-    "gemma2-pm",
-    "llama-lm",
-    "llama-lm-sharded",
-    "llama-pm",
-    "mistral-lm",
-    "mistral-pm",
-    "neox-lm",
-    "neox-lm-sequential",
-    "neox-pm",
-    "openrlhf-pm",
-    "qwen2-lm",
-    "qwen2-pm",
-    "qwen3-lm",
-    "qwen3-pm",
-    "trl-value-head",
-];
+use crate::support::{Copy, FOLDERS, fixture, open, take_all, values};
 
 #[test]
 fn every_tensor_of_every_folder_is_taken_as_it_is_stored() {

@@ -7,7 +7,7 @@ use plumb_model::checkpoint::Source;
 use plumb_model::decoder::DType;
 use plumb_model::loaded::{Background, DTypeChoice, Footprint, LoadOptions, LoadedModel};
 
-use crate::support::{Copy, fixture, ones, source};
+use crate::support::{Copy, FOLDERS, fixture, ones, source};
 
 fn options(dtype: DTypeChoice) -> LoadOptions {
     let background = Background::default();
@@ -24,26 +24,7 @@ fn both(source: &Source, dtype: DTypeChoice) -> (Footprint, u64) {
 
 #[test]
 fn weights_are_foretold_to_the_byte() {
-    for name in [
-        "gemma2-lm",
-        "gemma2-pm",
-        "llama-lm",
-        "llama-lm-sharded",
-        "llama-pm",
-        "mistral-lm",
-        "mistral-pm",
-        "neox-lm",
-        "neox-lm-sequential",
-        "neox-pm",
-        "openrlhf-pm",
-        "qwen2-lm",
-        "qwen2-pm",
-        "qwen3-lm",
-        "qwen3-pm",
-        "trl-value-head",
-        "gguf/llama-lm.gguf",
-        "gguf/qwen2-lm.gguf",
-    ] {
+    for name in FOLDERS.into_iter().chain(["gguf/llama-lm.gguf", "gguf/qwen2-lm.gguf"]) {
         for dtype in [DTypeChoice::Auto, DTypeChoice::F32, DTypeChoice::Bf16] {
             let (footprint, held) = both(&source(&fixture(name)), dtype);
             assert_eq!(footprint.weights, held, "{name} {dtype:?}");

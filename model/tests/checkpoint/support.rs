@@ -10,6 +10,26 @@ use plumb_model::{Error, Result};
 use serde_json::Value;
 use tempfile::TempDir;
 
+/// The fixtures that are folders of a whole checkpoint.
+pub(crate) const FOLDERS: [&str; 16] = [
+    "gemma2-lm",
+    "gemma2-pm",
+    "llama-lm",
+    "llama-lm-sharded",
+    "llama-pm",
+    "mistral-lm",
+    "mistral-pm",
+    "neox-lm",
+    "neox-lm-sequential",
+    "neox-pm",
+    "openrlhf-pm",
+    "qwen2-lm",
+    "qwen2-pm",
+    "qwen3-lm",
+    "qwen3-pm",
+    "trl-value-head",
+];
+
 pub(crate) fn fixture(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures").join(name)
 }

@@ -15,7 +15,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use plumb_model::loaded::LoadedModel;
+use plumb_model::loaded::{Background, LoadedModel};
 use tokio::sync::{mpsc, oneshot, watch};
 
 pub use scheduler::Priority;
@@ -272,7 +272,8 @@ impl Engine {
         let key = self.next_key.fetch_add(1, Ordering::Relaxed);
         // Taking gigabytes from the system would hold up the thread, and whoever it computes for.
         let owner = model.clone();
-        let kv = tokio::task::spawn_blocking(move || owner.decoder.kv_store(owner.kv_pages));
+        let kv = move || Background::ONE.run(|| owner.decoder.kv_store(owner.kv_pages));
+        let kv = tokio::task::spawn_blocking(kv);
         let kv =
             kv.await.map_err(|error| Error::internal(format!("cannot make room for keys and values: {error}")))??;
         let (reply, answer) = oneshot::channel();

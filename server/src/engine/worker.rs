@@ -244,6 +244,9 @@ impl Worker {
     }
 
     fn fail(&mut self, id: SequenceId, error: Error) {
+        if matches!(error, Error::NonFinite { .. }) {
+            self.scheduler.distrust(id);
+        }
         if let Some(caller) = self.callers.remove(&id) {
             caller.fail(error);
         }

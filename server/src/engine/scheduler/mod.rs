@@ -213,6 +213,16 @@ impl Scheduler {
         Some(entry)
     }
 
+    /// A value of a sequence is no number: what it has put into the cache is not used again, in case that it is why.
+    pub fn distrust(&mut self, id: SequenceId) {
+        let Some(entry) = self.entries.get(&id) else { return };
+        let (Some(table), Some(queue)) = (&entry.table, self.queues.get_mut(&entry.sequence.model)) else { return };
+        let hidden = queue.cache.unpublish(table);
+        for (_, table) in queue.pinned.extract_if(.., |(_, table)| table.has_any(&hidden)) {
+            queue.cache.release(table);
+        }
+    }
+
     /// The next step, if there is anything to do. Its slices count as done from now on: it has to run, or be
     /// reported as [failed](Scheduler::failed).
     pub fn plan(&mut self, now: Instant) -> Option<Plan> {

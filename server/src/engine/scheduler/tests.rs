@@ -108,6 +108,23 @@ fn a_shared_beginning_runs_once_in_the_same_step() {
 }
 
 #[test]
+fn what_led_to_no_number_is_computed_again() {
+    for pinned_prefix in [0, 64] {
+        let mut s = scheduler(100);
+        let add = |s: &mut Scheduler| s.add(NewSequence { pinned_prefix, ..sequence(1, 100, Want::Reward) }).unwrap();
+        let ids = [add(&mut s), add(&mut s), add(&mut s)];
+        assert_eq!(slices(&mut s), [(ids[0], 0..100), (ids[1], 96..100), (ids[2], 96..100)]);
+        // What another has computed stays, and what the sequence itself has not.
+        for (bad, start) in [(ids[1], 96), (ids[0], 0)] {
+            s.distrust(bad);
+            s.remove(bad);
+            let again = add(&mut s);
+            assert_eq!(slices(&mut s), [(again, start..100)]);
+        }
+    }
+}
+
+#[test]
 fn values_that_need_a_token_make_it_run() {
     let mut s = scheduler(100);
     s.add(sequence(1, 96, Want::Reward)).unwrap();

@@ -31,7 +31,7 @@ pub(crate) struct Common {
     /// [default: those of hh-rlhf in the folder that PLUMB_DATA names, else made-up ones].
     #[arg(long, value_name = "FILE")]
     data: Vec<PathBuf>,
-    /// Dialogues that calls are drawn from [default: 1500, quick 12].
+    /// Dialogues that calls are drawn from [default: 500, quick 12].
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(8..))]
     dialogues: Option<u32>,
     /// Threads that the server computes with [default: physical cores].
@@ -56,7 +56,7 @@ impl Common {
 
     /// Dialogues that calls are drawn from.
     pub(crate) fn dialogues(&self) -> usize {
-        self.dialogues.unwrap_or(self.or_quick(1500, 12)) as usize
+        self.dialogues.unwrap_or(self.or_quick(500, 12)) as usize
     }
 
     /// The checkpoint of a preference model.
