@@ -96,10 +96,20 @@ pub(crate) fn conduct<E: Experiment>(experiment: &E) -> Result<bool> {
     Ok(missed.is_empty())
 }
 
-/// The command line, as one would type it.
+/// The command line, as one would type it elsewhere: without folders of this machine.
 fn command() -> String {
-    let arguments: Vec<String> = std::env::args().skip(1).collect();
-    format!("cargo run --release -p plumb-tests --bin reliability -- {}", arguments.join(" "))
+    format!("cargo run --release -p plumb-tests --bin reliability -- {}", without_folders(std::env::args().skip(1)))
+}
+
+fn without_folders(mut arguments: impl Iterator<Item = String>) -> String {
+    let mut kept = Vec::new();
+    while let Some(argument) = arguments.next() {
+        match argument.as_str() {
+            "--binaries" | "--faulty-binaries" | "--results" => drop(arguments.next()),
+            _ => kept.push(argument),
+        }
+    }
+    kept.join(" ")
 }
 
 impl Context {
@@ -210,4 +220,15 @@ pub(crate) struct Cast {
     pub(crate) preference: Vec<PathBuf>,
     /// Variants of the language model.
     pub(crate) language: Vec<PathBuf>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_command_names_no_folder_of_this_machine() {
+        let arguments = ["swaps", "--binaries", "/a", "--runs", "3", "--results", "/b"].map(str::to_owned);
+        assert_eq!(without_folders(arguments.into_iter()), "swaps --runs 3");
+    }
 }
