@@ -49,6 +49,9 @@ const STREAM_WINDOW: u32 = 256 << 10;
 /// The same of all calls of a connection: sixteen that wait do not hold up the others.
 const CONNECTION_WINDOW: u32 = 16 * STREAM_WINDOW;
 
+/// A message to health or reflection, which anybody may send.
+const MAX_INFRASTRUCTURE_BYTES: usize = 64 << 10;
+
 /// Why the server ended although nobody asked it to.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Failure {
@@ -245,8 +248,10 @@ impl Server {
             aborted: gate.aborted(),
         });
 
-        let routes = services(&context)?.add_service(health_service);
-        let inflow = Inflow::new(config.limits.max_request_bytes, config.limits.max_message_bytes);
+        let routes =
+            services(&context)?.add_service(health_service.max_decoding_message_size(MAX_INFRASTRUCTURE_BYTES));
+        let inflow =
+            Inflow::new(config.limits.max_request_bytes, config.limits.max_message_bytes, config.http2.receive_timeout);
         let routes = layers::around(
             routes.into_axum_router(),
             Arc::clone(&access),
@@ -410,8 +415,8 @@ fn services(context: &Arc<Context>) -> Result<Routes> {
         .add_service(limited!(GenerationServer, GenerationService))
         .add_service(limited!(ModelsServer, ModelsService))
         .add_service(limited!(TokensServer, TokensService))
-        .add_service(reflection().build_v1().map_err(wrong)?)
-        .add_service(reflection().build_v1alpha().map_err(wrong)?))
+        .add_service(reflection().build_v1().map_err(wrong)?.max_decoding_message_size(MAX_INFRASTRUCTURE_BYTES))
+        .add_service(reflection().build_v1alpha().map_err(wrong)?.max_decoding_message_size(MAX_INFRASTRUCTURE_BYTES)))
 }
 
 fn builder(config: &Config) -> tonic::transport::Server {

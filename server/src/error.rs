@@ -88,6 +88,18 @@ pub enum Error {
         /// What would have to be different.
         message: String,
     },
+    /// There is no room for another version, until others have gone.
+    #[error("{message}; a version of a watched folder is tried again by itself")]
+    NoRoom {
+        /// What is short, and how to get it.
+        message: String,
+    },
+    /// A file of a checkpoint is missing, or not what it should be. It may still be on its way.
+    #[error("{message}")]
+    Damaged {
+        /// Which file, and what is wrong with it.
+        message: String,
+    },
     /// The model computed a NaN or an infinity. It is not passed off as a number.
     #[error("{what} is not a finite number")]
     NonFinite {
@@ -160,7 +172,7 @@ impl Error {
             Self::Starting { .. } | Self::Draining | Self::DeviceLost | Self::Unavailable { .. } => Code::Unavailable,
             Self::DeadlineExceeded => Code::DeadlineExceeded,
             Self::Cancelled => Code::Cancelled,
-            Self::FailedPrecondition { .. } => Code::FailedPrecondition,
+            Self::FailedPrecondition { .. } | Self::NoRoom { .. } | Self::Damaged { .. } => Code::FailedPrecondition,
             Self::NonFinite { .. } | Self::Internal { .. } => Code::Internal,
             Self::Unauthenticated { .. } => Code::Unauthenticated,
             Self::PermissionDenied { .. } => Code::PermissionDenied,
@@ -193,7 +205,7 @@ impl Error {
             Self::Unavailable { .. } => "unavailable",
             Self::DeadlineExceeded => "deadline_exceeded",
             Self::Cancelled => "cancelled",
-            Self::FailedPrecondition { .. } => "failed_precondition",
+            Self::FailedPrecondition { .. } | Self::NoRoom { .. } | Self::Damaged { .. } => "failed_precondition",
             Self::NonFinite { .. } => "non_finite",
             Self::Internal { .. } => "internal",
             Self::Unauthenticated { .. } => "unauthenticated",
@@ -254,14 +266,12 @@ impl From<plumb_model::Error> for Error {
         match error {
             Model::InvalidInput(_) | Model::TooLong { .. } => Self::invalid("", message),
             // A checkpoint that is refused: the same call fails until somebody mends it.
-            Model::MissingFile { .. }
-            | Model::Malformed { .. }
-            | Model::Unsupported(_)
+            Model::Unsupported(_)
             | Model::MissingTensor { .. }
             | Model::MisshapenTensor { .. }
-            | Model::ExtraTensors { .. }
-            // Until somebody makes room.
-            | Model::OutOfMemory(_) => Self::failed_precondition(message),
+            | Model::ExtraTensors { .. } => Self::failed_precondition(message),
+            Model::MissingFile { .. } | Model::Malformed { .. } => Self::Damaged { message },
+            Model::OutOfMemory(_) => Self::NoRoom { message },
             Model::Hub(_) => Self::Unavailable { message, retry_after: Duration::from_secs(10) },
             Model::Io { .. } | Model::Tensor(_) => Self::internal(message),
         }
@@ -313,6 +323,9 @@ mod tests {
         // Rpc not valid for this kind of model; checkpoint refused; version taken.
         check(Error::failed_precondition("why"), Code::FailedPrecondition, false, false);
         check(plumb_model::Error::Unsupported(message()).into(), Code::FailedPrecondition, false, false);
+        check(plumb_model::Error::OutOfMemory(message()).into(), Code::FailedPrecondition, false, false);
+        let missing = plumb_model::Error::MissingFile { path: "pm".into(), what: message() };
+        check(missing.into(), Code::FailedPrecondition, false, false);
         check(Error::AlreadyExists { message: message() }, Code::AlreadyExists, false, false);
         // Kernel fault, NaN.
         check(Error::internal("why"), Code::Internal, false, false);

@@ -15,6 +15,7 @@ const INTERVAL: Duration = Duration::from_secs(2);
 const MAX_BYTES: u64 = 1 << 20;
 
 /// Files, and what was in them when they were looked at last.
+#[derive(Clone)]
 pub(crate) struct Files {
     paths: Vec<PathBuf>,
     seen: Vec<Option<[u8; 32]>>,
@@ -27,6 +28,12 @@ impl Files {
         let paths: Vec<_> = paths.into_iter().collect();
         let seen = digests(&paths);
         Self { paths, seen, interval: INTERVAL }
+    }
+
+    /// The same, looked at more often.
+    #[cfg(test)]
+    pub(crate) fn every(self, interval: Duration) -> Self {
+        Self { interval, ..self }
     }
 
     /// Waits until one of them has another content; a file that cannot be read has none. For ever, if there are none.
@@ -74,7 +81,7 @@ mod tests {
         std::fs::write(at("1"), "old").unwrap();
         std::fs::write(at("2"), "new").unwrap();
         std::os::unix::fs::symlink(at("1"), at("link")).unwrap();
-        let mut files = Files { interval: Duration::from_millis(5), ..Files::look([at("link")]) };
+        let mut files = Files::look([at("link")]).every(Duration::from_millis(5));
         std::fs::write(at("1"), "old").unwrap();
         let waited = tokio::time::timeout(Duration::from_millis(50), files.changed()).await;
         assert!(waited.is_err(), "the same content is no change");

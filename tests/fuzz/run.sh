@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
 # Fuzzes every target for so many seconds, or only those that are named, and prints a table:
 #
-#     tests/fuzz/run.sh [--own | --asan] SECONDS [TARGET...]
+#     tests/fuzz/run.sh [--own | --asan] [--jobs N] SECONDS [TARGET...]
+#
+# One target after the other, or N at a time.
 #
 # Stable Rust and a C++ compiler will do. Coverage is that of everything but the standard library, built in
 # `target/fuzz`; with --own it is that of the workspace's own crates, beside the other crates as `cargo test` has built
@@ -23,11 +25,15 @@ platform=$(rustc -vV | sed -n 's/^host: //p')
 most_mib=2048
 most_seconds=1
 
-mode=all
-case ${1:-} in
---own | --asan) mode=${1#--} && shift ;;
-esac
-seconds=${1:?"usage: tests/fuzz/run.sh [--own | --asan] SECONDS [TARGET...]"} && shift
+mode=all jobs=1
+while true; do
+    case ${1:-} in
+    --own | --asan) mode=${1#--} && shift ;;
+    --jobs) jobs=${2:?"--jobs takes a number"} && shift 2 ;;
+    *) break ;;
+    esac
+done
+seconds=${1:?"usage: tests/fuzz/run.sh [--own | --asan] [--jobs N] SECONDS [TARGET...]"} && shift
 targets=("$@")
 if [ ${#targets[@]} = 0 ]; then
     for file in tests/fuzz/fuzz_targets/*.rs; do targets+=("$(basename "$file" .rs)"); done
@@ -65,24 +71,27 @@ program() { sed -nE "s|.*Executable .*fuzz_targets/$1\.rs \((.*)\)|\1|p" "$findi
 TMPDIR=$(mktemp -d -p "$([ -w /dev/shm ] && echo /dev/shm || echo "${TMPDIR:-/tmp}")" plumb-fuzz.XXXXXX)
 export TMPDIR RUST_BACKTRACE=0
 trap 'rm -rf "$TMPDIR"' EXIT
-found=0
-printf '%-12s %10s %8s %8s %8s %10s %8s %8s\n' target inputs /s edges features slowest RSS findings
-for name in "${targets[@]}"; do
-    grown=$target/fuzz-corpus/$name && mkdir -p "$grown"
-    log=$findings/$name.log
+
+# Fuzzes a target, and writes its line of the table.
+fuzz() {
+    local name=$1 log=$findings/$1.log grown=$target/fuzz-corpus/$1 ended=0 state=- options
     options=(-max_total_time="$seconds" -timeout=$most_seconds -report_slow_units=1 -rss_limit_mb=$most_mib -max_len=65536
         -artifact_prefix="$findings/$name-" -print_final_stats=1)
     [ -f "tests/fuzz/dict/$name" ] && options+=(-dict="tests/fuzz/dict/$name")
-    ended=0
+    mkdir -p "$grown"
     "$(program "$name")" "${options[@]}" "$grown" "tests/fuzz/corpus/$name" >"$log" 2>&1 || ended=$?
     stat() { sed -n "s/^stat::$1: *//p" "$log"; }
     last() { sed -nE "s/.* $1: ([0-9]+).*/\1/p" "$log" | tail -1; }
-    state=-
     if [ $ended != 0 ]; then
-        found=1 && state=$(sed -nE 's/.*Test unit written to (.*)/\1/p' "$log" | tail -1)
+        state=$(sed -nE 's/.*Test unit written to (.*)/\1/p' "$log" | tail -1)
         state=${state:-"exit code $ended, see $log"}
     fi
     printf '%-12s %10s %8s %8s %8s %8s s %4s MiB %8s\n' "$name" "$(stat number_of_executed_units)" \
         "$(stat average_exec_per_sec)" "$(last cov)" "$(last ft)" "$(stat slowest_unit_time_sec)" "$(stat peak_rss_mb)" "$state"
-done
-exit $found
+    [ "$state" = - ]
+}
+export -f fuzz program
+export findings target seconds most_seconds most_mib
+
+printf '%-12s %10s %8s %8s %8s %10s %8s %8s\n' target inputs /s edges features slowest RSS findings
+printf '%s\n' "${targets[@]}" | xargs -P "$jobs" -I{} bash -c 'fuzz {}' || exit 1

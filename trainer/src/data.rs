@@ -6,6 +6,7 @@
 use std::collections::BTreeMap;
 use std::fmt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use plumb_model::text::{Message, RenderMode, RenderOptions, Response, TextInput, TextPipeline};
 use rayon::prelude::*;
@@ -266,10 +267,10 @@ pub(crate) fn input(prompt: Option<Turns>, side: Turns) -> std::result::Result<T
         (None, Turns::Text(text)) => Ok(TextInput::Text(text)),
         (None, Turns::Conversation(list)) => Ok(TextInput::Conversation(turns(list).collect())),
         (Some(Turns::Text(prompt)), Turns::Text(text)) => {
-            Ok(TextInput::PromptResponse { prompt: Box::new(TextInput::Text(prompt)), response: Response::Text(text) })
+            Ok(TextInput::PromptResponse { prompt: Arc::new(TextInput::Text(prompt)), response: Response::Text(text) })
         }
         (Some(Turns::Conversation(prompt)), Turns::Text(text)) => Ok(TextInput::PromptResponse {
-            prompt: Box::new(TextInput::Conversation(turns(prompt).collect())),
+            prompt: Arc::new(TextInput::Conversation(turns(prompt).collect())),
             response: Response::Text(text),
         }),
         (Some(Turns::Conversation(prompt)), Turns::Conversation(list)) => {

@@ -33,6 +33,10 @@ impl Reader {
 
     pub(super) fn open(&self, path: &Path) -> Result<Bytes> {
         let io = |source| Error::Io { path: path.to_owned(), source };
+        // Before it is opened: opening a pipe waits for a writer, maybe for ever.
+        if !std::fs::metadata(path).map_err(io)?.is_file() {
+            return Err(Error::Malformed { path: path.to_owned(), reason: "not a plain file".to_owned() });
+        }
         let file = File::open(path).map_err(io)?;
         let length = file.metadata().map_err(io)?.len();
         let length = asked(Fault::ShortRead).map_or(length, |most| length.min(most));
@@ -227,5 +231,18 @@ mod tests {
         assert!(error.contains("too early"), "{error}");
         assert_eq!(Reader::default().digest(&path).unwrap(), hex::encode(Sha256::digest(&content)));
         assert!(whole(&path, 1 << 20).unwrap_err().to_string().contains("are allowed"));
+    }
+
+    #[test]
+    fn what_is_no_plain_file_is_not_opened() {
+        let folder = tempfile::tempdir().unwrap();
+        let pipe = folder.path().join("pipe");
+        assert!(std::process::Command::new("mkfifo").arg(&pipe).status().unwrap().success());
+        let link = folder.path().join("link");
+        std::os::unix::fs::symlink("pipe", &link).unwrap();
+        for path in [pipe.as_path(), &link, folder.path(), Path::new("/dev/zero")] {
+            let error = Reader::default().open(path).unwrap_err().to_string();
+            assert!(error.contains("not a plain file"), "{error}");
+        }
     }
 }

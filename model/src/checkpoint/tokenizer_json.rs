@@ -38,7 +38,7 @@ const PARTS: [&str; 4] = ["normalizer", "pre_tokenizer", "post_processor", "deco
 pub(super) fn build(text: &[u8]) -> Result<Tokenizer, String> {
     let json: Value = serde_json::from_slice(text).map_err(|error| error.to_string())?;
     check_vocabulary(&json)?;
-    for part in PARTS {
+    for part in PARTS.into_iter().filter(|part| !json[*part].is_null()) {
         let mut steps = Steps { count: 0, growth: 1 };
         steps.add(&json[part]).map_err(|reason| format!("`{part}`: {reason}"))?;
     }
@@ -115,31 +115,34 @@ impl Steps {
     }
 }
 
-/// How many times as long a step can make a text.
+/// How many times as long a step can make a text. Its fields count and not its type alone: of a step whose type it does
+/// not know, or knows under another name, the crate makes whichever one has such fields.
 fn growth(step: &Value) -> Result<usize, String> {
+    let Some(kind) = step["type"].as_str() else { return Err("a step has no `type`".to_owned()) };
     let length = |key: &str| step[key].as_str().map_or(0, str::len);
-    Ok(match step["type"].as_str() {
-        Some("Replace") => match step["pattern"]["String"].as_str() {
-            Some("") => return Err("a replacement of nothing".to_owned()),
-            Some(pattern) => length("content").div_ceil(pattern.len()).max(1),
-            // It can match nothing, and leave what is there.
-            None => length("content") + 1,
-        },
-        Some("Prepend") if length("prepend") > MOST_TOKEN => return Err("a long text is put first".to_owned()),
-        Some("ByteLevel") => 2,
-        Some("Metaspace") => 3,
-        Some("Precompiled") => longest_entry(step["precompiled_charsmap"].as_str().unwrap_or_default())?.max(1),
-        // Each sequence in it is the text once more.
-        Some("TemplateProcessing") => {
-            let sequences = |key: &str| {
-                step[key]
-                    .as_array()
-                    .map_or(1, |pieces| pieces.iter().filter(|piece| piece["Sequence"].is_object()).count())
-            };
-            sequences("single").max(1)
-        }
+    if length("prepend") > MOST_TOKEN {
+        return Err("a long text is put first".to_owned());
+    }
+    let replaced = match step["pattern"]["String"].as_str() {
+        _ if step["pattern"].is_null() || step["content"].is_null() => 1,
+        Some("") => return Err("a replacement of nothing".to_owned()),
+        Some(pattern) => length("content").div_ceil(pattern.len()),
+        // It can match nothing, and leave what is there.
+        None => length("content") + 1,
+    };
+    let mapped = match step["precompiled_charsmap"].as_str() {
+        None if kind != "Precompiled" => 1,
+        map => longest_entry(map.unwrap_or_default())?,
+    };
+    // Each sequence in it is the text once more.
+    let template = step["single"].as_array().into_iter().flatten();
+    let repeated = template.filter(|piece| !piece["Sequence"].is_null()).count();
+    let encoded = match kind {
+        "ByteLevel" => 2,
+        "Metaspace" => 3,
         _ => 1,
-    })
+    };
+    Ok(encoded.max(replaced).max(mapped).max(repeated))
 }
 
 /// Bytes of the longest text in a character map of SentencePiece: a tree behind its size, then texts that end with 0.
@@ -193,6 +196,25 @@ mod tests {
         let twice =
             json!({ "type": "TemplateProcessing", "single": vec![twice; 65], "pair": [], "special_tokens": {} });
         check("post_processor", twice, "a text can become");
+    }
+
+    #[test]
+    fn a_step_is_what_its_fields_are() {
+        let untyped = json!({ "pattern": { "String": "a" }, "content": "a" });
+        check("normalizer", untyped.clone(), "`normalizer`: a step has no `type`");
+        let within = json!({ "type": "Sequence", "decoders": [{ "type": "Fuse" }, untyped] });
+        check("decoder", within, "`decoder`: a step has no `type`");
+        check("pre_tokenizer", json!([]), "a step has no `type`");
+        check("post_processor", json!({ "type": 1, "single": [] }), "a step has no `type`");
+        for kind in ["BertNormalizer", "Unknown"] {
+            let long = json!({ "type": kind, "pattern": { "String": "a" }, "content": "a".repeat(65) });
+            check("normalizer", long, "a text can become");
+        }
+        let piece = json!({ "Sequence": ["A", 0] });
+        let twice = json!({ "type": "Unknown", "single": vec![piece; 65], "pair": [], "special_tokens": {} });
+        check("post_processor", twice, "a text can become");
+        let strip = json!({ "type": "Strip", "content": " ", "start": 1, "stop": 0 });
+        assert!(build(tokenizer("decoder", strip).to_string().as_bytes()).is_ok());
     }
 
     #[test]

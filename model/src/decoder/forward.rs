@@ -337,7 +337,7 @@ impl<E: Load> Stack<E> {
             Head::Language { logits, softcap } => {
                 let mut first = 0;
                 let mut answers = Vec::with_capacity(step.sequences.len());
-                // One pass over the vocabulary for all log-probabilities, one for all logits.
+                // As few passes over the vocabulary as may be: one for many log-probabilities, one for all logits.
                 let mut scored = (Vec::new(), Vec::new());
                 let mut sampled = Vec::new();
                 for sequence in &step.sequences {
@@ -353,7 +353,12 @@ impl<E: Load> Stack<E> {
                         _ => {}
                     }
                 }
-                let mut log_probs = token_log_probs(logits, *softcap, &scored.0, &scored.1).into_iter();
+                let mut log_probs = Vec::with_capacity(scored.1.len());
+                for (rows, targets) in scored.0.chunks(ROWS_AT_A_TIME * hidden).zip(scored.1.chunks(ROWS_AT_A_TIME)) {
+                    log_probs.extend(token_log_probs(logits, *softcap, rows, targets));
+                    buffers.progress.advance();
+                }
+                let mut log_probs = log_probs.into_iter();
                 let all_logits = resize(&mut buffers.logits, sampled.len() / hidden * self.config.vocab_size);
                 logits.forward_f32(&sampled, all_logits, Store::Set);
                 if let Some(cap) = softcap {
@@ -383,6 +388,10 @@ impl<E: Load> Stack<E> {
         }
     }
 }
+
+/// Rows whose log-probabilities are computed at a time: many, for whom the weights are read once, and not so many that
+/// nothing seems to happen meanwhile.
+const ROWS_AT_A_TIME: usize = 512;
 
 /// `x += [norm](linear(input))`; what the norm is given is kept where that is asked for.
 fn add_branch<E: Element>(

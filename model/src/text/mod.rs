@@ -12,6 +12,8 @@
 //! **Special tokens inside content are special tokens.** `<|im_end|>` in a user's message becomes that token, as in
 //! Transformers. Whoever takes messages from strangers has to remove such strings first.
 
+use std::sync::Arc;
+
 mod apart;
 mod detokenize;
 mod dialogue;
@@ -66,8 +68,8 @@ pub enum TextInput {
     /// One candidate of a ranking: the same tokens as the joined input, and the response begins right where the prompt
     /// ends. A conversation takes the response as its next turn, a text and token ids take it as their continuation.
     PromptResponse {
-        /// What is answered: any of the other three.
-        prompt: Box<TextInput>,
+        /// What is answered: any of the other three. Its candidates share it.
+        prompt: Arc<TextInput>,
         /// The answer, in the prompt's own form.
         response: Response,
     },

@@ -83,7 +83,7 @@ fn conversation(turns: &[(&str, &str)]) -> TextInput {
 }
 
 fn candidate(prompt: TextInput, response: &str) -> TextInput {
-    TextInput::PromptResponse { prompt: Box::new(prompt), response: Response::Text(response.into()) }
+    TextInput::PromptResponse { prompt: Arc::new(prompt), response: Response::Text(response.into()) }
 }
 
 fn options(chat_format: ChatFormat, hhh_prompt: HhhPrompt) -> RenderOptions {
@@ -227,7 +227,7 @@ fn candidates_are_the_joined_input_with_its_boundary() {
     let text = || TextInput::Text("The answer".into());
     let ids = |ids: &[u32]| TextInput::TokenIds { ids: ids.into(), response_start: None };
     let pair = |prompt: &[u32], response: &[u32]| TextInput::PromptResponse {
-        prompt: Box::new(ids(prompt)),
+        prompt: Arc::new(ids(prompt)),
         response: Response::TokenIds(response.into()),
     };
     let turns = || conversation(&[("user", "q")]);
@@ -257,7 +257,7 @@ fn candidates_are_the_joined_input_with_its_boundary() {
     let lonely = qwen.render(&pair(&[4], &[5]), &default, Unconditional).unwrap();
     assert_eq!((lonely.ids, lonely.response), (vec![EOS, 5], 1..2));
 
-    let mixed = TextInput::PromptResponse { prompt: Box::new(text()), response: Response::TokenIds(vec![4]) };
+    let mixed = TextInput::PromptResponse { prompt: Arc::new(text()), response: Response::TokenIds(vec![4]) };
     refuses(llama.render(&mixed, &default, Score), "response is token ids");
     refuses(llama.render(&candidate(ids(&[4]), "a"), &default, Score), "prompt is token ids");
     refuses(llama.render(&candidate(candidate(text(), "a"), "b"), &default, Score), "has a response already");

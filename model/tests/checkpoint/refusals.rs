@@ -202,6 +202,11 @@ fn tokenizers_that_would_not_come_back_are_refused() {
     };
     let nested = json!({ "type": "Split", "pattern": { "Regex": "(a+)+$" }, "behavior": "Isolated", "invert": false });
     check("pre_tokenizer", nested, &["tokenizer.json", "pre_tokenizer", "regular expression"]);
+    // The crate would take it for whatever has such fields.
+    let untyped = json!({ "pattern": { "String": "a" }, "content": "b" });
+    check("normalizer", untyped.clone(), &["tokenizer.json", "normalizer", "a step has no `type`"]);
+    let within = json!({ "type": "Sequence", "decoders": [untyped] });
+    check("decoder", within, &["tokenizer.json", "decoder", "a step has no `type`"]);
     let copy = Copy::of("llama-lm");
     copy.write("chat_template.jinja", &"x".repeat((1 << 20) + 1));
     copy.refused(&["chat_template.jinja", "1048577 bytes, 1048576 are allowed"]);

@@ -58,6 +58,8 @@ pub(crate) struct Access {
     config: config::Access,
     /// Models are changed at a listener of their own.
     has_admin_listener: bool,
+    /// As they were before they were read.
+    files: Files,
     table: RwLock<Arc<Table>>,
 }
 
@@ -67,14 +69,15 @@ impl Access {
     /// # Errors
     /// Which file is wrong, and why.
     pub(crate) fn load(config: &config::Access, has_admin_listener: bool) -> Result<Self, String> {
+        let files = Files::look(config.files().cloned());
         let table = Table::read(config)?;
         KeysLoaded::Read { keys: table.len() }.emit();
-        Ok(Self { config: config.clone(), has_admin_listener, table: RwLock::new(Arc::new(table)) })
+        Ok(Self { config: config.clone(), has_admin_listener, files, table: RwLock::new(Arc::new(table)) })
     }
 
     /// Reads the files again whenever they change. What is broken changes nothing.
     pub(crate) async fn follow(&self) {
-        let mut files = Files::look(self.config.files().cloned());
+        let mut files = self.files.clone();
         loop {
             files.changed().await;
             let config = self.config.clone();
@@ -155,6 +158,7 @@ pub(crate) fn is_this_machine(address: IpAddr) -> bool {
 #[cfg(test)]
 mod tests {
     use std::io::Write as _;
+    use std::time::Duration;
 
     use tonic::Code;
 
@@ -283,6 +287,29 @@ mod tests {
             [name("s"), name("s2"), name("c")].each_ref().map(|name| &**name),
             ["scorer", "scorer", "api-key-1"]
         );
+    }
+
+    #[tokio::test]
+    async fn a_change_between_reading_and_following_is_seen() {
+        let token = |token: &str| format!("[[token]]\nname = \"scorer\"\ntoken = \"{token}\"\nroles = [\"score\"]\n");
+        let (config, file) = with_tokens(keys(&[], &[]), &token("old"));
+        let access = Access::load(&config, false).unwrap();
+        let access = Access { files: access.files.clone().every(Duration::from_millis(5)), ..access };
+        std::fs::write(file.path(), token("new")).unwrap();
+        let outside = peer(OUTSIDE, Kind::Public, None);
+        let passes = |key| access.check(Class::Score, Some(key), Some(&outside)).is_ok();
+        assert!(passes("old"));
+        let seen = async {
+            while !passes("new") {
+                tokio::task::yield_now().await;
+            }
+        };
+        let seen = tokio::time::timeout(Duration::from_secs(60), seen);
+        tokio::select! {
+            () = access.follow() => {}
+            seen = seen => seen.unwrap(),
+        }
+        assert!(!passes("old"));
     }
 
     #[test]

@@ -156,9 +156,12 @@ impl Lane {
             client.finish -= tokens as f64;
         }
         self.work = self.work - work;
-        let counted = if done { tokens } else { 0 };
-        self.clock += counted as f64 / self.active() as f64;
-        self.pace.done(counted, self.work.tokens(), now);
+        if done {
+            self.clock += tokens as f64 / self.active() as f64;
+            self.pace.done(tokens, self.work.tokens(), now);
+        } else {
+            self.pace.given_up(tokens, self.work.tokens(), now);
+        }
     }
 
     /// A client calls.

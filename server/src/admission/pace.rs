@@ -21,6 +21,7 @@ pub(super) struct Pace {
     /// A crowded window has been seen.
     known: bool,
     tokens: usize,
+    given_up: usize,
     busy: Duration,
     /// Since when there is work, or when some was done last.
     since: Option<Instant>,
@@ -54,7 +55,13 @@ impl Pace {
         self.crowded = true;
     }
 
-    /// Some has been done, or given up, and some is left.
+    /// Some has been given up, and some is left.
+    pub(super) fn given_up(&mut self, tokens: usize, left: usize, now: Instant) {
+        self.given_up += tokens;
+        self.done(0, left, now);
+    }
+
+    /// Some has been done, and some is left.
     pub(super) fn done(&mut self, tokens: usize, left: usize, now: Instant) {
         let Some(since) = self.since else { return };
         self.tokens += tokens;
@@ -68,7 +75,9 @@ impl Pace {
 
     fn sample(&mut self) {
         let sample = self.tokens as f64 / self.busy.as_secs_f64();
-        if self.crowded && !self.idled && self.busy >= WINDOW {
+        // What was given up may have been computed in part: where it is most of it, nobody knows how much.
+        let tells = self.crowded && !self.idled && self.given_up <= self.tokens;
+        if tells && self.busy >= WINDOW {
             let weight = match self.known {
                 true => 1.0 - (-self.busy.as_secs_f64() / MEMORY.as_secs_f64()).exp(),
                 false => 1.0,

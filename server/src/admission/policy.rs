@@ -130,6 +130,10 @@ impl Policy {
     /// there is a time when the queue will be short enough.
     fn late(&self, ask: &Ask, key: &Arc<str>, now: Instant) -> Option<Refusal> {
         let left = ask.deadline?.saturating_duration_since(now);
+        // Nobody is kept from showing what the server can do now.
+        if self.work().prompt == 0 {
+            return None;
+        }
         let rate = self.pace.known_rate()?;
         let own = seconds(ask.work.prompt as f64, rate);
         if own > left {
@@ -174,7 +178,10 @@ impl Policy {
         self.lanes[priority as usize].leave(key, work, done, now);
         let left = self.work().prompt;
         if work.prompt > 0 {
-            self.pace.done(if done { work.prompt } else { 0 }, left, now);
+            match done {
+                true => self.pace.done(work.prompt, left, now),
+                false => self.pace.given_up(work.prompt, left, now),
+            }
         }
         if left as f64 >= self.limit() as f64 * AHEAD {
             self.pace.crowd();

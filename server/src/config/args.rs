@@ -432,9 +432,15 @@ fn port(text: &str) -> Result<u16, String> {
     })
 }
 
+/// Beyond that, times could not be added to one another.
+const LONGEST: Duration = Duration::from_secs(10 * 366 * 24 * 3600);
+
 fn seconds(text: &str) -> Result<Duration, String> {
     let seconds: f64 = text.parse().map_err(|_| "not a number of seconds".to_owned())?;
-    Duration::try_from_secs_f64(seconds).map_err(|error| error.to_string())
+    match Duration::try_from_secs_f64(seconds).map_err(|error| error.to_string())? {
+        time if time <= LONGEST => Ok(time),
+        _ => Err("more than ten years".to_owned()),
+    }
 }
 
 /// A time within which something can be seen.

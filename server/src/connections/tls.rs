@@ -25,6 +25,8 @@ const MAX_NAME_LENGTH: usize = 128;
 /// What handshakes are done with.
 pub(crate) struct Tls {
     config: config::Tls,
+    /// As they were before they were read.
+    files: Files,
     current: RwLock<Arc<ServerConfig>>,
 }
 
@@ -34,8 +36,10 @@ impl Tls {
     /// # Errors
     /// Which file is wrong, and why.
     pub(crate) fn load(config: &config::Tls) -> Result<Self, String> {
+        let config::Tls { certificate, key, client_ca, .. } = config;
+        let files = Files::look([certificate, key].into_iter().chain(client_ca).cloned());
         let current = RwLock::new(Arc::new(read(config)?));
-        Ok(Self { config: config.clone(), current })
+        Ok(Self { config: config.clone(), files, current })
     }
 
     /// For a handshake that begins now. A handshake ends with what it began with.
@@ -45,8 +49,7 @@ impl Tls {
 
     /// Reads the files again whenever they change. What is broken changes nothing.
     pub(crate) async fn follow(&self) {
-        let config::Tls { certificate, key, client_ca, .. } = &self.config;
-        let mut files = Files::look([certificate, key].into_iter().chain(client_ca).cloned());
+        let mut files = self.files.clone();
         loop {
             files.changed().await;
             let config = self.config.clone();
@@ -131,6 +134,8 @@ pub(super) fn name(certificate: &CertificateDer<'_>) -> Option<String> {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use rcgen::{CertificateParams, DnType, KeyPair, SanType};
 
     use super::*;
@@ -156,6 +161,34 @@ mod tests {
         check(None, vec![], None);
         check(Some("two\nlines"), vec![], None);
         check(Some(&"x".repeat(129)), vec![], None);
+    }
+
+    #[tokio::test]
+    async fn a_pair_that_comes_between_reading_and_following_is_used() {
+        let folder = tempfile::tempdir().unwrap();
+        let (certificate, key) = (folder.path().join("cert"), folder.path().join("key"));
+        let write = || {
+            let own = rcgen::generate_simple_self_signed(["localhost".to_owned()]).unwrap();
+            std::fs::write(&certificate, own.cert.pem()).unwrap();
+            std::fs::write(&key, own.signing_key.serialize_pem()).unwrap();
+        };
+        write();
+        let (certificate, key) = (certificate.clone(), key.clone());
+        let config = config::Tls { certificate, key, client_ca: None, client_auth_optional: false };
+        let tls = Tls::load(&config).unwrap();
+        let tls = Tls { files: tls.files.clone().every(Duration::from_millis(5)), ..tls };
+        let old = Arc::clone(&tls.current.read().unwrap());
+        write();
+        let seen = async {
+            while Arc::ptr_eq(&old, &tls.current.read().unwrap()) {
+                tokio::task::yield_now().await;
+            }
+        };
+        let seen = tokio::time::timeout(Duration::from_secs(60), seen);
+        tokio::select! {
+            () = tls.follow() => {}
+            seen = seen => seen.unwrap(),
+        }
     }
 
     #[test]

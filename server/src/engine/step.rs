@@ -18,13 +18,14 @@ use crate::telemetry::events::ModelMemory;
 
 /// A model and its state on the device.
 pub(super) struct Device {
-    pub(super) model: Arc<LoadedModel>,
     kv: KvStore,
     workspace: Workspace,
     /// Name and version.
     pub(super) name: (String, u64),
     /// Bytes of the workspace when they were last told.
     workspace_bytes: usize,
+    /// Dropped last: that nobody holds it any more is the sign that the memory is back.
+    pub(super) model: Arc<LoadedModel>,
 }
 
 impl Device {
@@ -74,6 +75,16 @@ pub(super) enum Values {
     Read(Vec<f32>),
     /// A token and its log-probability.
     Drawn(Result<(u32, f32)>),
+}
+
+impl Values {
+    /// Whether none shows that a number was none.
+    pub(super) fn are_finite(&self) -> bool {
+        match self {
+            Self::Read(values) => values.iter().all(|value| value.is_finite()),
+            Self::Drawn(drawn) => !matches!(drawn, Err(Error::NonFinite { .. })),
+        }
+    }
 }
 
 /// Runs a step and draws the tokens that follow from it, on the current pool.

@@ -343,7 +343,12 @@ impl Worker {
     /// Hands out what a step has computed for a slice.
     fn deliver(&mut self, slice: &Slice, values: Values) {
         match (values, self.callers.get(&slice.id)) {
-            (_, None) => self.forget(slice.id),
+            (values, None) => {
+                if !values.are_finite() {
+                    self.scheduler.distrust(slice.id);
+                }
+                self.forget(slice.id);
+            }
             (Values::Read(values), Some(Caller::Score { .. })) => self.deliver_values(slice, values),
             (Values::Drawn(drawn), Some(_)) => {
                 self.scheduler.complete(slice, Vec::new());

@@ -14,6 +14,7 @@ use std::collections::{HashMap, VecDeque};
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, ready};
+use std::time::Duration;
 
 use axum::body::{Body, Bytes, HttpBody};
 use axum::extract::{Request, State};
@@ -21,11 +22,15 @@ use axum::middleware::Next;
 use axum::response::Response;
 use http_body::{Frame, SizeHint};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::time::{Sleep, sleep};
 use tokio_util::sync::PollSemaphore;
+use tonic::Status;
 
 use super::caller::Caller;
+use super::receive::late;
+use super::rpc::{Class, Rpc};
 
-/// Messages up to this size need no room: a stream's window brings as much anyway, and calls are counted.
+/// Messages of a unary call up to this size need no room: the window brings as much anyway, and calls are counted.
 const SMALL: u32 = 64 << 10;
 /// Bytes that are counted as one.
 const UNIT: usize = 1 << 10;
@@ -39,14 +44,16 @@ pub(crate) struct Inflow {
     clients: Mutex<HashMap<Arc<str>, Arc<Semaphore>>>,
     /// Longer messages are refused where they are decoded.
     longest: usize,
+    /// How long a message may take to arrive once there is room for it.
+    arrival: Duration,
 }
 
 impl Inflow {
     /// Room for `bytes`, of which half is enough for a message of the `longest` size.
-    pub(crate) fn new(bytes: usize, longest: usize) -> Arc<Self> {
+    pub(crate) fn new(bytes: usize, longest: usize, arrival: Duration) -> Arc<Self> {
         let units = (bytes / UNIT).min(Semaphore::MAX_PERMITS);
         let room = Arc::new(Semaphore::new(units));
-        Arc::new(Self { room, of_client: units / 2, clients: Mutex::default(), longest })
+        Arc::new(Self { room, of_client: units / 2, clients: Mutex::default(), longest, arrival })
     }
 
     fn client(&self, caller: &Caller) -> Arc<Semaphore> {
@@ -81,12 +88,20 @@ impl Received {
 
 /// Reads the call's messages as there is room for them.
 pub(crate) async fn inflow(State(inflow): State<Arc<Inflow>>, mut request: Request, next: Next) -> Response {
+    let rpc = Rpc::of(&request);
+    if rpc.class == Class::Infrastructure {
+        // Its messages are bounded where they are decoded, and strangers take no room from those who have a key.
+        return next.run(request).await;
+    }
+    let streams = rpc.streams_requests();
     let received = Received::default();
     let caller = Caller::of(request.extensions());
     request.extensions_mut().insert(received.clone());
     let request = request.map(|inner| {
         let (prefix, received) = (Prefix::default(), received.clone());
-        Body::new(Metered { inner, inflow, caller, received, prefix, rest: None, wanted: None })
+        let metered =
+            Metered { inner, inflow, caller, streams, received, prefix, begun: 0, rest: None, wanted: None, end: None };
+        Body::new(metered)
     });
     let response = next.run(request).await;
     // The request of a unary call has been worked on by now; a stream's body holds on to its own.
@@ -99,11 +114,17 @@ struct Metered {
     inner: Body,
     inflow: Arc<Inflow>,
     caller: Caller,
+    /// There may be several messages.
+    streams: bool,
     received: Received,
     prefix: Prefix,
+    /// Messages that have begun.
+    begun: usize,
     /// Read, and not yet passed on.
     rest: Option<Bytes>,
     wanted: Option<Wanted>,
+    /// When the message that comes now has to be here.
+    end: Option<Pin<Box<Sleep>>>,
 }
 
 /// Room that is waited for.
@@ -117,7 +138,7 @@ struct Wanted {
 impl Wanted {
     fn new(inflow: &Inflow, caller: &Caller, bytes: u32) -> Self {
         Self {
-            units: bytes.div_ceil(UNIT as u32),
+            units: bytes.div_ceil(UNIT as u32).max(1),
             of_client: PollSemaphore::new(inflow.client(caller)),
             of_all: PollSemaphore::new(Arc::clone(&inflow.room)),
             got: None,
@@ -147,6 +168,12 @@ impl HttpBody for Metered {
                 let room = ready!(wanted.poll(cx));
                 this.wanted = None;
                 this.received.push(room);
+                this.end = Some(Box::pin(sleep(this.inflow.arrival)));
+            }
+            if let Some(end) = &mut this.end
+                && end.as_mut().poll(cx).is_ready()
+            {
+                return Poll::Ready(Some(Err(axum::Error::new(late(this.inflow.arrival)))));
             }
             let mut data = match this.rest.take() {
                 Some(data) => data,
@@ -159,8 +186,18 @@ impl HttpBody for Metered {
                 },
             };
             let Found { before, message } = this.prefix.scan(&data);
+            if this.prefix.left == 0 {
+                this.end = None;
+            }
             if let Some(bytes) = message {
-                match bytes > SMALL && bytes as usize <= this.inflow.longest {
+                this.begun += 1;
+                if this.begun > 1 && !this.streams {
+                    let error = Status::invalid_argument("the request has more than one message");
+                    return Poll::Ready(Some(Err(axum::Error::new(error))));
+                }
+                // Of a stream there may be many at a time.
+                let needs_room = bytes > SMALL || this.streams;
+                match needs_room && bytes as usize <= this.inflow.longest {
                     true => this.wanted = Some(Wanted::new(&this.inflow, &this.caller, bytes)),
                     false => this.received.push(None),
                 }
@@ -257,10 +294,13 @@ mod tests {
             inner: Body::from_stream(futures::stream::iter(chunks)),
             inflow: Arc::clone(inflow),
             caller: Caller(client.into()),
+            streams: true,
             received: received.clone(),
             prefix: Prefix::default(),
+            begun: 0,
             rest: None,
             wanted: None,
+            end: None,
         };
         (Body::new(metered), received)
     }
@@ -276,7 +316,7 @@ mod tests {
 
     #[tokio::test]
     async fn nothing_of_a_message_is_passed_on_before_there_is_room_for_all_of_it() {
-        let inflow = Inflow::new(400 << 10, 200 << 10);
+        let inflow = Inflow::new(400 << 10, 200 << 10, Duration::from_secs(60));
         let large = message(150 << 10);
         let (first, held) = body(&inflow, "a", vec![large.clone()]);
         assert_eq!(read(&mut first.into_data_stream()).await, large);
@@ -289,15 +329,14 @@ mod tests {
         assert_eq!(read(&mut same).await, small, "what comes before it is not held up");
         drop(held);
         assert_eq!(read(&mut same).await, [&large[..], &small].concat());
-        assert!(received.next().is_none());
-        assert!(received.next().is_some(), "in their order");
-        assert!(received.next().is_none());
-        assert_eq!(inflow.room.available_permits(), 250, "150 of 400 KiB are held");
+        let held: Vec<_> = (0..3).map(|_| received.next()).collect();
+        assert!(held.iter().all(Option::is_some), "each by itself");
+        assert_eq!(inflow.room.available_permits(), 98, "two of 1 KiB and two of 150 KiB are held");
     }
 
     #[tokio::test]
     async fn a_message_that_is_refused_anyway_waits_for_nothing() {
-        let inflow = Inflow::new(400 << 10, 200 << 10);
+        let inflow = Inflow::new(400 << 10, 200 << 10, Duration::from_secs(60));
         let (body, _) = body(&inflow, "a", vec![message(300 << 10)[..1000].to_vec()]);
         assert_eq!(read(&mut body.into_data_stream()).await.len(), 1000);
         assert_eq!(inflow.room.available_permits(), 400);
@@ -305,7 +344,7 @@ mod tests {
 
     #[tokio::test]
     async fn clients_that_have_gone_are_forgotten() {
-        let inflow = Inflow::new(400 << 10, 200 << 10);
+        let inflow = Inflow::new(400 << 10, 200 << 10, Duration::from_secs(60));
         for client in 0..100 {
             let (body, _) = body(&inflow, &client.to_string(), vec![message(100 << 10)]);
             read(&mut body.into_data_stream()).await;

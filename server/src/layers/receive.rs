@@ -24,6 +24,11 @@ pub(crate) async fn receive(State(timeout): State<Duration>, request: Request, n
     next.run(request.map(|inner| Body::new(Timed { inner, timeout, end: Box::pin(sleep(timeout)) }))).await
 }
 
+/// Why a request, or a message of a stream, is not waited for.
+pub(super) fn late(timeout: Duration) -> Status {
+    Status::deadline_exceeded(format!("the request did not arrive within {} s", timeout.as_secs_f64()))
+}
+
 struct Timed {
     inner: Body,
     timeout: Duration,
@@ -35,13 +40,11 @@ impl HttpBody for Timed {
     type Error = BoxError;
 
     fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Self::Error>>> {
-        if let Poll::Ready(frame) = Pin::new(&mut self.inner).poll_frame(cx) {
-            return Poll::Ready(frame.map(|frame| frame.map_err(Into::into)));
+        // First: a request that always has some more to say would never end.
+        if self.end.as_mut().poll(cx).is_ready() {
+            return Poll::Ready(Some(Err(late(self.timeout).into())));
         }
-        self.end.as_mut().poll(cx).map(|()| {
-            let message = format!("the request did not arrive within {} s", self.timeout.as_secs_f64());
-            Some(Err(Status::deadline_exceeded(message).into()))
-        })
+        Pin::new(&mut self.inner).poll_frame(cx).map(|frame| frame.map(|frame| frame.map_err(Into::into)))
     }
 
     fn is_end_stream(&self) -> bool {

@@ -25,6 +25,8 @@ pub(crate) enum Class {
     Infrastructure,
 }
 
+const REFLECTION: Rpc = Rpc { name: "reflection", class: Class::Infrastructure };
+
 const RPCS: [(&str, Rpc); 13] = [
     ("/plumb.v1.Preference/Score", Rpc { name: "Preference/Score", class: Class::Score }),
     ("/plumb.v1.Preference/ScoreStream", Rpc { name: "Preference/ScoreStream", class: Class::Score }),
@@ -46,8 +48,11 @@ impl Rpc {
     /// forgotten here is closed, not open.
     pub(crate) fn of(request: &Request) -> Self {
         let path = request.uri().path();
-        if path.starts_with("/grpc.health.v1.") || path.starts_with("/grpc.reflection.") {
-            return Self { name: "infrastructure", class: Class::Infrastructure };
+        if path.starts_with("/grpc.health.v1.") {
+            return Self { name: "health", class: Class::Infrastructure };
+        }
+        if path.starts_with("/grpc.reflection.") {
+            return REFLECTION;
         }
         let known = RPCS.iter().find(|(known, _)| *known == path);
         known.map_or(Self { name: "unknown", class: Class::Admin }, |(_, rpc)| *rpc)
@@ -55,7 +60,7 @@ impl Rpc {
 
     /// Whether the caller may take as long as it likes between the messages of its request.
     pub(crate) fn streams_requests(self) -> bool {
-        self.name == "Preference/ScoreStream" || self.class == Class::Infrastructure
+        self.name == "Preference/ScoreStream" || self == REFLECTION
     }
 }
 

@@ -22,7 +22,7 @@ use std::sync::mpsc::{SyncSender, TrySendError, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
-use plumb_proto::record::{Outcome, Record, VERSION};
+use plumb_proto::record::{Failure, Outcome, Record, VERSION};
 use plumb_proto::v1;
 use tokio::sync::oneshot;
 use tokio::time::{sleep, timeout_at};
@@ -38,7 +38,7 @@ use crate::telemetry::events::{RecordDropped, RecordingFailed, RecordingStarted}
 
 /// Records that wait for the disk: a second of a busy server.
 const MAX_WAITING: usize = 1024;
-/// Memory of their requests: twice the longest line.
+/// Memory of them: twice the longest line.
 const MAX_WAITING_BYTES: usize = 64 << 20;
 /// For what waits, even if the calls in flight have used up all the time.
 const LAST_RECORDS: Duration = Duration::from_secs(1);
@@ -125,9 +125,8 @@ impl Recorder {
             record.timings = answer.timings;
             record.results = answer.results.iter().map(outcome).collect();
         }
-        let bytes = request.items.iter().map(input_bytes).sum();
         record.score = Some(request);
-        queue.put(record, bytes);
+        queue.put(record);
     }
 
     /// Takes down a call of `Rank`, or what came to the same.
@@ -145,10 +144,8 @@ impl Recorder {
                 }
             }
         }
-        let candidates = request.candidates.iter().map(candidate_bytes).sum::<usize>();
-        let bytes = candidates + request.prompt.as_ref().map_or(0, input_bytes);
         record.rank = Some(request);
-        queue.put(record, bytes);
+        queue.put(record);
     }
 
     /// Writes what waits, until the deadline or for a second. What comes later is dropped.
@@ -170,7 +167,8 @@ impl Recorder {
 }
 
 impl Queue {
-    fn put(&self, record: Record, bytes: usize) {
+    fn put(&self, record: Record) {
+        let bytes = size_of::<Entry>() + held(&record);
         let before = self.bytes.fetch_add(bytes, Ordering::Relaxed);
         if before + bytes > MAX_WAITING_BYTES {
             self.bytes.fetch_sub(bytes, Ordering::Relaxed);
@@ -211,24 +209,65 @@ fn outcome(result: &v1::ScoreResult) -> Outcome {
     }
 }
 
-/// Memory of an input, about.
+/// Memory that a record holds beside itself. Texts and lists count by the room that they have taken: an empty turn is two bytes
+/// on the wire, and dozens here.
+fn held(record: &Record) -> usize {
+    let Record { caller, model, score, rank, results, error, .. } = record;
+    caller.as_ref().map_or(0, String::capacity)
+        + model.as_ref().map_or(0, |model| model.name.capacity() + model.weights_digest.capacity())
+        + score.as_ref().map_or(0, score_bytes)
+        + rank.as_ref().map_or(0, rank_bytes)
+        + list_bytes(results, |outcome| outcome.error.as_ref().map_or(0, failure_bytes))
+        + error.as_ref().map_or(0, failure_bytes)
+}
+
+fn score_bytes(request: &v1::ScoreRequest) -> usize {
+    let v1::ScoreRequest { model, items, request_id, .. } = request;
+    model.as_ref().map_or(0, spec_bytes) + list_bytes(items, input_bytes) + request_id.capacity()
+}
+
+fn rank_bytes(request: &v1::RankRequest) -> usize {
+    let v1::RankRequest { model, prompt, candidates, request_id, .. } = request;
+    model.as_ref().map_or(0, spec_bytes)
+        + prompt.as_ref().map_or(0, input_bytes)
+        + list_bytes(candidates, candidate_bytes)
+        + request_id.capacity()
+}
+
+fn spec_bytes(spec: &v1::ModelSpec) -> usize {
+    let label = match &spec.choice {
+        Some(v1::model_spec::Choice::Label(label)) => label.capacity(),
+        Some(v1::model_spec::Choice::Version(_)) | None => 0,
+    };
+    spec.name.capacity() + label
+}
+
 fn input_bytes(input: &v1::Input) -> usize {
     match &input.input {
         Some(v1::input::Input::Conversation(conversation)) => {
-            conversation.messages.iter().map(|message| size_of_val(message) + message.content.len()).sum()
+            list_bytes(&conversation.messages, |message| message.role.capacity() + message.content.capacity())
         }
-        Some(v1::input::Input::Text(text)) => text.len(),
-        Some(v1::input::Input::TokenIds(ids)) => size_of_val(ids.ids.as_slice()),
+        Some(v1::input::Input::Text(text)) => text.capacity(),
+        Some(v1::input::Input::TokenIds(ids)) => list_bytes(&ids.ids, |_| 0),
         None => 0,
     }
 }
 
 fn candidate_bytes(candidate: &v1::Candidate) -> usize {
     match &candidate.candidate {
-        Some(v1::candidate::Candidate::Text(text)) => text.len(),
-        Some(v1::candidate::Candidate::TokenIds(ids)) => size_of_val(ids.ids.as_slice()),
+        Some(v1::candidate::Candidate::Text(text)) => text.capacity(),
+        Some(v1::candidate::Candidate::TokenIds(ids)) => list_bytes(&ids.ids, |_| 0),
         None => 0,
     }
+}
+
+fn failure_bytes(failure: &Failure) -> usize {
+    failure.code.capacity() + failure.message.capacity()
+}
+
+/// Memory of a list, and of what its elements hold beside themselves.
+fn list_bytes<T>(list: &Vec<T>, held: impl Fn(&T) -> usize) -> usize {
+    list.capacity() * size_of::<T>() + list.iter().map(held).sum::<usize>()
 }
 
 #[cfg(test)]

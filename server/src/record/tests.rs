@@ -59,6 +59,10 @@ fn queue(length: usize) -> (Recorder, Receiver<Message>) {
     (Recorder(Some(Queue { sender, bytes: Arc::default(), closed: Mutex::default() })), receiver)
 }
 
+fn waiting_bytes(recorder: &Recorder) -> usize {
+    recorder.0.as_ref().unwrap().bytes.load(Ordering::Relaxed)
+}
+
 #[tokio::test]
 async fn calls_are_in_the_file_with_their_scores_callers_and_errors() {
     let folder = TempDir::new().unwrap();
@@ -145,25 +149,73 @@ fn a_full_queue_takes_nothing_and_waits_for_nobody() {
     for i in 0..5 {
         recorder.score(origin(None), request(&i.to_string()), &answer(0.0));
     }
-    let texts = |receiver: &Receiver<Message>| {
-        let text = |message| match message {
-            Message::Call(entry) => entry.record.score.unwrap().items[0].clone(),
+    let taken = |receiver: &Receiver<Message>| -> (Vec<usize>, Vec<v1::Input>) {
+        let call = |message| match message {
+            Message::Call(entry) => (entry.bytes, entry.record.score.unwrap().items.remove(0)),
             Message::Close => unreachable!(),
         };
-        receiver.try_iter().map(text).collect::<Vec<_>>()
+        receiver.try_iter().map(call).unzip()
     };
-    assert_eq!(texts(&receiver), [request("0").items[0].clone(), request("1").items[0].clone()]);
+    let (bytes, items) = taken(&receiver);
+    assert_eq!(items, [request("0").items[0].clone(), request("1").items[0].clone()]);
     // The memory of what was not taken is not counted.
-    assert_eq!(recorder.0.as_ref().unwrap().bytes.load(Ordering::Relaxed), 2);
+    assert_eq!(waiting_bytes(&recorder), bytes.iter().sum::<usize>());
 
     let (recorder, receiver) = queue(10);
     let large = "x".repeat(MAX_WAITING_BYTES / 2 + 1);
     recorder.score(origin(None), request(&large), &answer(0.0));
     recorder.score(origin(None), request(&large), &answer(0.0));
     recorder.score(origin(None), request("small"), &answer(0.0));
-    assert_eq!(texts(&receiver).len(), 2, "bounded by memory too");
+    assert_eq!(taken(&receiver).1.len(), 2, "bounded by memory too");
     drop(receiver);
     recorder.score(origin(None), request("late"), &answer(0.0));
+}
+
+#[test]
+fn a_call_that_waits_counts_by_all_that_it_holds() {
+    #[track_caller]
+    fn check(expected: usize, take: impl FnOnce(&Recorder)) {
+        let (recorder, _receiver) = queue(1);
+        take(&recorder);
+        let bytes = waiting_bytes(&recorder);
+        // Beside it there are the record itself and a single score.
+        assert!((expected..expected + 4096).contains(&bytes), "{bytes}, not {expected}");
+    }
+    const N: usize = 10_000;
+    let long = || "x".repeat(N);
+    let ids = || v1::TokenIds { ids: vec![7; N], response_start: None };
+    let input = |input| v1::Input { input: Some(input) };
+    let turns = |messages| input(v1::input::Input::Conversation(v1::Conversation { messages }));
+    let turn = |role, content| v1::Message { role, content };
+    let items = |items| v1::ScoreRequest { items, ..Default::default() };
+    let named = |name, choice| Some(v1::ModelSpec { name, choice });
+    let label = || Some(v1::model_spec::Choice::Label(long()));
+    for (expected, request) in [
+        (N, v1::ScoreRequest { request_id: long(), ..Default::default() }),
+        (2 * N, v1::ScoreRequest { model: named(long(), label()), ..Default::default() }),
+        (N * size_of::<v1::Input>(), items(vec![v1::Input::default(); N])),
+        (N * size_of::<v1::Message>(), items(vec![turns(vec![v1::Message::default(); N])])),
+        (2 * N, items(vec![turns(vec![turn(long(), long())])])),
+        (N, items(vec![input(v1::input::Input::Text(long()))])),
+        (N * size_of::<u32>(), items(vec![input(v1::input::Input::TokenIds(ids()))])),
+    ] {
+        check(expected, |recorder| recorder.score(origin(None), request, &answer(0.0)));
+    }
+    let candidate = |candidate| v1::Candidate { candidate: Some(candidate) };
+    let candidates = |candidates| v1::RankRequest { candidates, ..Default::default() };
+    let failed = || Err(Error::not_found("no model"));
+    for (expected, request) in [
+        (N, v1::RankRequest { request_id: long(), ..Default::default() }),
+        (N, v1::RankRequest { prompt: Some(input(v1::input::Input::Text(long()))), ..Default::default() }),
+        (N * size_of::<v1::Candidate>(), candidates(vec![v1::Candidate::default(); N])),
+        (N, candidates(vec![candidate(v1::candidate::Candidate::Text(long()))])),
+        (N * size_of::<u32>(), candidates(vec![candidate(v1::candidate::Candidate::TokenIds(ids()))])),
+    ] {
+        check(expected, |recorder| recorder.rank(origin(None), request, &failed()));
+    }
+    let request = v1::RankRequest { candidates: vec![v1::Candidate::default(); N], ..Default::default() };
+    let all = N * (size_of::<v1::Candidate>() + size_of::<Outcome>());
+    check(all, |recorder| recorder.rank(origin(None), request, &Ok(v1::RankResponse::default())));
 }
 
 #[tokio::test]

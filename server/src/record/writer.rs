@@ -19,6 +19,9 @@ const TICK: Duration = Duration::from_secs(1);
 /// How often the log tells of a disk that refuses; the metric counts every record.
 const COMPLAINT_INTERVAL: Duration = Duration::from_secs(60);
 
+/// Memory for a line that is kept for the next one.
+const USUAL_LINE_BYTES: usize = 64 << 10;
+
 /// What the thread works with.
 pub(super) struct Writer<F: Files> {
     lines: Lines<F>,
@@ -65,7 +68,6 @@ impl<F: Files> Writer<F> {
         let Entry { time, mut record, bytes } = entry;
         if is_chosen(&record, self.sample) {
             record.time = stamp(time);
-            self.line.clear();
             // Writing to memory does not fail, and what was decoded can be encoded.
             let encoded = serde_json::to_writer(&mut self.line, &record);
             self.line.push(b'\n');
@@ -80,6 +82,9 @@ impl<F: Files> Writer<F> {
                     }
                 }
             }
+            self.line.clear();
+            // A long line's memory is not held for ever.
+            self.line.shrink_to(USUAL_LINE_BYTES);
         }
         // Only now: until here the request was in memory.
         drop(record);
@@ -97,6 +102,41 @@ impl<F: Files> Writer<F> {
         if self.complained.is_none_or(|last| last.elapsed() >= COMPLAINT_INTERVAL) {
             self.complained = Some(Instant::now());
             RecordingFailed { what: error }.emit();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io;
+    use std::time::SystemTime;
+
+    use plumb_proto::record::Record;
+
+    use super::*;
+
+    struct Nowhere;
+
+    impl Files for Nowhere {
+        type File = io::Sink;
+
+        fn create(&mut self) -> io::Result<io::Sink> {
+            Ok(io::sink())
+        }
+
+        fn finish(&mut self, _: io::Sink) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn a_long_lines_memory_is_given_back_whatever_becomes_of_it() {
+        let mut writer = Writer::new(Lines::new(Nowhere, u64::MAX, TICK), 1.0, Arc::default());
+        for length in [1, 1 << 20, MAX_LINE_BYTES, 1] {
+            let record = Record { caller: Some("x".repeat(length)), ..Record::default() };
+            writer.take(Entry { time: SystemTime::now(), record, bytes: 0 });
+            let kept = writer.line.capacity();
+            assert!(kept < 2 * USUAL_LINE_BYTES, "{kept} bytes are kept after {length}");
         }
     }
 }

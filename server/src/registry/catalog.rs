@@ -21,7 +21,8 @@ use crate::config::{Defaults, WantedLabel};
 use crate::error::{Error, Result};
 use crate::telemetry::events::kind_name;
 
-/// Most versions that may be in memory, or on the way there. The rest of the memory belongs to the caches.
+/// Most versions that may be available, or on the way there. The rest of the memory belongs to the caches. With those
+/// that drain there may be twice as many: a slow reader of an old version does not keep a new one out.
 const MAX_LIVE_VERSIONS: usize = 16;
 /// Ended and failed versions that are still listed.
 const MAX_PAST_VERSIONS: usize = 32;
@@ -79,9 +80,12 @@ impl<H: Clone> Catalog<H> {
 
     /// A new version in START. Without a number it gets the one after the newest. A past version may come again.
     pub(crate) fn add(&mut self, name: &str, version: Option<u64>) -> Result<u64> {
-        let live = self.models.iter().flat_map(|model| model.versions.values()).filter(|v| v.past().is_none()).count();
-        if live >= MAX_LIVE_VERSIONS {
-            return Err(Error::failed_precondition(format!("{live} versions are in memory; unload one first")));
+        let versions = || self.models.iter().flat_map(|model| model.versions.values());
+        let present = versions().filter(|version| version.past().is_none()).count();
+        let draining = versions().filter(|version| matches!(version.state, State::Draining(_))).count();
+        if present - draining >= MAX_LIVE_VERSIONS || present >= 2 * MAX_LIVE_VERSIONS {
+            let message = format!("{present} versions are in memory, {draining} of them draining; unload one first");
+            return Err(Error::NoRoom { message });
         }
         let index = self.models.iter().position(|model| model.name == name).unwrap_or_else(|| {
             let mut model = Model::new(name);

@@ -10,11 +10,12 @@ use plumb_model::checkpoint::Source;
 use plumb_model::loaded::{LoadedModel, ModelInfo, ModelKind};
 use plumb_proto::v1;
 use tokio::task::JoinHandle;
+use tracing::Instrument as _;
 
 use super::catalog::Facts;
 use super::{Registry, Served, bundled, warm};
 use crate::error::{Error, Result};
-use crate::telemetry::events::ModelLoaded;
+use crate::telemetry::events::{LoadAsked, ModelLoaded, UnloadAsked};
 
 /// How often a draining version is looked at. Its last holder is the engine's thread, which tells nobody.
 const DRAIN_POLL: Duration = Duration::from_millis(20);
@@ -33,7 +34,10 @@ impl Registry {
     /// # Errors
     /// If the version is there already, or too many are.
     pub(crate) fn announce(&self, name: String, version: Option<u64>, source: Source) -> Result<Load> {
-        let version = self.change(|catalog| catalog.add(&name, version))?;
+        let version = self.change(|catalog| {
+            let added = catalog.add(&name, version);
+            added.inspect(|&version| LoadAsked { model: &name, version, source: &source }.emit())
+        })?;
         Ok(Load { name, version, source, asked: Instant::now() })
     }
 
@@ -43,7 +47,7 @@ impl Registry {
     /// Why it failed; the version is then FAILED.
     pub(crate) async fn load(self: &Arc<Self>, load: Load) -> Result<v1::ModelStatus> {
         let registry = Arc::clone(self);
-        let task = tokio::spawn(async move {
+        let work = async move {
             let Load { name, version, source, asked } = load;
             // A version must not be on its way for ever.
             let result = AssertUnwindSafe(registry.bring_in(&name, version, source)).catch_unwind().await;
@@ -54,7 +58,9 @@ impl Registry {
             ModelLoaded { model: &name, version, duration: asked.elapsed(), error: result.as_ref().err() }.emit();
             result?;
             registry.status_of(&name, version)
-        });
+        };
+        // The log says of all that comes of it who asked for it.
+        let task = tokio::spawn(work.in_current_span());
         task.await.map_err(|error| Error::internal(format!("loading: {error}")))?
     }
 
@@ -70,7 +76,14 @@ impl Registry {
     /// As [`Registry::unload`], and answers a task that ends when the memory is given back; none if the version is out
     /// already.
     pub(super) fn drain(self: &Arc<Self>, name: &str, version: u64) -> Result<Option<JoinHandle<()>>> {
-        let served = self.change(|catalog| catalog.drain(name, version))?;
+        let served = self.change(|catalog| {
+            let drained = catalog.drain(name, version);
+            drained.inspect(|served| {
+                if served.is_some() {
+                    UnloadAsked { model: name, version }.emit();
+                }
+            })
+        })?;
         Ok(served.map(|served| self.see_out(served)))
     }
 

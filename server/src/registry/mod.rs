@@ -30,7 +30,7 @@ pub(crate) use self::watch::Root;
 use crate::config::{Defaults, Versions};
 use crate::engine::Engine;
 use crate::error::Result;
-use crate::telemetry::events::{ActiveVersionChanged, ModelStateChanged, RolledBack};
+use crate::telemetry::events::{ActiveVersionChanged, LabelChanged, ModelStateChanged, RolledBack, TrafficChanged};
 
 /// Changes that a watcher may be behind before its stream ends with an error: hundreds of loads.
 const MAX_CHANGES_BEHIND: usize = 1024;
@@ -112,12 +112,22 @@ impl Registry {
 
     /// Points a label at an available version, or removes it.
     pub(crate) fn set_label(&self, name: &str, label: &str, version: Option<u64>) -> Result<()> {
-        self.change(|catalog| catalog.set_label(name, label, version))
+        self.change(|catalog| {
+            let set = catalog.set_label(name, label, version);
+            set.inspect(|()| LabelChanged { model: name, label, version }.emit())
+        })
     }
 
     /// Splits the calls of a model that name neither version nor label.
     pub(crate) fn set_traffic(&self, name: &str, shares: Vec<Share>) -> Result<()> {
-        self.change(|catalog| catalog.set_traffic(name, shares))
+        let split = shares.clone();
+        self.change(|catalog| {
+            let set = catalog.set_traffic(name, shares);
+            set.inspect(|()| {
+                let shares = split.iter().map(|share| (share.label.as_str(), share.weight)).collect();
+                TrafficChanged { model: name, shares }.emit();
+            })
+        })
     }
 
     /// Takes a version out of service because it is bad, if there is another one to take its place.

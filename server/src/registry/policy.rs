@@ -8,6 +8,9 @@ use crate::error::Error;
 
 /// A load that failed for a reason that may pass is tried again after this time, then after twice the time, and so on.
 const RETRY: (Duration, Duration) = (Duration::from_secs(30), Duration::from_secs(3600));
+/// So often a checkpoint is read whose files are missing or not what they should be: whoever copies it, the manifest
+/// first, has about an hour.
+const MAX_TRIES_DAMAGED: u32 = 8;
 
 /// Tells a manifest from another one at the same place.
 pub(super) type Stamp = (SystemTime, u64);
@@ -31,6 +34,12 @@ pub(super) enum Standing {
     Leaving,
 }
 
+impl Standing {
+    fn is_here(&self) -> bool {
+        matches!(self, Self::Coming | Self::Serving { .. })
+    }
+}
+
 /// What has to be done.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Action {
@@ -45,6 +54,8 @@ pub(super) enum Action {
 enum Known {
     /// It was brought in here, so that it may be taken out here.
     Ours,
+    /// It is to be taken out here, and may come again.
+    Going,
     /// It failed. It is tried again when its manifest is another one, or at a time if the reason may pass.
     Failed { stamp: Stamp, again: Option<Instant> },
     /// Somebody took it out, or it was rolled back: it stays out.
@@ -61,11 +72,14 @@ pub(super) struct Watched {
     known: BTreeMap<u64, Known>,
     /// How often a version has failed with this manifest.
     tries: BTreeMap<u64, (Stamp, u32)>,
+    /// Versions that would be wanted, had not somebody else's their numbers.
+    collided: BTreeSet<u64>,
 }
 
 impl Watched {
     pub(super) fn new(policy: VersionPolicy, swap: SwapPolicy, rollback_window: Duration) -> Self {
-        Self { policy, swap, rollback_window, known: BTreeMap::new(), tries: BTreeMap::new() }
+        let (known, tries) = (BTreeMap::new(), BTreeMap::new());
+        Self { policy, swap, rollback_window, known, tries, collided: BTreeSet::new() }
     }
 
     /// What has to be done now, and when to look again if nothing else happens.
@@ -76,13 +90,17 @@ impl Watched {
         now: Instant,
     ) -> (Vec<Action>, Option<Instant>) {
         self.tries.retain(|version, _| disk.contains_key(version));
-        self.known.retain(|version, known| disk.contains_key(version) || *known == Known::Ours);
+        self.known.retain(|version, known| match known {
+            Known::Ours => true,
+            Known::Going => standing.contains_key(version),
+            Known::Failed { .. } | Known::Out => disk.contains_key(version),
+        });
         for (version, known) in &mut self.known {
-            if *known == Known::Ours && !standing.contains_key(version) {
+            if *known == Known::Ours && !standing.get(version).is_some_and(Standing::is_here) {
                 *known = Known::Out;
             }
         }
-        let wanted = self.wanted(disk, now);
+        let wanted = self.wanted(disk, &self.taken(standing), now);
         let retry = self.known.values().filter_map(|known| match known {
             Known::Failed { again: Some(again), .. } if *again > now => Some(*again),
             _ => None,
@@ -93,21 +111,36 @@ impl Watched {
             return (Vec::new(), retry);
         }
         let missing: Vec<u64> = wanted.iter().copied().filter(|version| !standing.contains_key(version)).collect();
+        // They come again once they have gone: until then they do not serve.
+        let leaving = wanted.iter().filter(|version| standing.get(version) == Some(&Standing::Leaving)).count();
         let extra = self.extra(&wanted, standing);
         let (actions, settled) = match self.swap {
             _ if standing.values().any(|standing| *standing == Standing::Coming) => (Vec::new(), None),
-            SwapPolicy::Resource => self.make_room(&missing, &extra),
-            SwapPolicy::Availability => self.keep_serving(&wanted, &missing, &extra, standing, now),
+            SwapPolicy::Resource => (make_room(&missing, leaving, &extra), None),
+            SwapPolicy::Availability => {
+                let proved = newest(&wanted, standing).map(|since| since + self.rollback_window);
+                keep_serving(&missing, leaving, &extra, proved, now)
+            }
         };
         for action in &actions {
             let (come, gone) = match action {
                 Action::Load { version, make_room } => (Some(version), make_room.as_slice()),
                 Action::Unload(version) => (None, std::slice::from_ref(version)),
             };
-            self.known.retain(|version, _| !gone.contains(version));
+            self.known.extend(gone.iter().map(|version| (*version, Known::Going)));
             self.known.extend(come.map(|version| (*version, Known::Ours)));
         }
         (actions, retry.into_iter().chain(settled).min())
+    }
+
+    /// Versions that would be wanted, but somebody else has brought in other ones with their numbers; each is told once.
+    pub(super) fn collisions(&mut self, disk: &OnDisk, standing: &BTreeMap<u64, Standing>, now: Instant) -> Vec<u64> {
+        let mut collided = self.taken(standing);
+        let wanted = self.wanted(disk, &BTreeSet::new(), now);
+        collided.retain(|version| !self.known.contains_key(version) && wanted.contains(version));
+        let new = collided.difference(&self.collided).copied().collect();
+        self.collided = collided;
+        new
     }
 
     /// A load that was asked for has failed.
@@ -118,9 +151,16 @@ impl Watched {
         };
         self.tries.insert(version, (stamp, tries));
         let pause = RETRY.0.saturating_mul(1 << (tries - 1).min(16)).min(RETRY.1);
-        // A checkpoint that is refused is the same checkpoint tomorrow.
-        let may_pass =
-            matches!(error, Error::ResourceExhausted { .. } | Error::Unavailable { .. } | Error::Internal { .. });
+        let may_pass = match error {
+            Error::ResourceExhausted { .. }
+            | Error::Unavailable { .. }
+            | Error::Internal { .. }
+            | Error::NoRoom { .. }
+            | Error::AlreadyExists { .. } => true,
+            Error::Damaged { .. } => tries < MAX_TRIES_DAMAGED,
+            // A checkpoint that is refused is the same checkpoint tomorrow.
+            _ => false,
+        };
         self.known.insert(version, Known::Failed { stamp, again: may_pass.then(|| now + pause) });
     }
 
@@ -129,10 +169,17 @@ impl Watched {
         self.known.insert(version, Known::Ours);
     }
 
+    /// Numbers of versions that somebody else has brought in: what serves there is not what is on disk.
+    fn taken(&self, standing: &BTreeMap<u64, Standing>) -> BTreeSet<u64> {
+        let ours = |version: &u64| matches!(self.known.get(version), Some(Known::Ours | Known::Going));
+        standing.iter().filter(|(v, s)| s.is_here() && !ours(v)).map(|(version, _)| *version).collect()
+    }
+
     /// Versions that should be served, the most wanted first.
-    fn wanted(&self, disk: &OnDisk, now: Instant) -> Vec<u64> {
+    fn wanted(&self, disk: &OnDisk, taken: &BTreeSet<u64>, now: Instant) -> Vec<u64> {
         let may_come = |(version, stamp): &(&u64, &Stamp)| match self.known.get(version) {
-            None | Some(Known::Ours) => true,
+            _ if taken.contains(version) => false,
+            None | Some(Known::Ours | Known::Going) => true,
             Some(Known::Out) => false,
             Some(Known::Failed { stamp: failed, again }) => failed != *stamp || again.is_some_and(|again| again <= now),
         };
@@ -147,46 +194,50 @@ impl Watched {
     /// Versions that serve although they need not, the newest first.
     fn extra(&self, wanted: &[u64], standing: &BTreeMap<u64, Standing>) -> Vec<u64> {
         let wanted: BTreeSet<_> = wanted.iter().collect();
-        let ours = |version: &u64| self.known.get(version) == Some(&Known::Ours) && !wanted.contains(version);
+        let ours = |version: &u64| matches!(self.known.get(version), Some(Known::Ours | Known::Going));
         let serves = |standing: &Standing| matches!(standing, Standing::Serving { labelled: false, .. });
-        standing.iter().rev().filter(|(v, s)| ours(v) && serves(s)).map(|(version, _)| *version).collect()
+        let extra = standing.iter().rev().filter(|(v, s)| !wanted.contains(v) && ours(v) && serves(s));
+        extra.map(|(version, _)| *version).collect()
     }
+}
 
-    /// Out with the old, then in with the new: never more than what is wanted is in memory.
-    fn make_room(&self, missing: &[u64], extra: &[u64]) -> (Vec<Action>, Option<Instant>) {
-        match missing.first() {
-            Some(&version) => (vec![Action::Load { version, make_room: extra.to_vec() }], None),
-            None => (extra.iter().map(|version| Action::Unload(*version)).collect(), None),
-        }
-    }
+/// Since when the newest of them serves.
+fn newest(versions: &[u64], standing: &BTreeMap<u64, Standing>) -> Option<Instant> {
+    let since = versions.iter().filter_map(|version| match standing.get(version) {
+        Some(Standing::Serving { since, .. }) => Some(*since),
+        _ => None,
+    });
+    since.max()
+}
 
-    /// In with the new, then out with the old. While something is missing, as many of the old ones stay; after that, the
-    /// last one stays until the newest has proved itself.
-    fn keep_serving(
-        &self,
-        wanted: &[u64],
-        missing: &[u64],
-        extra: &[u64],
-        standing: &BTreeMap<u64, Standing>,
-        now: Instant,
-    ) -> (Vec<Action>, Option<Instant>) {
-        let since = wanted.iter().filter_map(|version| match standing.get(version) {
-            Some(Standing::Serving { since, .. }) => Some(*since),
-            _ => None,
-        });
-        let proved = since.max().map(|since| since + self.rollback_window);
-        let (stay, settled) = match (missing.len(), proved) {
-            (0, Some(proved)) if proved > now && !extra.is_empty() => (1, Some(proved)),
-            (0, _) => (0, None),
-            (n, _) => (n, None),
-        };
-        let gone = extra.iter().skip(stay).copied();
-        let actions = match missing.first() {
-            Some(&version) => vec![Action::Load { version, make_room: gone.collect() }],
-            None => gone.map(Action::Unload).collect(),
-        };
-        (actions, settled)
+/// Out with the old, then in with the new: never more than what is wanted is in memory. While something wanted is still
+/// leaving, as many of the old ones stay.
+fn make_room(missing: &[u64], leaving: usize, extra: &[u64]) -> Vec<Action> {
+    match missing.first() {
+        Some(&version) => vec![Action::Load { version, make_room: extra.to_vec() }],
+        None => extra.iter().skip(leaving).copied().map(Action::Unload).collect(),
     }
+}
+
+/// In with the new, then out with the old. While something is missing or still leaving, as many of the old ones stay;
+/// after that, the last one stays until the newest has proved itself.
+fn keep_serving(
+    missing: &[u64],
+    leaving: usize,
+    extra: &[u64],
+    proved: Option<Instant>,
+    now: Instant,
+) -> (Vec<Action>, Option<Instant>) {
+    let (stay, settled) = match (missing.len() + leaving, proved) {
+        (0, Some(proved)) if proved > now && !extra.is_empty() => (1, Some(proved)),
+        (n, _) => (n, None),
+    };
+    let gone = extra.iter().skip(stay).copied();
+    let actions = match missing.first() {
+        Some(&version) => vec![Action::Load { version, make_room: gone.collect() }],
+        None => gone.map(Action::Unload).collect(),
+    };
+    (actions, settled)
 }
 
 #[cfg(test)]
@@ -371,5 +422,89 @@ mod tests {
         server.standing.insert(7, Standing::Serving { since: server.now, labelled: false });
         assert_eq!(server.publish([1, 2]).settle(), [2, 7]);
         assert_eq!(server.pass(WINDOW).settle(), [2, 7]);
+    }
+
+    #[test]
+    fn a_version_that_leaves_does_not_serve() {
+        for swap in [SwapPolicy::Availability, SwapPolicy::Resource] {
+            let mut server = Server::new(VersionPolicy::Latest(1), SwapPolicy::Availability);
+            server.publish([1]).settle();
+            server.publish([2]).settle();
+            server.watched.swap = swap;
+            // Rolled back, or unloaded by hand, while a call still holds it.
+            server.standing.insert(2, Standing::Leaving);
+            for _ in 0..2 {
+                assert_eq!(server.look(), [], "{swap:?}");
+                server.pass(WINDOW);
+            }
+            server.standing.remove(&2);
+            assert_eq!(server.settle(), [1], "{swap:?}: 2 stays out");
+        }
+    }
+
+    #[test]
+    fn what_is_published_again_while_it_leaves_comes_once_it_has_gone() {
+        for swap in [SwapPolicy::Availability, SwapPolicy::Resource] {
+            let mut server = Server::new(VersionPolicy::Latest(1), SwapPolicy::Availability);
+            server.publish([1]).settle();
+            server.publish([2]).settle();
+            server.watched.swap = swap;
+            server.disk.remove(&2);
+            server.pass(WINDOW);
+            assert_eq!(server.look(), [Action::Unload(2)], "{swap:?}");
+            server.standing.insert(2, Standing::Leaving);
+            server.publish([2]);
+            assert_eq!(server.look(), [], "{swap:?}: 1 serves, and 2 is not loaded beside itself");
+            server.standing.remove(&2);
+            assert_eq!(server.pass(WINDOW).settle().last(), Some(&2), "{swap:?}");
+            assert_eq!(server.pass(WINDOW).settle(), [2], "{swap:?}");
+        }
+    }
+
+    #[test]
+    fn what_could_not_go_is_taken_out_later() {
+        let mut server = Server::new(VersionPolicy::Latest(1), SwapPolicy::Resource);
+        server.publish([1]).settle();
+        server.publish([2]);
+        let before = server.standing.clone();
+        assert_eq!(server.look(), [Action::Load { version: 2, make_room: vec![1] }]);
+        // There was no room to announce it.
+        server.standing = before;
+        server.watched.failed(2, server.disk[&2], &Error::NoRoom { message: "full".into() }, server.now);
+        server.watched.kept(1);
+        assert_eq!(server.look(), []);
+        assert_eq!(server.pass(RETRY.0).settle(), [2]);
+    }
+
+    #[test]
+    fn a_checkpoint_that_may_still_be_on_its_way_gets_a_few_tries() {
+        let mut server = Server::new(VersionPolicy::All, SwapPolicy::Availability);
+        server.publish([1]);
+        let mut tries = 0;
+        while !server.look().is_empty() {
+            tries += 1;
+            server.standing.clear();
+            let error = Error::Damaged { message: "`model.safetensors` is missing".into() };
+            server.watched.failed(1, server.disk[&1], &error, server.now);
+            server.pass(RETRY.1);
+        }
+        assert_eq!(tries, MAX_TRIES_DAMAGED);
+    }
+
+    #[test]
+    fn a_number_that_somebody_else_has_taken_hides_no_version() {
+        let mut server = Server::new(VersionPolicy::Latest(1), SwapPolicy::Availability);
+        server.publish([1]).settle();
+        server.standing.insert(2, Standing::Serving { since: server.now, labelled: false });
+        server.publish([2]);
+        let collisions = |server: &mut Server| server.watched.collisions(&server.disk, &server.standing, server.now);
+        assert_eq!(collisions(&mut server), [2]);
+        assert_eq!(collisions(&mut server), [] as [u64; 0], "it is told once");
+        assert_eq!(server.pass(WINDOW).settle(), [1, 2], "1 serves on");
+        // Once the other one has gone, the published one comes.
+        server.standing.remove(&2);
+        assert_eq!(server.settle(), [1, 2]);
+        assert_eq!(collisions(&mut server), [] as [u64; 0]);
+        assert_eq!(server.pass(WINDOW).settle(), [2]);
     }
 }

@@ -1,6 +1,6 @@
 //! Follows a folder of versions: reads it when something changes, and does what the [policy](super::policy) says.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -10,15 +10,16 @@ use std::time::{Duration, Instant};
 use notify::{RecommendedWatcher, RecursiveMode, Watcher as _};
 use plumb_model::checkpoint::Source;
 use plumb_model::checkpoint::manifest::MANIFEST;
+use plumb_model::loaded::LoadedModel;
 use tokio::sync::Notify;
 use tokio::sync::broadcast::error::RecvError;
-use tokio::task::JoinSet;
+use tokio::task::{JoinHandle, JoinSet};
 
 use super::Registry;
 use super::policy::{Action, OnDisk, Stamp, Watched};
 use crate::config::{Versions, check_name};
 use crate::error::{Error, Result};
-use crate::telemetry::events::{RootUnreadable, RootWatched};
+use crate::telemetry::events::{ModelLoaded, RootUnreadable, RootWatched};
 
 /// A publishing trainer causes several events; they are looked at together.
 const SETTLE: Duration = Duration::from_millis(50);
@@ -36,8 +37,8 @@ pub(crate) struct Root {
     registry: Arc<Registry>,
     models: BTreeMap<String, Watched>,
     loads: JoinSet<Loaded>,
-    /// Whether the last reading failed: said once.
-    unreadable: bool,
+    /// Folders whose last reading failed: said once.
+    unreadable: BTreeSet<PathBuf>,
 }
 
 /// A load that has ended.
@@ -45,15 +46,21 @@ struct Loaded {
     model: String,
     version: u64,
     stamp: Stamp,
+    /// Versions that were to make room and have not gone.
+    stayed: Vec<u64>,
     result: Result<()>,
 }
+
+/// What is found on disk, by model; or why a model's folder cannot be read.
+type Found = BTreeMap<String, io::Result<OnDisk>>;
 
 impl Root {
     /// The folder of the configuration, if there is one.
     pub(crate) fn new(versions: &Versions, registry: Arc<Registry>) -> Option<Self> {
         let path = versions.root.clone()?;
         let versions = versions.clone();
-        Some(Self { path, versions, registry, models: BTreeMap::new(), loads: JoinSet::new(), unreadable: false })
+        let (models, loads, unreadable) = (BTreeMap::new(), JoinSet::new(), BTreeSet::new());
+        Some(Self { path, versions, registry, models, loads, unreadable })
     }
 
     /// Brings in what is there, and returns when nothing is on its way any more. What does not load is FAILED.
@@ -100,26 +107,44 @@ impl Root {
         let disk = match read.unwrap_or_else(|panic| Err(io::Error::other(panic))) {
             Ok(disk) => disk,
             Err(error) => {
-                if !std::mem::replace(&mut self.unreadable, true) {
+                if self.unreadable.insert(self.path.clone()) {
                     RootUnreadable { path: &self.path, error: &error }.emit();
                 }
                 return None;
             }
         };
-        self.unreadable = false;
-        for name in disk.keys() {
-            if !self.models.contains_key(name) {
+        let mut unreadable = BTreeSet::new();
+        for (name, found) in &disk {
+            if let Err(error) = found {
+                let path = self.path.join(name);
+                if !self.unreadable.contains(&path) {
+                    RootUnreadable { path: &path, error }.emit();
+                }
+                unreadable.insert(path);
+            } else if !self.models.contains_key(name) {
                 let policy = self.versions.policies.get(name).unwrap_or(&self.versions.policy).clone();
                 let watched = Watched::new(policy, self.versions.swap, self.versions.rollback_window);
                 self.models.insert(name.clone(), watched);
             }
         }
+        self.unreadable = unreadable;
         let mut again = None;
         for (name, watched) in &mut self.models {
             let empty = OnDisk::new();
-            let versions = disk.get(name).unwrap_or(&empty);
-            let now = Instant::now();
-            let (actions, next) = watched.reconcile(versions, &self.registry.standing(name), now);
+            let versions = match disk.get(name) {
+                Some(Ok(versions)) => versions,
+                // It stays as it is.
+                Some(Err(_)) => continue,
+                None => &empty,
+            };
+            let (now, standing) = (Instant::now(), self.registry.standing(name));
+            let (actions, next) = watched.reconcile(versions, &standing, now);
+            for version in watched.collisions(versions, &standing, now) {
+                let message =
+                    format!("another version {version} of `{name}` is served; unload it to get the published one");
+                let error = Error::AlreadyExists { message };
+                ModelLoaded { model: name, version, duration: now.elapsed(), error: Some(&error) }.emit();
+            }
             again = again.into_iter().chain(next).min();
             for action in actions {
                 match action {
@@ -129,7 +154,12 @@ impl Root {
                         let task = start(&self.registry, name, version, folder, make_room, stamp);
                         match task {
                             Ok(task) => drop(self.loads.spawn(task)),
-                            Err(error) => watched.failed(version, stamp, &error, now),
+                            Err((error, stayed)) => {
+                                ModelLoaded { model: name, version, duration: now.elapsed(), error: Some(&error) }
+                                    .emit();
+                                watched.failed(version, stamp, &error, now);
+                                stayed.into_iter().for_each(|version| watched.kept(version));
+                            }
                         }
                     }
                     // A label may have come to it just now.
@@ -145,15 +175,17 @@ impl Root {
     }
 
     fn end(&mut self, ended: Option<Loaded>) {
-        if let Some(Loaded { model, version, stamp, result: Err(error) }) = ended
-            && let Some(watched) = self.models.get_mut(&model)
-        {
+        let Some(Loaded { model, version, stamp, stayed, result }) = ended else { return };
+        let Some(watched) = self.models.get_mut(&model) else { return };
+        stayed.into_iter().for_each(|version| watched.kept(version));
+        if let Err(error) = result {
             watched.failed(version, stamp, &error, Instant::now());
         }
     }
 }
 
-/// Announces a version, and answers what loads it once there is room.
+/// Announces a version, and answers what loads it once there is room; or why not, and which of those that were to make
+/// room have not gone.
 fn start(
     registry: &Arc<Registry>,
     model: &str,
@@ -161,20 +193,61 @@ fn start(
     folder: PathBuf,
     make_room: Vec<u64>,
     stamp: Stamp,
-) -> Result<impl Future<Output = Loaded> + Send + use<>> {
+) -> Result<impl Future<Output = Loaded> + Send + use<>, (Error, Vec<u64>)> {
     let source = Source { model: folder.to_string_lossy().into_owned(), ..Source::default() };
-    let load = registry.announce(model.to_owned(), Some(version), source)?;
+    let announce = || registry.announce(model.to_owned(), Some(version), source.clone());
+    let (mut make_room, mut going, mut stayed) = (make_room, Vec::new(), Vec::new());
+    let mut announced = announce();
+    if matches!(announced, Err(Error::NoRoom { .. })) && !make_room.is_empty() {
+        // Those that go do not count.
+        (going, stayed) = see_off(registry, model, &std::mem::take(&mut make_room));
+        announced = announce();
+    }
+    let load = match announced {
+        Ok(load) => load,
+        Err(error) => {
+            stayed.extend(make_room);
+            return Err((error, stayed));
+        }
+    };
     let (registry, model) = (Arc::clone(registry), model.to_owned());
     Ok(async move {
-        for old in make_room {
-            // One that cannot go, because a label has come to it, stays; one that somebody holds for long goes later.
-            if let Ok(Some(gone)) = registry.drain(&model, old) {
-                let _ = tokio::time::timeout(MAKE_ROOM, gone).await;
-            }
+        // Nobody goes for a checkpoint that cannot be read.
+        if make_room.is_empty() || has_headers(&registry, source).await {
+            let (more, cannot) = see_off(&registry, &model, &make_room);
+            going.extend(more);
+            stayed.extend(cannot);
+        } else {
+            stayed.extend(make_room);
+        }
+        for gone in going {
+            // One that somebody holds for long goes later.
+            let _ = tokio::time::timeout(MAKE_ROOM, gone).await;
         }
         let result = registry.load(load).await.map(drop);
-        Loaded { model, version, stamp, result }
+        Loaded { model, version, stamp, stayed, result }
     })
+}
+
+/// Takes versions out of service. Answers tasks that end when they have gone, and those that cannot go because a label
+/// has come to them.
+fn see_off(registry: &Arc<Registry>, model: &str, versions: &[u64]) -> (Vec<JoinHandle<()>>, Vec<u64>) {
+    let (mut going, mut stayed) = (Vec::new(), Vec::new());
+    for &version in versions {
+        match registry.drain(model, version) {
+            Ok(gone) => going.extend(gone),
+            Err(Error::FailedPrecondition { .. }) => stayed.push(version),
+            // It has long gone.
+            Err(_) => {}
+        }
+    }
+    (going, stayed)
+}
+
+async fn has_headers(registry: &Registry, source: Source) -> bool {
+    let options = registry.options.clone();
+    let read = tokio::task::spawn_blocking(move || LoadedModel::footprint(&source, &options).is_ok());
+    read.await.unwrap_or(false)
 }
 
 /// Is told of changes below a folder, for as long as it is held.
@@ -190,20 +263,28 @@ fn watch(path: &Path, changed: Arc<Notify>) -> notify::Result<RecommendedWatcher
 }
 
 /// The versions below a folder, by model. What has no manifest is not there, nor is what cannot be a model's name.
-fn scan(root: &Path) -> io::Result<BTreeMap<String, OnDisk>> {
-    let mut models = BTreeMap::new();
+fn scan(root: &Path) -> io::Result<Found> {
+    let mut models = Found::new();
     for model in fs::read_dir(root)? {
         let model = model?;
         let Ok(name) = model.file_name().into_string() else { continue };
         if check_name(&name).is_err() || name.starts_with('.') || !model.path().is_dir() || models.len() >= MAX_MODELS {
             continue;
         }
-        let versions = versions(&model.path())?;
-        if !versions.is_empty() {
+        let versions = match versions(&model.path()) {
+            Err(error) if is_absent(&error) => continue,
+            versions => versions,
+        };
+        if !versions.as_ref().is_ok_and(BTreeMap::is_empty) {
             models.insert(name, versions);
         }
     }
     Ok(models)
+}
+
+/// Whether nothing is there, or what is there is no folder.
+fn is_absent(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory)
 }
 
 fn versions(model: &Path) -> io::Result<OnDisk> {
@@ -214,7 +295,7 @@ fn versions(model: &Path) -> io::Result<OnDisk> {
         let manifest = match fs::metadata(entry.path().join(MANIFEST)) {
             Ok(manifest) if manifest.is_file() => manifest,
             Ok(_) => continue,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+            Err(error) if is_absent(&error) => continue,
             Err(error) => return Err(error),
         };
         versions.insert(version, (manifest.modified()?, manifest.len()));
@@ -254,9 +335,15 @@ mod tests {
             write(path);
         }
         fs::create_dir_all(root.path().join("pm/4/manifest.json")).unwrap();
+        fs::write(root.path().join("pm/7"), "no folder").unwrap();
+        // What cannot be read keeps nobody else's versions from being found.
+        fs::create_dir_all(root.path().join("odd/1")).unwrap();
+        std::os::unix::fs::symlink(MANIFEST, root.path().join("odd/1").join(MANIFEST)).unwrap();
         let found = scan(root.path()).unwrap();
-        let found: Vec<_> = found.iter().map(|(name, disk)| (name.as_str(), disk.keys().copied().collect())).collect();
-        assert_eq!(found, [("lm", vec![3]), ("pm", vec![1, 20])]);
+        let versions =
+            |disk: &io::Result<OnDisk>| disk.as_ref().ok().map(|disk| disk.keys().copied().collect::<Vec<_>>());
+        let found: Vec<_> = found.iter().map(|(name, disk)| (name.as_str(), versions(disk))).collect();
+        assert_eq!(found, [("lm", Some(vec![3])), ("odd", None), ("pm", Some(vec![1, 20]))]);
         assert!(scan(&root.path().join("nowhere")).is_err());
     }
 }

@@ -21,7 +21,7 @@ use crate::registry::Served;
 pub(super) struct Ranking {
     pub(super) ranker: Arc<Served>,
     /// What the samples answer; the ranker renders it in its own way.
-    pub(super) prompt: TextInput,
+    pub(super) prompt: Arc<TextInput>,
     pub(super) text: RenderOptions,
     pub(super) priority: Priority,
     pub(super) call: Call,
@@ -38,7 +38,7 @@ pub(super) async fn draw(context: &Context, ranking: Ranking, samples: &mut [Sam
     let Ranking { ranker, prompt, text, priority, call, permit, record } = ranking;
     let answers = drawn.iter().map(|sample| Response::Text(sample.text.clone()));
     let inputs =
-        answers.map(|response| Ok(TextInput::PromptResponse { prompt: Box::new(prompt.clone()), response })).collect();
+        answers.map(|response| Ok(TextInput::PromptResponse { prompt: Arc::clone(&prompt), response })).collect();
     let call = ScoreCall {
         model: ranker,
         inputs,

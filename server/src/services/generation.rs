@@ -98,6 +98,9 @@ impl Plan {
         if ranker.is_some() && matches!(prompt, TextInput::TokenIds { .. }) {
             return Err(Error::invalid("prompt", "best_of needs text: the ranker has a tokenizer of its own"));
         }
+        if ranker.is_some() {
+            limits::samples(&prompt, samples, context.limits.max_message_bytes)?;
+        }
         let stopping = request.stopping.unwrap_or_default();
         limits::strings("stopping.stop_strings", &stopping.stop_strings)?;
         let max_new_tokens =
@@ -217,7 +220,8 @@ async fn admit(context: &Context, plan: &Plan, prompt: Size) -> Result<(Permit, 
     let new = plan.samples * plan.max_new_tokens.min(plan.model.info.max_input_tokens);
     let samples = Work { prompt: tokens(&plan.model), new };
     let ranking = plan.ranker.as_ref().map_or(0, |ranker| tokens(ranker) + new);
-    let (ranking, certain) = (Work::prompt(ranking), prompt.ids + new);
+    // Nobody waits for the ranking before it begins: until then it only takes memory.
+    let (ranking, certain) = (Work { prompt: 0, new: ranking }, prompt.ids + new);
     Ok((context.admit(&plan.call, plan.priority, samples + ranking, certain).await?, ranking))
 }
 
@@ -306,7 +310,7 @@ impl Run {
             Some(ranker) => {
                 let ranking = Ranking {
                     ranker: Arc::clone(ranker),
-                    prompt: self.plan.prompt.clone(),
+                    prompt: Arc::new(self.plan.prompt.clone()),
                     // The ranker's own form and limit; what to do with what does not fit is the caller's choice.
                     text: RenderOptions { truncation: self.plan.text.truncation, ..RenderOptions::default() },
                     priority: self.plan.priority,

@@ -1,6 +1,8 @@
 //! From the wire's messages to the model crate's types. An enum value that the server does not know is refused, never
 //! taken for the default.
 
+use std::sync::Arc;
+
 use plumb_model::text::{self, ChatFormat, HhhPrompt, Message, RenderOptions, Response, TextInput, Truncation};
 use plumb_proto::v1;
 
@@ -26,8 +28,8 @@ pub(super) fn text_input(input: &v1::Input) -> Result<TextInput> {
 }
 
 /// A candidate's response, joined to the prompt that it answers.
-pub(super) fn candidate_input(prompt: &TextInput, candidate: &v1::Candidate) -> Result<TextInput> {
-    let response = match (&candidate.candidate, prompt) {
+pub(super) fn candidate_input(prompt: &Arc<TextInput>, candidate: &v1::Candidate) -> Result<TextInput> {
+    let response = match (&candidate.candidate, &**prompt) {
         (Some(v1::candidate::Candidate::Text(text)), TextInput::Conversation(_) | TextInput::Text(_)) => {
             Response::Text(text.clone())
         }
@@ -41,7 +43,7 @@ pub(super) fn candidate_input(prompt: &TextInput, candidate: &v1::Candidate) -> 
         (None, _) => return Err(Error::invalid("", "one of `text` and `token_ids` is needed")),
         _ => return Err(Error::invalid("", "a prompt of token ids takes token ids, any other prompt takes text")),
     };
-    Ok(TextInput::PromptResponse { prompt: Box::new(prompt.clone()), response })
+    Ok(TextInput::PromptResponse { prompt: Arc::clone(prompt), response })
 }
 
 /// How inputs become tokens. `longest` is what the model takes.
@@ -158,8 +160,8 @@ mod tests {
             let ids = v1::TokenIds { ids: vec![1], response_start };
             v1::Candidate { candidate: Some(v1::candidate::Candidate::TokenIds(ids)) }
         };
-        let of_text = TextInput::Text("q".to_owned());
-        let of_ids = TextInput::TokenIds { ids: vec![5], response_start: None };
+        let of_text = Arc::new(TextInput::Text("q".to_owned()));
+        let of_ids = Arc::new(TextInput::TokenIds { ids: vec![5], response_start: None });
         assert!(candidate_input(&of_text, &text).is_ok());
         assert!(candidate_input(&of_ids, &ids(None)).is_ok());
         assert!(candidate_input(&of_text, &ids(None)).is_err());

@@ -10,6 +10,10 @@ use crate::error::{Error, Result};
 pub(crate) const MAX_REQUEST_ID_BYTES: usize = 128;
 /// Name of a model or label.
 const MAX_NAME_BYTES: usize = 128;
+/// Texts to tokenize: as much as one may have.
+const MAX_TEXTS_BYTES: usize = 4 << 20;
+/// Turns of a conversation.
+const MAX_TURNS: usize = 4096;
 /// Role of a turn.
 const MAX_ROLE_BYTES: usize = 64;
 /// A path, repository or revision.
@@ -41,6 +45,11 @@ pub(super) fn name(field: &str, name: &str) -> Result<()> {
     at_most(field, name.len(), MAX_NAME_BYTES)
 }
 
+/// Labels that calls are split between.
+pub(super) fn shares(shares: &[v1::TrafficShare]) -> Result<()> {
+    shares.iter().enumerate().try_for_each(|(i, share)| name(&format!("shares[{i}].label"), &share.label))
+}
+
 /// Where a model comes from.
 pub(super) fn source(field: &str, source: &str) -> Result<()> {
     at_most(field, source.len(), MAX_SOURCE_BYTES)
@@ -50,6 +59,11 @@ pub(super) fn source(field: &str, source: &str) -> Result<()> {
 pub(super) fn input(input: &v1::Input) -> Result<()> {
     match &input.input {
         Some(v1::input::Input::Conversation(conversation)) => {
+            let turns = conversation.messages.len();
+            if turns > MAX_TURNS {
+                let message = format!("has {turns} messages, {MAX_TURNS} are allowed");
+                return Err(Error::invalid("conversation.messages", message));
+            }
             let too_long = |message: &v1::Message| message.role.len() > MAX_ROLE_BYTES;
             match conversation.messages.iter().position(too_long) {
                 Some(i) => at_most(
@@ -90,6 +104,11 @@ pub(super) fn strings(field: &str, strings: &[String]) -> Result<()> {
     Ok(())
 }
 
+/// Texts that are tokenized and described token by token, in one call.
+pub(super) fn texts(texts: &[String]) -> Result<()> {
+    at_most("texts", texts.iter().map(String::len).sum(), MAX_TEXTS_BYTES)
+}
+
 /// A prompt is joined to each of its candidates: together they may have as many bytes as a message.
 pub(super) fn candidates(prompt: &TextInput, candidates: &[v1::Candidate], max_bytes: usize) -> Result<()> {
     let bytes = candidates.iter().map(|candidate| match &candidate.candidate {
@@ -97,10 +116,19 @@ pub(super) fn candidates(prompt: &TextInput, candidates: &[v1::Candidate], max_b
         Some(v1::candidate::Candidate::TokenIds(ids)) => size_of_val(&ids.ids[..]),
         None => 0,
     });
-    let joined = size(prompt).saturating_mul(candidates.len()).saturating_add(bytes.sum());
+    joined("candidates", prompt, candidates.len(), bytes.sum(), max_bytes)
+}
+
+/// The same for samples that are ranked, before there are any.
+pub(super) fn samples(prompt: &TextInput, samples: usize, max_bytes: usize) -> Result<()> {
+    joined("best_of.samples", prompt, samples, 0, max_bytes)
+}
+
+fn joined(field: &str, prompt: &TextInput, count: usize, bytes: usize, max_bytes: usize) -> Result<()> {
+    let joined = size(prompt).saturating_mul(count).saturating_add(bytes);
     if joined > max_bytes {
         let message = format!("joined to the prompt, they have {joined} bytes, {max_bytes} are allowed");
-        return Err(Error::invalid("candidates", message));
+        return Err(Error::invalid(field, message));
     }
     Ok(())
 }
@@ -109,7 +137,7 @@ fn size(input: &TextInput) -> usize {
     match input {
         TextInput::Text(text) => text.len(),
         TextInput::Conversation(messages) => {
-            messages.iter().map(|message| message.role.len() + message.content.len()).sum()
+            messages.iter().map(|message| size_of_val(message) + message.role.len() + message.content.len()).sum()
         }
         TextInput::TokenIds { ids, .. } => size_of_val(&ids[..]),
         TextInput::PromptResponse { prompt, .. } => size(prompt),
@@ -144,6 +172,8 @@ mod tests {
         let label = Some(v1::model_spec::Choice::Label(long(129)));
         refused(spec("best_of.ranker", Some(&model(String::new(), label))), "best_of.ranker.label", "128 are allowed");
         assert!(spec("model", None).is_ok());
+        let share = |bytes| v1::TrafficShare { label: long(bytes), weight: 1 };
+        refused(shares(&[share(128), share(129)]), "shares[1].label", "129 bytes, 128 are allowed");
         refused(source("source", &long(4097)), "source", "4096 are allowed");
         refused(strings("stops", &vec![long(1); 65]), "stops", "65 are given");
         refused(strings("stops", &[long(1), long(1025)]), "stops[1]", "1024 are allowed");
@@ -158,6 +188,8 @@ mod tests {
         let turns = v1::Conversation { messages: vec![turn(64), turn(65)] };
         let field = "conversation.messages[1].role";
         refused(input(&of(v1::input::Input::Conversation(turns))), field, "65 bytes, 64 are allowed");
+        let turns = v1::Conversation { messages: vec![turn(0); 4097] };
+        refused(input(&of(v1::input::Input::Conversation(turns))), "conversation.messages", "4096 are allowed");
         let ids = v1::TokenIds { ids: vec![0; MAX_TOKEN_IDS + 1], response_start: None };
         refused(input(&of(v1::input::Input::TokenIds(ids))), "token_ids", "1048576 are allowed");
         let candidate = v1::Candidate { candidate: Some(v1::candidate::Candidate::Text("12".to_owned())) };

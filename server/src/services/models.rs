@@ -97,10 +97,12 @@ impl Models for ModelsService {
         request: Request<v1::SetTrafficRequest>,
     ) -> Result<Response<v1::SetTrafficResponse>, Status> {
         let v1::SetTrafficRequest { name, shares } = request.into_inner();
+        limits::name("name", &name)?;
         if shares.len() > MAX_LABELS {
             let message = format!("{} are given, {MAX_LABELS} are allowed", shares.len());
             return Err(Error::invalid("shares", message).into());
         }
+        limits::shares(&shares)?;
         let shares = shares.into_iter().map(|v1::TrafficShare { label, weight }| Share { label, weight }).collect();
         let registry = &self.context.registry;
         registry.set_traffic(&name, shares)?;

@@ -2,11 +2,15 @@
 
 use std::pin::Pin;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::task::Poll;
 
 use futures::{Stream, StreamExt as _, stream};
 use plumb_proto::v1;
 use plumb_proto::v1::preference_server::Preference;
+use tokio_util::task::AbortOnDropHandle;
 use tonic::{Request, Response, Status, Streaming};
+use tracing::Instrument as _;
 
 use super::input::{self, Objective};
 use super::scoring::{ScoreCall, Scored};
@@ -47,17 +51,25 @@ impl Preference for PreferenceService {
         let context = Arc::clone(&self.context);
         let (draining, aborted) = (self.context.draining.clone(), self.context.aborted.clone());
         let mut abort = aborted.clone();
+        let finished = Arc::new(AtomicBool::new(false));
         // A request is read when an earlier one is answered: a client that sends faster than the server works is held
         // up by flow control, and so is one that does not read its answers.
-        let answers = request
-            .into_inner()
+        // Each is answered by a task of its own: while a client does not read, nobody polls its stream, and what was let
+        // in has to be done and gone all the same.
+        let answers = said_all(request.into_inner(), Arc::clone(&finished))
             .take_until(draining.clone().cancelled_owned())
-            .map(move |message| answer(Arc::clone(&context), message, call.clone(), origin.clone(), received.next()))
+            .map(move |message| {
+                let room = received.next();
+                let answer = answer(Arc::clone(&context), message, call.clone(), origin.clone(), room);
+                let task = AbortOnDropHandle::new(tokio::spawn(answer.in_current_span()));
+                async move { task.await.unwrap_or_else(|_| Err(Error::internal("an answer was given up").into())) }
+            })
             .buffer_unordered(in_flight)
             .take_until(async move { abort.cause().await });
         // A client that still had something to say learns that it was not heard.
         let unheard = async move {
-            let cause = aborted.known().or_else(|| draining.is_cancelled().then_some(Error::Draining));
+            let cut_short = draining.is_cancelled() && !finished.load(Ordering::Relaxed);
+            let cause = aborted.known().or_else(|| cut_short.then_some(Error::Draining));
             cause.map(|cause| Err(cause.into()))
         };
         let end = stream::once(unheard);
@@ -72,6 +84,14 @@ impl Preference for PreferenceService {
         self.context.recorder.rank(origin, request, &answer);
         Ok(Response::new(answer?))
     }
+}
+
+/// A stream, and whether it has come to its end.
+fn said_all<T>(stream: Streaming<T>, finished: Arc<AtomicBool>) -> impl Stream<Item = Result<T, Status>> {
+    stream.chain(stream::poll_fn(move |_| {
+        finished.store(true, Ordering::Relaxed);
+        Poll::Ready(None)
+    }))
 }
 
 /// One request of a stream; what is wrong with it does not end the stream. `_room` is held until it is answered.
@@ -142,6 +162,7 @@ async fn rank_candidates(context: &Context, request: &v1::RankRequest, call: Cal
     let prompt =
         input::text_input(prompt.as_ref().unwrap_or(&v1::Input::default())).map_err(|error| error.within("prompt"))?;
     limits::candidates(&prompt, candidates, context.limits.max_message_bytes)?;
+    let prompt = Arc::new(prompt);
     let model = context.registry.resolve(model.as_ref(), Need::Any, || split_hash(request_id, request))?;
     let work = ScoreCall {
         text: input::render_options(text.as_ref(), model.info.max_input_tokens, context.limits.auto_truncate)?,

@@ -79,6 +79,9 @@ impl Sample {
         }
         let mut piece = Piece::default();
         for event in events {
+            if event.is_err() {
+                self.model.observe(&event);
+            }
             match event? {
                 GenerateEvent::Started { cached_tokens, queued } => {
                     self.cached_tokens = cached_tokens;
@@ -121,6 +124,7 @@ impl Sample {
     }
 
     fn ended(&self, piece: Piece, reason: v1::FinishReason) -> Piece {
+        self.model.observe(&Ok(()));
         let end = v1::SampleEnd {
             finish_reason: reason.into(),
             new_tokens: count(self.tokens),

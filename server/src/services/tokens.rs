@@ -29,6 +29,7 @@ impl Tokens for TokensService {
     async fn tokenize(&self, request: Request<v1::TokenizeRequest>) -> Result<Response<v1::TokenizeResponse>, Status> {
         let request = request.into_inner();
         self.context.check_count("texts", request.texts.len())?;
+        limits::texts(&request.texts)?;
         limits::spec("model", request.model.as_ref())?;
         let hash = || split_hash("", &request);
         let model = self.context.registry.resolve(request.model.as_ref(), Need::Any, hash)?;

@@ -7,6 +7,9 @@ use crate::admission::{Estimator, Work};
 use crate::engine::Want;
 use crate::error::Result;
 
+/// Bytes that a form of conversation writes around a turn, at least: one that says nothing is work too.
+const AROUND_A_TURN: usize = 8;
+
 /// What is known of an input before it is tokenized.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Size {
@@ -21,7 +24,8 @@ impl Size {
         match input {
             TextInput::Text(text) => Self { bytes: text.len(), ids: 0 },
             TextInput::Conversation(messages) => {
-                let bytes = messages.iter().map(|message| message.role.len() + message.content.len()).sum();
+                let bytes =
+                    messages.iter().map(|message| AROUND_A_TURN + message.role.len() + message.content.len()).sum();
                 Self { bytes, ids: 0 }
             }
             TextInput::TokenIds { ids, .. } => Self { bytes: 0, ids: ids.len() },
@@ -101,6 +105,8 @@ pub(super) fn count<'a>(sequences: impl Iterator<Item = Tokens<'a>>, prefix_cach
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use super::*;
     use crate::error::Error;
 
@@ -112,7 +118,7 @@ mod tests {
         let text = |bytes: usize| Ok(TextInput::Text("x".repeat(bytes)));
         let ids = |n: usize| Ok(TextInput::TokenIds { ids: vec![1; n], response_start: None });
         let candidate = |prompt: &Result<TextInput>, bytes: usize| {
-            let prompt = Box::new(prompt.clone().unwrap());
+            let prompt = Arc::new(prompt.clone().unwrap());
             Ok(TextInput::PromptResponse { prompt, response: Response::Text("y".repeat(bytes)) })
         };
         check(&[], 0);
@@ -123,7 +129,7 @@ mod tests {
         check(&[candidate(&text(200), 40), candidate(&text(204), 40)], 60 + 61);
         let conversation = [("user", "12345678"), ("assistant", "1234567")];
         let messages = conversation.map(|(role, content)| plumb_model::text::Message::new(role, content));
-        check(&[Ok(TextInput::Conversation(messages.into()))], 7);
+        check(&[Ok(TextInput::Conversation(messages.into()))], 11);
         assert_eq!(estimate(&[text(40), ids(7)], &Estimator::default(), "pm", 100), (17, 7));
     }
 

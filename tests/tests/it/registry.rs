@@ -40,6 +40,11 @@ async fn what_is_published_takes_over_and_what_is_not_whole_is_not_there() {
     let client = server.client().await;
     assert_eq!(answers(&client).await, 1);
 
+    // What cannot be read holds up no other model.
+    std::fs::create_dir_all(root.path().join("odd/1")).unwrap();
+    std::os::unix::fs::symlink("manifest.json", root.path().join("odd/1/manifest.json")).unwrap();
+    std::fs::write(root.path().join("odd/2"), "no folder").unwrap();
+
     // Files come before the manifest.
     let unfinished = root.path().join("pm/2");
     std::fs::create_dir(&unfinished).unwrap();

@@ -197,7 +197,7 @@ impl Scorer for Checkpoint {
     ) -> Result<Vec<std::result::Result<bool, String>>> {
         let tokens: Vec<std::result::Result<(Vec<u32>, usize), String>> = self.pool.install(|| {
             let parts = |(text, continuation): &(String, String)| {
-                let prompt = Box::new(TextInput::Text(text.clone()));
+                let prompt = Arc::new(TextInput::Text(text.clone()));
                 let whole = TextInput::PromptResponse { prompt, response: Response::Text(continuation.clone()) };
                 let rendered = self.loaded.text.render(&whole, &how.text, RenderMode::Score);
                 let mut rendered = rendered.map_err(|error| error.to_string())?;

@@ -2,6 +2,7 @@
 
 use std::io::Read as _;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use plumb_model::text::{Message, Response, TextInput};
 use serde::de::DeserializeOwned;
@@ -132,10 +133,12 @@ impl Item {
 
 fn as_dialogue(text: TextInput) -> TextInput {
     match text {
-        TextInput::PromptResponse { prompt, response: Response::Text(response) } => match *prompt {
-            TextInput::Text(prompt) => turns(prompt.trim(), response.trim()),
-            prompt => TextInput::PromptResponse { prompt: Box::new(prompt), response: Response::Text(response) },
-        },
+        TextInput::PromptResponse { prompt, response: Response::Text(response) } => {
+            match Arc::unwrap_or_clone(prompt) {
+                TextInput::Text(prompt) => turns(prompt.trim(), response.trim()),
+                prompt => TextInput::PromptResponse { prompt: Arc::new(prompt), response: Response::Text(response) },
+            }
+        }
         text => text,
     }
 }
@@ -148,7 +151,7 @@ pub(super) fn turns(prompt: &str, response: &str) -> TextInput {
 /// A text and what follows it.
 pub(super) fn plain(prompt: impl Into<String>, response: impl Into<String>) -> TextInput {
     TextInput::PromptResponse {
-        prompt: Box::new(TextInput::Text(prompt.into())),
+        prompt: Arc::new(TextInput::Text(prompt.into())),
         response: Response::Text(response.into()),
     }
 }

@@ -11,6 +11,8 @@ use crate::cli::scoring::is_passing;
 /// How the ids of replayed requests begin: a server that records takes them down too, and a replay of its log passes them
 /// over, so that no replay feeds on itself.
 const REPLAYED: &str = "replay:";
+/// The longest id that a server takes.
+const MAX_REQUEST_ID_BYTES: usize = 128;
 
 /// What was asked.
 #[derive(Clone, Debug)]
@@ -72,7 +74,7 @@ impl Call {
     /// Asks a model the same. An error would meet the next call too.
     pub(super) async fn ask(&self, client: &Client, spec: v1::ModelSpec, priority: i32) -> Result<Side, Error> {
         let model = Some(spec);
-        let request_id = format!("{REPLAYED}{}", self.request_id());
+        let request_id = replayed_id(self.request_id());
         let answer = match self.request.clone() {
             Request::Score(request) => {
                 let request = v1::ScoreRequest { model, priority, request_id, per_token: false, ..request };
@@ -167,6 +169,12 @@ impl Call {
     }
 }
 
+/// The id of a replayed request: as much of its own as a server takes.
+fn replayed_id(id: &str) -> String {
+    let kept = id.floor_char_boundary(MAX_REQUEST_ID_BYTES - REPLAYED.len());
+    format!("{REPLAYED}{}", &id[..kept])
+}
+
 /// A call that is wrong, or does not suit the model; the next one may be right.
 fn is_the_calls_own(code: Code) -> bool {
     matches!(code, Code::InvalidArgument | Code::FailedPrecondition)
@@ -246,6 +254,18 @@ mod tests {
         assert_eq!(read.recorded.items, [Err("NOT_FOUND".into()), Err("NOT_FOUND".into())]);
         assert!(call(record(vec![text("a")], &[])).unwrap_err().contains("0 results for 1 items"));
         assert!(call(Record::default()).unwrap_err().contains("neither"));
+    }
+
+    #[test]
+    fn a_replayed_id_is_one_that_a_server_takes() {
+        let (fits, long) = ("x".repeat(121), "x".repeat(128));
+        // The last character is of two bytes, of which one would fit.
+        let wide = format!("{}\u{e4}", &fits[1..]);
+        for (id, kept) in [("", ""), ("a", "a"), (&*fits, &*fits), (&*long, &*fits), (&*wide, &fits[1..])] {
+            let replayed = replayed_id(id);
+            assert_eq!(replayed, format!("replay:{kept}"));
+            assert!(replayed.len() <= 128);
+        }
     }
 
     #[test]

@@ -34,7 +34,8 @@ Kolmogorov-Smirnov distance (its p-value takes the two sides for independent, wh
 orders, and flips: pairs of answers to one prompt that change their order. Pairs are the candidates of a Rank or best-of call,
 and the items of a Score call that differ in their last turn only.
 
-A server that records takes replays down too, with ids that begin with `replay:`; a replay passes such records over.
+A server that records takes replays down too, with ids that begin with `replay:`; a replay passes such records over. Nothing
+else tells them apart: callers whose own ids begin like that are never replayed.
 
 Examples:
   plumb replay /var/lib/plumb/calls --label canary

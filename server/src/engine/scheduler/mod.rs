@@ -229,19 +229,31 @@ impl Scheduler {
         let (decode, other) = self.wanted();
         let kinds = match (decode.is_empty(), other.is_empty()) {
             (false, false) if self.share.decode_alone() => Kinds::Decode,
+            (false, false) if self.share.others_alone() => Kinds::Others,
             (false, false) => Kinds::Both,
             _ => {
                 self.share.uncontended();
                 Kinds::All
             }
         };
-        let wanted = if kinds == Kinds::Decode { decode } else { &decode | &other };
+        let plan = match kinds {
+            Kinds::Decode => self.plan_one_of(&decode, kinds, now),
+            // None of them may have room to begin.
+            Kinds::Others => {
+                self.plan_one_of(&other, kinds, now).or_else(|| self.plan_one_of(&decode, Kinds::Both, now))
+            }
+            Kinds::Both | Kinds::All => self.plan_one_of(&(&decode | &other), kinds, now),
+        }?;
+        self.last_model = plan.model;
+        Some(plan)
+    }
+
+    /// A step of the first model that has one, behind the one whose turn it was last.
+    fn plan_one_of(&mut self, wanted: &BTreeSet<ModelKey>, kinds: Kinds, now: Instant) -> Option<Plan> {
         let after = |model: &&ModelKey| **model > self.last_model;
         let models: Vec<ModelKey> =
             wanted.iter().filter(after).chain(wanted.iter().filter(|model| !after(model))).copied().collect();
-        let plan = models.into_iter().find_map(|model| self.plan_model(model, kinds, now))?;
-        self.last_model = plan.model;
-        Some(plan)
+        models.into_iter().find_map(|model| self.plan_model(model, kinds, now))
     }
 
     /// The step after one that is still running, if it is known already: as long as nothing is generated, whose next

@@ -2,6 +2,9 @@
 
 use std::time::Duration;
 
+/// Seconds that one kind can owe the other: what was missed long ago is not made up for at once.
+const MOST_OWED: f64 = 1.0;
+
 /// Keeps account of the engine's time while both kinds want it.
 ///
 /// A step that computes prompts takes the streams along, a token each, but costs many times what they cost alone. The
@@ -24,9 +27,16 @@ impl Share {
         self.owed > 0.0
     }
 
+    /// Whether the next step is the others' alone: the streams have filled all, or nearly all, of too many.
+    pub(super) fn others_alone(&self) -> bool {
+        // Streams whose part is nothing are taken along all the same.
+        self.decode > 0.0 && self.owed < -MOST_OWED / 2.0
+    }
+
     /// Takes a step to account of which the streams had `part`.
     pub(super) fn ran(&mut self, duration: Duration, part: f64) {
-        self.owed += duration.as_secs_f64() * (self.decode - part);
+        let owed = self.owed + duration.as_secs_f64() * (self.decode - part);
+        self.owed = owed.clamp(-MOST_OWED, MOST_OWED);
     }
 
     /// One kind has the engine to itself: nobody is owed anything.

@@ -17,7 +17,9 @@ const MAX_CONSIDERED: usize = 4;
 pub(super) enum Kinds {
     /// Sequences that are being generated, and nothing else.
     Decode,
-    /// Those and a limited stretch of others.
+    /// A limited stretch of others, and nothing else.
+    Others,
+    /// Both of these.
     Both,
     /// Whatever there is, up to the whole budget.
     All,
@@ -48,14 +50,20 @@ impl Scheduler {
         };
         let full = |step: &StepBuilder| step.slices.len() >= limits.max_batch_sequences || step.budget == 0;
 
-        for id in &queue.running {
+        let mut left_out = None;
+        for (at, id) in queue.running.iter().enumerate().filter(|_| kinds != Kinds::Others) {
             if let Some(entry) = self.entries.get_mut(id)
                 && entry.decodes()
-                && !full(&step)
             {
+                if full(&step) {
+                    left_out = Some(at);
+                    break;
+                }
                 step.take(*id, entry, 1, cost, &mut queue.cache);
             }
         }
+        // Those for which there was no place come first the next time.
+        queue.running.rotate_left(left_out.unwrap_or_default());
         let decode_cost = limits.max_batch_tokens - step.budget;
         let plan = |step: StepBuilder| {
             let total = limits.max_batch_tokens - step.budget;
@@ -67,7 +75,7 @@ impl Scheduler {
             return plan(step);
         }
         let capacity = match kinds {
-            Kinds::Both => limits.max_prefill_beside_decode.min(limits.max_batch_tokens),
+            Kinds::Both | Kinds::Others => limits.max_prefill_beside_decode.min(limits.max_batch_tokens),
             _ => limits.max_batch_tokens,
         };
         let unused = step.budget.saturating_sub(capacity);
@@ -77,6 +85,7 @@ impl Scheduler {
             if let Some(entry) = self.entries.get_mut(id)
                 && step.slices.iter().all(|s| s.id != *id)
                 && entry.remaining() > 0
+                && !(kinds == Kinds::Others && entry.decodes())
                 && !full(&step)
             {
                 step.take_part(*id, entry, cost, &mut queue.cache);

@@ -88,7 +88,7 @@ impl Scheduler {
         let limits = self.limits;
         let budget = match kinds {
             Kinds::Decode => return None,
-            Kinds::Both => limits.max_prefill_beside_decode.min(limits.max_batch_tokens),
+            Kinds::Both | Kinds::Others => limits.max_prefill_beside_decode.min(limits.max_batch_tokens),
             Kinds::All => limits.max_batch_tokens,
         };
         let mut step =

@@ -108,6 +108,39 @@ fn a_shared_beginning_runs_once_in_the_same_step() {
 }
 
 #[test]
+fn streams_that_fill_every_step_leave_others_their_part() {
+    let mut s = Scheduler::new(Limits { decode_share: 0.5, ..LIMITS });
+    s.add_model(1, 1000, COST);
+    // More than a step holds.
+    let streams: Vec<_> =
+        (0..12).map(|i| s.add(sequence(100 + i, 10, Want::Generate { max_new_tokens: 900 })).unwrap()).collect();
+    let mut drawn = HashMap::<SequenceId, usize>::new();
+    let mut scored = 0;
+    for _ in 0..400 {
+        // One always waits.
+        if s.entries.len() == streams.len() {
+            s.add(sequence(1, 100, Want::Reward)).unwrap();
+        }
+        let Some(plan) = s.plan(Instant::now()) else { break };
+        s.ran(&plan, Duration::from_millis(50));
+        for slice in &plan.slices {
+            if streams.contains(&slice.id) {
+                s.complete(slice, Vec::new());
+                s.push_token(slice.id, 7);
+                *drawn.entry(slice.id).or_default() += 1;
+            } else if s.complete(slice, vec![0.0]) {
+                s.remove(slice.id);
+                scored += 1;
+            }
+        }
+    }
+    assert!(scored > 40, "{scored}");
+    let (least, most) = (drawn.values().min().unwrap(), drawn.values().max().unwrap());
+    assert_eq!(drawn.len(), streams.len());
+    assert!(*most < 2 * least, "{drawn:?}");
+}
+
+#[test]
 fn what_led_to_no_number_is_computed_again() {
     for pinned_prefix in [0, 64] {
         let mut s = scheduler(100);

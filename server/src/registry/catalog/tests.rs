@@ -182,6 +182,22 @@ fn neither_memory_nor_the_list_grows_for_ever() {
     assert_eq!((oldest.name.as_str(), oldest.version), ("m0", 2), "the one that failed first is forgotten");
 }
 
+#[test]
+fn what_drains_leaves_its_place_to_another_within_bounds() {
+    let mut catalog = empty();
+    for number in 1..=2 * MAX_LIVE_VERSIONS as u64 {
+        if number > MAX_LIVE_VERSIONS as u64 {
+            assert!(matches!(catalog.add("pm", None), Err(Error::NoRoom { .. })), "{number}");
+            catalog.drain("pm", number - MAX_LIVE_VERSIONS as u64).unwrap();
+        }
+        load(&mut catalog, "pm", ModelKind::Preference, 0);
+    }
+    catalog.drain("pm", 2 * MAX_LIVE_VERSIONS as u64).unwrap();
+    assert!(matches!(catalog.add("pm", None), Err(Error::NoRoom { .. })));
+    catalog.ended("pm", 1);
+    catalog.add("pm", None).unwrap();
+}
+
 fn share(label: &str, weight: u32) -> Share {
     Share { label: label.to_owned(), weight }
 }

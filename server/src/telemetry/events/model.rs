@@ -4,6 +4,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use metrics::{counter, gauge, histogram};
+use plumb_model::checkpoint::Source;
 use plumb_proto::v1;
 use tonic::Code;
 use tracing::{error, info, warn};
@@ -68,6 +69,82 @@ fn state_name(state: v1::ModelState) -> &'static str {
         v1::ModelState::Draining => "draining",
         v1::ModelState::Ended => "ended",
         v1::ModelState::Failed => "failed",
+    }
+}
+
+/// A version is to be loaded: the command line, a watched folder or a call asks for it.
+pub struct LoadAsked<'a> {
+    /// Name of the model.
+    pub model: &'a str,
+    /// Its version.
+    pub version: u64,
+    /// Where it comes from.
+    pub source: &'a Source,
+}
+
+impl LoadAsked<'_> {
+    /// Logs it.
+    pub fn emit(self) {
+        let Self { model, version, source: Source { model: source, adapter, revision } } = self;
+        info!(target: "plumb::models", model, version, source, adapter, revision, "load asked for");
+    }
+}
+
+/// A version is taken out of service: a watched folder or a call asks for it.
+pub struct UnloadAsked<'a> {
+    /// Name of the model.
+    pub model: &'a str,
+    /// Its version.
+    pub version: u64,
+}
+
+impl UnloadAsked<'_> {
+    /// Logs it.
+    pub fn emit(self) {
+        let Self { model, version } = self;
+        info!(target: "plumb::models", model, version, "unload asked for");
+    }
+}
+
+/// Somebody set a label, or removed it.
+pub struct LabelChanged<'a> {
+    /// Name of the model.
+    pub model: &'a str,
+    /// The label.
+    pub label: &'a str,
+    /// The version that it points at; `None` if it is removed.
+    pub version: Option<u64>,
+}
+
+impl LabelChanged<'_> {
+    /// Logs it.
+    pub fn emit(self) {
+        let Self { model, label, version } = self;
+        match version {
+            Some(version) => info!(target: "plumb::models", model, label, version, "label set"),
+            None => info!(target: "plumb::models", model, label, "label removed"),
+        }
+    }
+}
+
+/// Somebody split the calls of a model that name neither version nor label, or ended the split.
+pub struct TrafficChanged<'a> {
+    /// Name of the model.
+    pub model: &'a str,
+    /// Labels and their weights; none if calls are not split any more.
+    pub shares: Vec<(&'a str, u32)>,
+}
+
+impl TrafficChanged<'_> {
+    /// Logs it.
+    pub fn emit(self) {
+        let Self { model, shares } = self;
+        if shares.is_empty() {
+            info!(target: "plumb::models", model, "traffic no longer split");
+        } else {
+            let shares: Vec<_> = shares.iter().map(|(label, weight)| format!("{label}={weight}")).collect();
+            info!(target: "plumb::models", model, shares = shares.join(","), "traffic split");
+        }
     }
 }
 

@@ -62,17 +62,22 @@ fn between_markers(page: &str, text: &str) -> Option<String> {
     Some(format!("{before}{BEGIN}\n{text}{END}{after}"))
 }
 
-/// All bars first, then each experiment with all that was measured.
+/// How many bars each experiment meets, then each with all that was measured.
 fn tables(reports: &[Report]) -> String {
-    let mut text = String::from("| experiment | figure | bar | measured | met |\n|---|---|---|---|---|\n");
+    let mut text = String::from("| experiment | bars met | missed |\n|---|---|---|\n");
     for report in reports {
-        for measure in report.measures() {
-            let Some(bar) = measure.bar else { continue };
-            let met = if measure.missed().is_none() { "yes" } else { "**no**" };
-            let (title, name, found) = (&report.title, &measure.name, report.in_words(&measure));
-            // Writing to a string cannot fail.
-            let _ = writeln!(text, "| [{title}](#{}) | {name} | {bar} | {found} | {met} |", anchor(title));
-        }
+        let measures = report.measures();
+        let bars = measures.iter().filter(|measure| measure.bar.is_some()).count();
+        let missed: Vec<_> = measures.iter().filter(|measure| measure.missed().is_some()).map(|m| &*m.name).collect();
+        let title = &report.title;
+        // Writing to a string cannot fail.
+        let _ = writeln!(
+            text,
+            "| [{title}](#{}) | {} of {bars} | {} |",
+            anchor(title),
+            bars - missed.len(),
+            missed.join("; ")
+        );
     }
     for report in reports {
         let Report { title, what, command, machine, seconds, runs, experiment, .. } = report;
@@ -83,11 +88,16 @@ fn tables(reports: &[Report]) -> String {
         let _ = writeln!(
             text,
             "\n### {title}\n\n{what}\n\n    {command}\n\n{runs}, {seconds:.0} s in all, {} \
-             [{experiment}.json](tests/reliability/results/{experiment}.json).\n\n| figure | measured |\n|---|---|",
+             [{experiment}.json](tests/reliability/results/{experiment}.json).\n\n| figure | bar | measured |\n|---|---|---|",
             machine.in_words()
         );
         for measure in report.measures() {
-            let _ = writeln!(text, "| {} | {} |", measure.name, report.in_words(&measure));
+            let bar = measure.bar.map(|bar| bar.to_string()).unwrap_or_default();
+            let found = match measure.missed() {
+                None => report.in_words(&measure),
+                Some(_) => format!("**{}**", report.in_words(&measure)),
+            };
+            let _ = writeln!(text, "| {} | {bar} | {found} |", measure.name);
         }
     }
     text + "\n"

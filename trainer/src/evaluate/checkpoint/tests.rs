@@ -1,3 +1,5 @@
+use std::sync::Arc;
+
 use clap::Parser;
 use serde_json::Value;
 
@@ -68,7 +70,7 @@ fn a_score_has_the_same_bits_whatever_it_is_computed_with() {
     let texts: Vec<TextInput> = (1..5)
         .flat_map(|i| ["Yes.", "No, it is not.", "Perhaps; who knows?"].map(|response| (i, response)))
         .map(|(i, response)| TextInput::PromptResponse {
-            prompt: Box::new(prompt(i)),
+            prompt: Arc::new(prompt(i)),
             response: Response::Text(response.to_owned()),
         })
         .collect();

@@ -17,6 +17,9 @@ pub(crate) struct Fuzz {
     /// How long each target is fuzzed [quick: 0.1].
     #[arg(long, default_value_t = 10.0, value_name = "MINUTES")]
     minutes: f64,
+    /// Targets that are fuzzed at a time.
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..), value_name = "N")]
+    jobs: u32,
 }
 
 impl Fuzz {
@@ -44,7 +47,8 @@ impl Experiment for Fuzz {
     async fn run(&self, context: &Context) -> Result<Vec<Measure>> {
         context.begin(0, "targets");
         let mut command = Command::new("bash");
-        command.arg(root().join("tests/fuzz/run.sh")).arg(self.seconds().to_string()).stderr(Stdio::inherit());
+        command.arg(root().join("tests/fuzz/run.sh")).args(["--jobs", &self.jobs.to_string()]);
+        command.arg(self.seconds().to_string()).stderr(Stdio::inherit());
         let output = tokio::task::spawn_blocking(move || command.output()).await??;
         let text = String::from_utf8(output.stdout)?;
         let targets = text.lines().skip(1).map(Target::read).collect::<Result<Vec<_>>>()?;
