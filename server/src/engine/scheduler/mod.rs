@@ -74,6 +74,8 @@ pub struct Plan {
     pub rerun: bool,
     /// Part of the cost that is sequences being generated.
     decode_part: f64,
+    /// Sequences of both kinds wanted it.
+    contended: bool,
 }
 
 /// What the sequences that begin in a step found in the cache.
@@ -245,7 +247,7 @@ impl Scheduler {
             Kinds::Both | Kinds::All => self.plan_one_of(&(&decode | &other), kinds, now),
         }?;
         self.last_model = plan.model;
-        Some(plan)
+        Some(Plan { contended: kinds != Kinds::All, ..plan })
     }
 
     /// A step of the first model that has one, behind the one whose turn it was last.
@@ -279,8 +281,7 @@ impl Scheduler {
 
     /// Takes the time that a step took to account.
     pub fn ran(&mut self, plan: &Plan, duration: Duration) {
-        let (decode, other) = self.wanted();
-        if !decode.is_empty() && !other.is_empty() {
+        if plan.contended {
             self.share.ran(duration, plan.decode_part);
         }
     }

@@ -69,7 +69,14 @@ impl Scheduler {
             let total = limits.max_batch_tokens - step.budget;
             let StepBuilder { slices, prefixes, .. } = step;
             let decode_part = decode_cost as f64 / total.max(1) as f64;
-            (!slices.is_empty()).then_some(Plan { model, slices, prefixes, rerun: false, decode_part })
+            (!slices.is_empty()).then_some(Plan {
+                model,
+                slices,
+                prefixes,
+                rerun: false,
+                decode_part,
+                contended: false,
+            })
         };
         if kinds == Kinds::Decode {
             return plan(step);

@@ -110,7 +110,14 @@ impl Scheduler {
             }
         }
         let StepBuilder { slices, prefixes, .. } = step;
-        (!slices.is_empty()).then_some(Plan { model, slices, prefixes, rerun: true, decode_part: 0.0 })
+        (!slices.is_empty()).then_some(Plan {
+            model,
+            slices,
+            prefixes,
+            rerun: true,
+            decode_part: 0.0,
+            contended: false,
+        })
     }
 }
 
