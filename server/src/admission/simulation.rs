@@ -474,7 +474,7 @@ fn a_server_that_turns_out_slower_is_not_asked_again_and_again() {
 fn calls_that_are_over_are_not_waited_for() {
     let (speed, of_time) = SPEEDS[1];
     let kind = |i: usize| Kind {
-        manner: Manner::Deaf(10.0 * speed / 3200.0 / 200.0 * if i % 20 == 0 { 10.0 } else { 0.5 }),
+        manner: Manner::Deaf(10.0 * speed / 3200.0 / 200.0 * if i.is_multiple_of(20) { 10.0 } else { 0.5 }),
         tokens: 2400 + i * 8,
         items: 16,
         timeout: Some(10.0),

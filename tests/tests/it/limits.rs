@@ -56,7 +56,8 @@ async fn names_ids_roles_and_strings_have_a_length() {
     let field = "items[0].conversation.messages[0].role";
     invalid(score(&|r| r.items = vec![conversation([(&*role, "a")])]).await, field, "65 bytes, 64 are allowed");
     let turns = vec![("user", "a"); 4097];
-    invalid(score(&|r| r.items = vec![conversation(turns.clone())]).await, "items[0]", "4097 turns, 4096 are allowed");
+    let field = "items[0].conversation.messages";
+    invalid(score(&|r| r.items = vec![conversation(turns.clone())]).await, field, "4097 messages, 4096 are allowed");
     invalid(score(&|r| r.items = vec![text(long((4 << 20) + 1))]).await, "items[0]", "4194304 are allowed");
     let ids = call::ids(&vec![5; (1 << 20) + 1]);
     invalid(score(&|r| r.items = vec![ids.clone()]).await, "items[0].token_ids", "1048576 are allowed");
@@ -85,6 +86,9 @@ async fn names_ids_roles_and_strings_have_a_length() {
         "texts",
         "at least one",
     );
+    let texts = vec![long(3 << 20), long(2 << 20)];
+    let tokenize = v1::TokenizeRequest { model: call::named("llama-pm"), texts, ..Default::default() };
+    invalid(client.tokenize(tokenize).await, "texts", "4194304 are allowed");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -97,6 +101,10 @@ async fn a_prompt_is_not_multiplied_by_its_candidates_without_end() {
     };
     rank(100).await.unwrap();
     invalid(rank(200).await, "candidates", "160200 bytes, 100000 are allowed");
+    // Turns that say nothing take memory too.
+    let prompt = Some(conversation(vec![("user", ""); 1000]));
+    let request = v1::RankRequest { prompt, candidates: vec![candidate("a"); 100], ..Default::default() };
+    invalid(client.rank(request).await, "candidates", "100000 are allowed");
 }
 
 #[tokio::test(flavor = "multi_thread")]

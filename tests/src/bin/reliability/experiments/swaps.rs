@@ -156,7 +156,7 @@ impl Swaps {
 
 /// The model that is swapped.
 fn model_of(swap: usize) -> usize {
-    usize::from(swap % LANGUAGE_EVERY == 0)
+    usize::from(swap.is_multiple_of(LANGUAGE_EVERY))
 }
 
 /// What the server holds once nobody calls, closed connections included.
