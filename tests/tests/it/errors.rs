@@ -259,7 +259,7 @@ async fn more_tokens_than_the_budget_has_left_are_refused_with_a_time_to_come_ba
 #[tokio::test(flavor = "multi_thread")]
 async fn a_deadline_that_passes_in_the_queue_costs_no_work() {
     let lm = Copied::long_lm();
-    let server = Launch::new().model("lm", lm.path()).flags("--max-batch-sequences 1").start().await;
+    let server = Launch::new().model("lm", lm.path()).flags("--max-batch-sequences 1 --decode-share 0").start().await;
     let client = server.client().await;
     let larger = |m: &Exposition| {
         m.value("plumb_batch_tokens_count", &[]) - m.value("plumb_batch_tokens_bucket", &[("le", "1")])

@@ -11,6 +11,9 @@ use tokio::net::TcpStream;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic_health::pb::health_check_response::ServingStatus::{NotServing, Serving};
 
+/// A text that is being generated takes the only place in every step.
+const ONE_PLACE: &str = "--max-batch-sequences 1 --decode-share 0";
+
 #[tokio::test(flavor = "multi_thread")]
 async fn not_serving_comes_first_then_a_lame_duck_then_the_end_of_what_runs() {
     let lm = Copied::long_lm();
@@ -53,7 +56,7 @@ async fn not_serving_comes_first_then_a_lame_duck_then_the_end_of_what_runs() {
 #[tokio::test(flavor = "multi_thread")]
 async fn what_is_not_done_in_time_is_unavailable_with_a_time_to_come_back() {
     let lm = Copied::long_lm();
-    let launch = Launch::new().model("lm", lm.path()).flags("--drain-timeout-secs 0.3 --max-batch-sequences 1");
+    let launch = Launch::new().model("lm", lm.path()).flags("--drain-timeout-secs 0.3").flags(ONE_PLACE);
     let mut server = launch.start().await;
     let client = server.client().await;
     // Takes the only place in every step.
@@ -86,6 +89,22 @@ async fn what_is_not_done_in_time_is_unavailable_with_a_time_to_come_back() {
         assert_eq!(error.code, Code::Unavailable, "{error}");
         assert!(error.retry_after.is_some_and(|after| !after.is_zero()), "{error:?}");
     }
+    assert_eq!(server.exit_code().await, 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stream_that_has_said_all_ends_well() {
+    let lm = Copied::long_lm();
+    let mut server = Launch::new().model("lm", lm.path()).flags(ONE_PLACE).start().await;
+    let client = server.client().await;
+    let running = occupy(&client, "lm").await;
+    let request = items(None, vec![text("in the queue")]);
+    let mut streamed = client.score_stream(futures::stream::iter([request])).await.unwrap();
+    server.until("it is queued", |m| m.value("plumb_queue_sequences", &[]) == 1.0).await;
+    server.terminate();
+    drop(running);
+    assert_eq!(streamed.next().await.unwrap().unwrap().error, None);
+    assert!(streamed.next().await.is_none(), "there was nothing left to hear");
     assert_eq!(server.exit_code().await, 0);
 }
 
