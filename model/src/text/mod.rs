@@ -12,8 +12,6 @@
 //! **Special tokens inside content are special tokens.** `<|im_end|>` in a user's message becomes that token, as in
 //! Transformers. Whoever takes messages from strangers has to remove such strings first.
 
-use std::sync::Arc;
-
 mod apart;
 mod detokenize;
 mod dialogue;
@@ -28,10 +26,12 @@ mod tests;
 mod tokens;
 mod truncate;
 
+use std::sync::Arc;
+
 pub use detokenize::StreamDecoder;
 pub use hhh::{HhhName, HhhPrompts};
 pub use pipeline::{TextConfig, TextPipeline};
-pub use render::Rendered;
+pub use render::{MAX_MESSAGES, Rendered};
 pub(crate) use template::MAX_TEMPLATE_BYTES;
 pub use tokens::TokenSpan;
 

@@ -13,7 +13,7 @@ use super::{HhhPrompt, Message, RenderMode, RenderOptions, Response, TextInput, 
 use crate::{Error, Result};
 
 /// Most turns in a conversation.
-const MAX_MESSAGES: usize = 4096;
+pub const MAX_MESSAGES: usize = 4096;
 
 /// What a model is fed.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -209,8 +209,8 @@ fn outcome(result: &v1::ScoreResult) -> Outcome {
     }
 }
 
-/// Memory that a record holds beside itself. Texts and lists count by the room that they have taken: an empty turn is two bytes
-/// on the wire, and dozens here.
+/// Memory that a record holds beside itself. Texts and lists count by the room that they have taken: an empty turn is
+/// two bytes on the wire, and dozens here.
 fn held(record: &Record) -> usize {
     let Record { caller, model, score, rank, results, error, .. } = record;
     caller.as_ref().map_or(0, String::capacity)

@@ -1,7 +1,7 @@
 //! Bounds of what a caller may send, beside those that are flags: nobody needs more, and what is longer would fill
 //! memory, logs or headers. SECURITY.md lists them.
 
-use plumb_model::text::TextInput;
+use plumb_model::text::{MAX_MESSAGES, TextInput};
 use plumb_proto::v1;
 
 use crate::error::{Error, Result};
@@ -12,8 +12,6 @@ pub(crate) const MAX_REQUEST_ID_BYTES: usize = 128;
 const MAX_NAME_BYTES: usize = 128;
 /// Texts to tokenize: as much as one may have.
 const MAX_TEXTS_BYTES: usize = 4 << 20;
-/// Turns of a conversation.
-const MAX_TURNS: usize = 4096;
 /// Role of a turn.
 const MAX_ROLE_BYTES: usize = 64;
 /// A path, repository or revision.
@@ -60,8 +58,9 @@ pub(super) fn input(input: &v1::Input) -> Result<()> {
     match &input.input {
         Some(v1::input::Input::Conversation(conversation)) => {
             let turns = conversation.messages.len();
-            if turns > MAX_TURNS {
-                let message = format!("has {turns} messages, {MAX_TURNS} are allowed");
+            // Before they are copied.
+            if turns > MAX_MESSAGES {
+                let message = format!("has {turns} messages, {MAX_MESSAGES} are allowed");
                 return Err(Error::invalid("conversation.messages", message));
             }
             let too_long = |message: &v1::Message| message.role.len() > MAX_ROLE_BYTES;
