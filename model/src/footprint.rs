@@ -3,7 +3,7 @@
 use std::fmt;
 
 use crate::checkpoint::{Headers, Source};
-use crate::decoder::Decoder;
+use crate::decoder::{Decoder, StepSize};
 use crate::loaded::{LoadOptions, LoadedModel, Sizes};
 use crate::{Error, Result};
 
@@ -19,6 +19,8 @@ pub struct Footprint {
     pub cache: u64,
     /// Tokenizer, norms and tables of the rotary embedding.
     pub others: u64,
+    /// What the largest step computes in, which is taken when one comes.
+    pub workspace: u64,
     /// Copies while weights are read, as far as they are beyond what the weights take in the end.
     pub reading: u64,
 }
@@ -26,10 +28,10 @@ pub struct Footprint {
 impl Footprint {
     /// The most at a time: what is read is packed before the cache is taken.
     pub fn peak(&self) -> u64 {
-        self.weights + self.others + self.cache.max(self.reading)
+        self.weights + self.others + self.reading.max(self.cache + self.workspace)
     }
 
-    /// What stays.
+    /// What stays before anything is asked.
     pub fn lasting(&self) -> u64 {
         self.weights + self.others + self.cache
     }
@@ -51,12 +53,12 @@ impl Footprint {
 
 impl fmt::Display for Footprint {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let [peak, weights, cache, others, reading] =
-            [self.peak(), self.weights, self.cache, self.others, self.reading].map(Size);
+        let [peak, weights, cache, others, workspace, reading] =
+            [self.peak(), self.weights, self.cache, self.others, self.workspace, self.reading].map(Size);
         write!(
             f,
-            "the model needs {peak} (weights {weights}, key-value cache {cache}, tokenizer and tables {others}; {reading} \
-             more while it is read)"
+            "the model needs {peak} (weights {weights}, key-value cache {cache}, tokenizer and tables {others}, workspace \
+             {workspace}; {reading} more while it is read)"
         )
     }
 }
@@ -73,11 +75,12 @@ impl fmt::Display for Size {
 }
 
 impl LoadedModel {
-    /// What [`LoadedModel::load`] will take, from headers alone; a repository's files are fetched, as by a load.
+    /// What [`LoadedModel::load`] will take, and then steps up to the `largest`, from headers alone; a repository's files
+    /// are fetched, as by a load.
     ///
     /// # Errors
     /// What is missing, malformed or not served, as far as headers tell.
-    pub fn footprint(source: &Source, options: &LoadOptions) -> Result<Footprint> {
+    pub fn footprint(source: &Source, options: &LoadOptions, largest: StepSize) -> Result<Footprint> {
         let Headers { config, weights, stored_dtype, tokenizer_bytes } = Headers::read(source)?;
         let sizes = Sizes::of(&config, stored_dtype, options)?;
         let plan = Decoder::plan(&config, &weights, sizes.dtype, sizes.max_input_tokens);
@@ -85,6 +88,7 @@ impl LoadedModel {
             weights: plan.weights,
             cache: sizes.kv_pages as u64 * sizes.page_bytes as u64,
             others: plan.tables + TOKENIZER * tokenizer_bytes,
+            workspace: Decoder::workspace_bytes(&config, sizes.dtype, largest),
             reading: plan.reading,
         })
     }
@@ -96,13 +100,19 @@ mod tests {
 
     #[test]
     fn what_does_not_fit_is_told_with_what_would() {
-        let footprint = Footprint { weights: 3 << 30, cache: 1 << 30, others: 5 << 20, reading: 200 << 20 };
-        assert_eq!(footprint.peak(), (4 << 30) + (5 << 20));
+        let (others, workspace, reading) = (5 << 20, 100 << 20, 200 << 20);
+        let footprint = Footprint { weights: 3 << 30, cache: 1 << 30, others, workspace, reading };
+        assert_eq!(footprint.peak(), (4 << 30) + (105 << 20));
         footprint.check(footprint.peak()).unwrap();
         let error = footprint.check(700 << 20).unwrap_err().to_string();
-        for words in
-            ["needs 4.00 GiB", "weights 3.00 GiB", "cache 1.00 GiB", "200.0 MiB more while", "700.0 MiB are free"]
-        {
+        for words in [
+            "needs 4.10 GiB",
+            "weights 3.00 GiB",
+            "cache 1.00 GiB",
+            "workspace 100.0 MiB",
+            "200.0 MiB more while",
+            "700.0 MiB are free",
+        ] {
             assert!(error.contains(words), "{error}");
         }
     }

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use futures::{Stream, StreamExt as _, stream};
 use metrics_exporter_prometheus::PrometheusHandle;
+use plumb_model::decoder::StepSize;
 use plumb_model::loaded::{Background, DTypeChoice, LoadOptions};
 use plumb_model::text::HhhPrompts;
 use plumb_proto::v1;
@@ -225,8 +226,15 @@ impl Server {
             threads: config.engine.threads,
             stall_timeout: config.engine.stall_timeout,
         })?;
-        let registry =
-            Registry::new(engine.clone(), load_options(&config, hhh), config.defaults.clone(), &config.versions);
+        let largest_step =
+            StepSize { tokens: config.engine.max_batch_tokens, sequences: config.engine.max_batch_sequences };
+        let registry = Registry::new(
+            engine.clone(),
+            load_options(&config, hhh),
+            largest_step,
+            config.defaults.clone(),
+            &config.versions,
+        );
         let (reporter, health_service) = tonic_health::server::health_reporter();
         let health = Health::new(reporter).await;
         let gate = Gate::new(config.limits.max_concurrent_requests);

@@ -177,6 +177,22 @@ pub fn read_config(folder: &Path) -> Result<Config> {
     hf_config::parse(&path, &read_json(&path)?, &Holdings { store: None, adapter: None })
 }
 
+impl Source {
+    /// The same, with every repository's files fetched and the repository replaced by their folder.
+    ///
+    /// # Errors
+    /// If there is no such folder, file or repository, or it cannot be fetched.
+    pub fn fetch(&self) -> Result<Self> {
+        let Places { base, adapter } = Places::find(self)?;
+        let (Location::Folder(base) | Location::Gguf(base)) = base;
+        let name = |path: PathBuf| {
+            let name = path.into_os_string().into_string();
+            name.map_err(|path| Error::Unsupported(format!("a path that is not UTF-8: {}", path.display())))
+        };
+        Ok(Self { model: name(base)?, adapter: adapter.map(name).transpose()?, revision: None })
+    }
+}
+
 /// Where a source turned out to be, its adapter included.
 struct Places {
     base: Location,

@@ -16,7 +16,7 @@ use crate::config::Block;
 use crate::{Error, Result};
 
 /// Rows that go through a linear layer together: what lies between two of them stays small and in the cache.
-const CHUNK: usize = 384;
+pub(super) const CHUNK: usize = 384;
 
 /// Buffers of a step, kept from one to the next.
 #[derive(Debug, Default)]
@@ -418,6 +418,8 @@ fn add_branch<E: Element>(
 /// The first `len` elements of the buffer, whose values are whatever they were.
 pub(super) fn resize<T: Default + Clone>(buffer: &mut Vec<T>, len: usize) -> &mut [T] {
     if buffer.len() < len {
+        // What is foretold has no room for more.
+        buffer.reserve_exact(len - buffer.len());
         buffer.resize(len, T::default());
     }
     &mut buffer[..len]

@@ -21,7 +21,7 @@ use plumb_kernels::parallel::with_team;
 use plumb_kernels::rotary::Rotary;
 
 pub use plumb_kernels::head::log_sum_exp;
-pub use step::{Progress, Read, Step, StepSequence};
+pub use step::{Progress, Read, Step, StepSequence, StepSize};
 
 use crate::checkpoint::Weights;
 use crate::config::Config;

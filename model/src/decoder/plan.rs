@@ -4,13 +4,15 @@
 
 use half::bf16;
 use plumb_kernels::Element;
+use plumb_kernels::attention::padded;
 use plumb_kernels::linear::{Linear, PANEL};
 use plumb_kernels::quantised;
 
+use super::forward::CHUNK;
 use super::names::{LayerNames, Names, Qkv};
-use super::{DType, Decoder};
+use super::{DType, Decoder, StepSize};
 use crate::checkpoint::Weights;
-use crate::config::{Config, Head, Norm};
+use crate::config::{Block, Config, Head, Norm};
 
 /// Bytes that a decoder takes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -31,6 +33,27 @@ impl Decoder {
             DType::F32 => Planner::<f32>::plan(config, weights, positions),
             DType::Bf16 => Planner::<bf16>::plan(config, weights, positions),
         }
+    }
+
+    /// What steps up to the `largest` compute in: [`super::Workspace::bytes`], and the copies of the rows that are read.
+    pub(crate) fn workspace_bytes(config: &Config, dtype: DType, largest: StepSize) -> u64 {
+        const FLOAT: usize = size_of::<f32>();
+        let element = match dtype {
+            DType::F32 => size_of::<f32>(),
+            DType::Bf16 => size_of::<bf16>(),
+        };
+        let Config { hidden_size, intermediate_size, num_heads, num_kv_heads, head_dim, vocab_size, .. } = *config;
+        let attention = num_heads * (padded(head_dim) + head_dim);
+        let parallel = if config.block == Block::Parallel { hidden_size } else { 0 };
+        // The residual stream; and of rows that are read a copy, what its norm makes of it, and that again.
+        let row = (attention + parallel) * element + 4 * hidden_size * FLOAT;
+        let qkv = (num_heads + 2 * num_kv_heads) * head_dim;
+        let inner = intermediate_size.next_multiple_of(PANEL);
+        let chunk = (hidden_size + inner) * element + (hidden_size + qkv) * FLOAT;
+        // Computed, and handed out.
+        let logits = if config.head == Head::Language { 2 * vocab_size * FLOAT } else { 0 };
+        let of = |count: usize, bytes: usize| count.saturating_mul(bytes) as u64;
+        of(largest.tokens, row) + of(CHUNK.min(largest.tokens), chunk) + of(largest.sequences, logits)
     }
 }
 

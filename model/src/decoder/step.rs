@@ -28,6 +28,15 @@ pub struct Step<'a> {
     pub sequences: Vec<StepSequence<'a>>,
 }
 
+/// How large a step may be.
+#[derive(Clone, Copy, Debug)]
+pub struct StepSize {
+    /// Tokens of all slices.
+    pub tokens: usize,
+    /// Slices.
+    pub sequences: usize,
+}
+
 /// The next tokens of one sequence.
 #[derive(Debug)]
 pub struct StepSequence<'a> {

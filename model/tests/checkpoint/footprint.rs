@@ -3,11 +3,14 @@
 use std::path::Path;
 
 use plumb_model::Error;
+use plumb_model::cache::PAGE;
 use plumb_model::checkpoint::Source;
-use plumb_model::decoder::DType;
+use plumb_model::decoder::{DType, Read, Step, StepSequence, StepSize};
 use plumb_model::loaded::{Background, DTypeChoice, Footprint, LoadOptions, LoadedModel};
 
 use crate::support::{Copy, FOLDERS, fixture, ones, source};
+
+const LARGEST: StepSize = StepSize { tokens: 2 * 416, sequences: 2 };
 
 fn options(dtype: DTypeChoice) -> LoadOptions {
     let background = Background::default();
@@ -16,7 +19,7 @@ fn options(dtype: DTypeChoice) -> LoadOptions {
 
 /// Weights and cache as foretold, and as they are.
 fn both(source: &Source, dtype: DTypeChoice) -> (Footprint, u64) {
-    let footprint = LoadedModel::footprint(source, &options(dtype)).unwrap();
+    let footprint = LoadedModel::footprint(source, &options(dtype), LARGEST).unwrap();
     let model = LoadedModel::load(source, &options(dtype)).unwrap();
     assert_eq!(footprint.cache, (model.kv_pages * model.page_bytes) as u64);
     (footprint, model.info.weight_bytes)
@@ -35,12 +38,39 @@ fn weights_are_foretold_to_the_byte() {
 }
 
 #[test]
+fn the_largest_step_computes_in_what_is_foretold() {
+    for name in FOLDERS {
+        let (footprint, _) = both(&source(&fixture(name)), DTypeChoice::Auto);
+        let model = LoadedModel::load(&source(&fixture(name)), &options(DTypeChoice::Auto)).unwrap();
+        // As many sequences as there have to be, for a model of short ones.
+        let length = (LARGEST.tokens / LARGEST.sequences).min(model.info.max_input_tokens);
+        let (tokens, pages) = (vec![1; length], length.div_ceil(PAGE) as u32);
+        let count = LARGEST.tokens / length;
+        let pages: Vec<Vec<u32>> = (0..count as u32).map(|i| (i * pages..(i + 1) * pages).collect()).collect();
+        let sequences = pages.iter().enumerate().map(|(i, pages)| {
+            let read = match model.info.reward_head {
+                Some(_) => Read::Rewards,
+                None if i < LARGEST.sequences => Read::LastLogits,
+                None => Read::LogProbs { rows: 0..length, targets: &tokens },
+            };
+            StepSequence { tokens: &tokens, position: 0, pages, read }
+        });
+        let step = Step { sequences: sequences.collect() };
+        let mut kv = model.decoder.kv_store(pages.len() * pages[0].len()).unwrap();
+        let mut workspace = model.decoder.workspace();
+        model.decoder.step(&step, &mut kv, &mut workspace).unwrap();
+        let (taken, foretold) = (workspace.bytes() as u64, footprint.workspace);
+        assert!(taken <= foretold && foretold < 3 * taken, "{name}: {taken} taken, {foretold} foretold");
+    }
+}
+
+#[test]
 fn an_adapter_is_foretold_too() {
     let adapter = Some(fixture("lora-lm").to_str().unwrap().to_owned());
     let adapted = Source { adapter, ..source(&fixture("qwen2-lm")) };
     let (footprint, held) = both(&adapted, DTypeChoice::Auto);
     assert_eq!(footprint.weights, held);
-    let plain = LoadedModel::footprint(&source(&fixture("qwen2-lm")), &options(DTypeChoice::Auto)).unwrap();
+    let plain = LoadedModel::footprint(&source(&fixture("qwen2-lm")), &options(DTypeChoice::Auto), LARGEST).unwrap();
     assert!(footprint.reading >= plain.reading, "merging takes copies");
 }
 
@@ -50,12 +80,12 @@ fn headers_are_enough_and_what_they_cannot_be_is_refused() {
     let copy = Copy::of("llama-pm");
     plumb_model::checkpoint::manifest::Manifest::write(copy.path(), &[]).unwrap();
     copy.flip_last_byte("model.safetensors");
-    LoadedModel::footprint(&source(copy.path()), &options(DTypeChoice::Auto)).unwrap();
+    LoadedModel::footprint(&source(copy.path()), &options(DTypeChoice::Auto), LARGEST).unwrap();
     assert!(LoadedModel::load(&source(copy.path()), &options(DTypeChoice::Auto)).is_err());
 
     let copy = Copy::of("llama-pm");
     copy.remove("model.safetensors");
-    let footprint = |path: &Path| LoadedModel::footprint(&source(path), &options(DTypeChoice::Auto));
+    let footprint = |path: &Path| LoadedModel::footprint(&source(path), &options(DTypeChoice::Auto), LARGEST);
     assert!(matches!(footprint(copy.path()), Err(Error::MissingFile { .. })));
     assert!(matches!(footprint(&fixture("lora-pm")), Err(Error::MissingFile { .. })));
 
@@ -66,7 +96,7 @@ fn headers_are_enough_and_what_they_cannot_be_is_refused() {
 
 #[test]
 fn the_types_of_the_cache_and_of_the_weights_are_those_of_the_load() {
-    let of = |dtype| LoadedModel::footprint(&source(&fixture("llama-pm")), &options(dtype)).unwrap();
+    let of = |dtype| LoadedModel::footprint(&source(&fixture("llama-pm")), &options(dtype), LARGEST).unwrap();
     assert_eq!(of(DTypeChoice::Auto), of(DTypeChoice::Bf16));
     let (narrow, wide) = (of(DTypeChoice::Bf16), of(DTypeChoice::F32));
     assert!(narrow.weights < wide.weights);

@@ -5,7 +5,7 @@ use candle_core::{DType as TensorType, Device, Tensor};
 use plumb_model::cache::PAGE;
 use plumb_model::checkpoint::{Checkpoint, Source, Stored};
 use plumb_model::config::Head;
-use plumb_model::decoder::{DType, Decoder, Read, Step, StepSequence};
+use plumb_model::decoder::{DType, Decoder, Read, Step, StepSequence, StepSize};
 use plumb_model::loaded::{Background, DTypeChoice, LoadOptions, LoadedModel};
 use serde_json::json;
 use tempfile::TempDir;
@@ -105,7 +105,7 @@ fn foretold(source: &Source, dtype: DType) -> u64 {
         kv_cache_bytes: 1 << 24,
         background: Background::default(),
     };
-    LoadedModel::footprint(source, &options).unwrap().weights
+    LoadedModel::footprint(source, &options, StepSize { tokens: 1, sequences: 1 }).unwrap().weights
 }
 
 /// The bits of all that a model answers, and the number and bytes of its weights.

@@ -214,12 +214,16 @@ pub struct Engine {
 
 /// A model that the engine can run. When the last handle is gone the engine gives its memory back.
 #[derive(Clone, Debug)]
-pub struct ModelHandle(Arc<Attached>);
+pub struct ModelHandle {
+    /// Dropped first: when the engine is told that nobody has a handle, nobody but itself has the model.
+    model: Arc<LoadedModel>,
+    attached: Arc<Attached>,
+}
 
 #[derive(Debug)]
 struct Attached {
     key: ModelKey,
-    model: Arc<LoadedModel>,
+    gone: watch::Receiver<()>,
     commands: std::sync::mpsc::Sender<Command>,
 }
 
@@ -234,13 +238,28 @@ impl Deref for ModelHandle {
     type Target = LoadedModel;
 
     fn deref(&self) -> &LoadedModel {
-        &self.0.model
+        &self.model
     }
 }
 
 impl ModelHandle {
     fn key(&self) -> ModelKey {
-        self.0.key
+        self.attached.key
+    }
+
+    /// Tells when the model's memory is given back, which takes that nobody has a handle.
+    pub(crate) fn gone(&self) -> Gone {
+        Gone(self.attached.gone.clone())
+    }
+}
+
+/// Tells when a model's memory is given back.
+pub(crate) struct Gone(watch::Receiver<()>);
+
+impl Gone {
+    pub(crate) async fn wait(mut self) {
+        // Nothing is ever sent.
+        let _closed = self.0.changed().await;
     }
 }
 
@@ -277,10 +296,12 @@ impl Engine {
         let kv =
             kv.await.map_err(|error| Error::internal(format!("cannot make room for keys and values: {error}")))??;
         let (reply, answer) = oneshot::channel();
-        let model_and_cache = Box::new((model.clone(), kv));
+        let (held, gone) = watch::channel(());
+        let model_and_cache = Box::new((model.clone(), kv, held));
         self.send(Command::Attach { key, model_and_cache, name: (name.into(), version), reply })?;
         answer.await.map_err(|_| Error::DeviceLost)??;
-        Ok(ModelHandle(Arc::new(Attached { key, model, commands: self.commands.clone() })))
+        let attached = Attached { key, gone, commands: self.commands.clone() };
+        Ok(ModelHandle { model, attached: Arc::new(attached) })
     }
 
     /// Puts a sequence into the queue at once; the answer is awaited by itself. Dropping it takes the sequence out.

@@ -10,6 +10,7 @@ use plumb_model::decoder::{KvStore, Progress, Read, Step, StepSequence, Workspac
 use plumb_model::faults::{self, Fault};
 use plumb_model::loaded::LoadedModel;
 use plumb_model::parallel::for_each_piece;
+use tokio::sync::watch;
 
 use super::GenerateJob;
 use super::scheduler::{Entry, Slice, Want as Wanted, log_prob_rows};
@@ -24,13 +25,22 @@ pub(super) struct Device {
     pub(super) name: (String, u64),
     /// Bytes of the workspace when they were last told.
     workspace_bytes: usize,
-    /// Dropped last: that nobody holds it any more is the sign that the memory is back.
     pub(super) model: Arc<LoadedModel>,
+    /// Dropped last, when the memory is back.
+    _held: watch::Sender<()>,
 }
 
 impl Device {
-    pub(super) fn new(model: Arc<LoadedModel>, kv: KvStore, name: (String, u64), progress: Progress) -> Self {
-        Self { workspace: model.decoder.workspace().counted(progress), model, kv, name, workspace_bytes: 0 }
+    /// `held` is closed when the memory is given back.
+    pub(super) fn new(
+        model: Arc<LoadedModel>,
+        kv: KvStore,
+        held: watch::Sender<()>,
+        name: (String, u64),
+        progress: Progress,
+    ) -> Self {
+        let workspace = model.decoder.workspace().counted(progress);
+        Self { workspace, model, kv, name, workspace_bytes: 0, _held: held }
     }
 
     /// Runs a token, over the first page: a model that cannot compute must not be offered.

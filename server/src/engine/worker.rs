@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use plumb_model::decoder::KvStore;
 use plumb_model::loaded::LoadedModel;
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{mpsc, oneshot, watch};
 
 use super::compute::Compute;
 use super::scheduler::cost::Cost;
@@ -23,7 +23,7 @@ pub(super) enum Command {
     /// Make room for a model and try it out.
     Attach {
         key: ModelKey,
-        model_and_cache: Box<(Arc<LoadedModel>, KvStore)>,
+        model_and_cache: Box<(Arc<LoadedModel>, KvStore, watch::Sender<()>)>,
         name: (String, u64),
         reply: oneshot::Sender<Result<()>>,
     },
@@ -149,8 +149,8 @@ impl Worker {
         self.pulse.beat();
         match command {
             Command::Attach { key, model_and_cache, name, reply } => {
-                let (model, kv) = *model_and_cache;
-                let result = self.attach(key, model, kv, name);
+                let (model, kv, held) = *model_and_cache;
+                let result = self.attach(key, Device::new(model, kv, held, name, self.pulse.progress.clone()));
                 if reply.send(result).is_err() {
                     self.detach(key);
                 }
@@ -162,9 +162,8 @@ impl Worker {
     }
 
     /// Takes a model in, once it has been tried out.
-    fn attach(&mut self, key: ModelKey, model: Arc<LoadedModel>, kv: KvStore, name: (String, u64)) -> Result<()> {
-        let (pages, cost) = (model.kv_pages, Cost::of(model.decoder.config()));
-        let mut device = Device::new(model, kv, name, self.pulse.progress.clone());
+    fn attach(&mut self, key: ModelKey, mut device: Device) -> Result<()> {
+        let (pages, cost) = (device.model.kv_pages, Cost::of(device.model.decoder.config()));
         let tried = move || (device.try_out(), device);
         let (result, mut device) = self.compute.run(tried, || {})?;
         result?;
@@ -342,12 +341,16 @@ impl Worker {
 
     /// Hands out what a step has computed for a slice.
     fn deliver(&mut self, slice: &Slice, values: Values) {
+        let finite = values.are_finite();
         match (values, self.callers.get(&slice.id)) {
-            (values, None) => {
-                if !values.are_finite() {
+            (_, None) => {
+                if !finite {
                     self.scheduler.distrust(slice.id);
                 }
                 self.forget(slice.id);
+            }
+            (Values::Read(_), Some(_)) if !finite => {
+                self.fail(slice.id, Error::NonFinite { what: "a value that the model computed".into() });
             }
             (Values::Read(values), Some(Caller::Score { .. })) => self.deliver_values(slice, values),
             (Values::Drawn(drawn), Some(_)) => {
@@ -363,9 +366,6 @@ impl Worker {
     }
 
     fn deliver_values(&mut self, slice: &Slice, values: Vec<f32>) {
-        if values.iter().any(|v| !v.is_finite()) {
-            return self.fail(slice.id, Error::NonFinite { what: "a value that the model computed".into() });
-        }
         if !self.scheduler.complete(slice, values) {
             return;
         }

@@ -27,6 +27,7 @@ use tokio_util::sync::PollSemaphore;
 use tonic::Status;
 
 use super::caller::Caller;
+use super::parts::{Kind, MAX_PARTS, Parts};
 use super::receive::late;
 use super::rpc::{Class, Rpc};
 
@@ -94,14 +95,26 @@ pub(crate) async fn inflow(State(inflow): State<Arc<Inflow>>, mut request: Reque
         return next.run(request).await;
     }
     let streams = rpc.streams_requests();
+    let kind = Kind::of(request.uri().path());
     let received = Received::default();
     let caller = Caller::of(request.extensions());
     request.extensions_mut().insert(received.clone());
     let request = request.map(|inner| {
         let (prefix, received) = (Prefix::default(), received.clone());
-        let metered =
-            Metered { inner, inflow, caller, streams, received, prefix, begun: 0, rest: None, wanted: None, end: None };
-        Body::new(metered)
+        Body::new(Metered {
+            inner,
+            inflow,
+            caller,
+            streams,
+            kind,
+            received,
+            prefix,
+            begun: 0,
+            parts: None,
+            rest: None,
+            wanted: None,
+            end: None,
+        })
     });
     let response = next.run(request).await;
     // The request of a unary call has been worked on by now; a stream's body holds on to its own.
@@ -116,10 +129,14 @@ struct Metered {
     caller: Caller,
     /// There may be several messages.
     streams: bool,
+    /// None for an rpc that is not there.
+    kind: Option<Kind>,
     received: Received,
     prefix: Prefix,
     /// Messages that have begun.
     begun: usize,
+    /// Those of the message that comes now.
+    parts: Option<Parts>,
     /// Read, and not yet passed on.
     rest: Option<Bytes>,
     wanted: Option<Wanted>,
@@ -203,6 +220,17 @@ impl HttpBody for Metered {
                 }
             }
             let passed = data.split_to(before);
+            if let Some(parts) = &mut this.parts
+                && parts.take(&passed).is_err()
+            {
+                let error = format!("the request has more than {MAX_PARTS} items, turns and texts in all: split it");
+                return Poll::Ready(Some(Err(axum::Error::new(Status::invalid_argument(error)))));
+            }
+            if let Some(bytes) = message {
+                // What is passed on next begins with what is left of the prefix.
+                let before = this.prefix.left - u64::from(bytes);
+                this.parts = this.kind.map(|kind| Parts::new(kind, before, bytes.into()));
+            }
             if !data.is_empty() {
                 this.rest = Some(data);
             }
@@ -295,9 +323,11 @@ mod tests {
             inflow: Arc::clone(inflow),
             caller: Caller(client.into()),
             streams: true,
+            kind: None,
             received: received.clone(),
             prefix: Prefix::default(),
             begun: 0,
+            parts: None,
             rest: None,
             wanted: None,
             end: None,

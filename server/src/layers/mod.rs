@@ -10,6 +10,7 @@ pub(crate) mod caller;
 pub(crate) mod deadline;
 pub(crate) mod inflow;
 pub(crate) mod metrics;
+pub(crate) mod parts;
 pub(crate) mod receive;
 pub(crate) mod rpc;
 pub(crate) mod trace;

@@ -3,7 +3,7 @@
 
 use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use futures::FutureExt as _;
 use plumb_model::checkpoint::Source;
@@ -13,12 +13,10 @@ use tokio::task::JoinHandle;
 use tracing::Instrument as _;
 
 use super::catalog::Facts;
-use super::{Registry, Served, bundled, warm};
+use super::local::Local;
+use super::{Registry, Served, warm};
 use crate::error::{Error, Result};
 use crate::telemetry::events::{LoadAsked, ModelLoaded, UnloadAsked};
-
-/// How often a draining version is looked at. Its last holder is the engine's thread, which tells nobody.
-const DRAIN_POLL: Duration = Duration::from_millis(20);
 
 /// A version that is announced, and still to be loaded.
 pub(crate) struct Load {
@@ -90,34 +88,36 @@ impl Registry {
     /// Waits until nobody holds a draining version any more.
     pub(super) fn see_out(self: &Arc<Self>, served: Arc<Served>) -> JoinHandle<()> {
         let (registry, name, version) = (Arc::clone(self), served.name().to_owned(), served.version());
-        let memory = served.memory();
+        let gone = served.handle().gone();
         drop(served);
         tokio::spawn(async move {
-            while memory.strong_count() > 0 {
-                tokio::time::sleep(DRAIN_POLL).await;
-            }
+            gone.wait().await;
             registry.change(|catalog| catalog.ended(&name, version));
         })
     }
 
     async fn bring_in(self: &Arc<Self>, name: &str, version: u64, source: Source) -> Result<()> {
+        // A hub that is slow keeps no other version waiting.
+        let local = blocking(move || Local::new(source)).await?;
         let turn = self.loads.acquire().await.map_err(|_| Error::Draining)?;
         self.change(|catalog| catalog.loading(name, version));
-        let options = self.options.clone();
-        // Reads and converts gigabytes: a thread of its own.
-        let load = tokio::task::spawn_blocking(move || bundled::load(&source, &options));
-        let model = load.await.map_err(|error| Error::internal(format!("loading: {error}")))??;
+        let (options, largest) = (self.options.clone(), self.largest_step);
+        // Reads and converts gigabytes.
+        let model = blocking(move || local.load(&options, largest)).await?;
         let facts = Facts { weights_digest: model.info.weights_digest.clone(), details: details(&model) };
         let weights_digest = facts.weights_digest.clone();
         self.change(|catalog| catalog.warming(name, version, facts));
-        let model = Arc::new(model);
-        let memory = Arc::downgrade(&model);
         let identity = v1::ModelIdentity { name: name.to_owned(), version, weights_digest };
         let usage = self.usage(name);
-        let handle = self.engine.attach(model, name, version).await?;
-        warm::warm(&self.engine, &handle, &usage).await?;
-        warm::probe(&self.engine, &handle).await?;
-        let served = Arc::new(Served::new(identity, handle, memory, usage, Arc::downgrade(self)));
+        let handle = self.engine.attach(Arc::new(model), name, version).await?;
+        if let Err(error) = warm::try_out(&self.engine, &handle, &usage).await {
+            // What has failed takes no memory.
+            let gone = handle.gone();
+            drop(handle);
+            gone.wait().await;
+            return Err(error);
+        }
+        let served = Arc::new(Served::new(identity, handle, usage, Arc::downgrade(self)));
         self.change(|catalog| catalog.available(name, version, served));
         drop(turn);
         Ok(())
@@ -127,6 +127,12 @@ impl Registry {
         let choice = Some(v1::model_spec::Choice::Version(version));
         self.status(Some(&v1::ModelSpec { name: name.to_owned(), choice }))
     }
+}
+
+/// On a thread of its own.
+async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
+    let done = tokio::task::spawn_blocking(work).await;
+    done.map_err(|error| Error::internal(format!("loading: {error}")))?
 }
 
 fn details(model: &LoadedModel) -> v1::ModelDetails {

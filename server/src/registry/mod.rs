@@ -7,6 +7,7 @@
 pub(crate) mod bundled;
 mod catalog;
 mod load;
+mod local;
 mod memory;
 mod policy;
 mod served;
@@ -17,6 +18,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use plumb_model::decoder::StepSize;
 use plumb_model::loaded::LoadOptions;
 use plumb_proto::v1;
 use tokio::sync::{Semaphore, broadcast, watch as watching};
@@ -49,6 +51,8 @@ pub(crate) struct Registry {
     kinds: watching::Sender<Kinds>,
     engine: Engine,
     options: LoadOptions,
+    /// What a model has to have memory for beside itself.
+    largest_step: StepSize,
     /// For so long a new version may be taken back.
     rollback_window: Duration,
     /// Usage of inputs, by model: a new version is warmed with those of the ones before.
@@ -58,13 +62,20 @@ pub(crate) struct Registry {
 }
 
 impl Registry {
-    pub(crate) fn new(engine: Engine, options: LoadOptions, defaults: Defaults, versions: &Versions) -> Arc<Self> {
+    pub(crate) fn new(
+        engine: Engine,
+        options: LoadOptions,
+        largest_step: StepSize,
+        defaults: Defaults,
+        versions: &Versions,
+    ) -> Arc<Self> {
         Arc::new(Self {
             catalog: Mutex::new(Catalog::new(defaults, versions.labels.clone(), versions.traffic.clone())),
             changes: broadcast::Sender::new(MAX_CHANGES_BEHIND),
             kinds: watching::Sender::default(),
             engine,
             options,
+            largest_step,
             rollback_window: versions.rollback_window,
             usage: Mutex::default(),
             loads: Semaphore::new(1),

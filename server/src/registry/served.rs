@@ -22,8 +22,6 @@ const BAD: (u64, u64) = (3, 10);
 pub(crate) struct Served {
     identity: v1::ModelIdentity,
     handle: ModelHandle,
-    /// Tells when its memory is given back.
-    memory: Weak<LoadedModel>,
     since: Instant,
     usage: Arc<Usage>,
     finite: AtomicU64,
@@ -35,12 +33,11 @@ impl Served {
     pub(super) fn new(
         identity: v1::ModelIdentity,
         handle: ModelHandle,
-        memory: Weak<LoadedModel>,
         usage: Arc<Usage>,
         registry: Weak<Registry>,
     ) -> Self {
         let (finite, non_finite) = (AtomicU64::new(0), AtomicU64::new(0));
-        Self { identity, handle, memory, since: Instant::now(), usage, finite, non_finite, registry }
+        Self { identity, handle, since: Instant::now(), usage, finite, non_finite, registry }
     }
 
     pub(crate) fn name(&self) -> &str {
@@ -62,11 +59,6 @@ impl Served {
     /// Since when it is available.
     pub(super) fn since(&self) -> Instant {
         self.since
-    }
-
-    /// Its memory, for as long as somebody holds it.
-    pub(super) fn memory(&self) -> Weak<LoadedModel> {
-        self.memory.clone()
     }
 
     /// Remembers an input: the next version is warmed with its like.

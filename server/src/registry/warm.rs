@@ -80,9 +80,18 @@ impl Usage {
     }
 }
 
+/// Warms a model, and sees whether it scores what it should.
+///
+/// # Errors
+/// If it does not, or a step fails.
+pub(super) async fn try_out(engine: &Engine, model: &ModelHandle, usage: &Usage) -> Result<()> {
+    warm(engine, model, usage).await?;
+    probe(engine, model).await
+}
+
 /// Computes the prompts in use, which stay, and made-up inputs of the lengths in use, so that the first caller finds the
 /// version as fast as the last one found the version before.
-pub(super) async fn warm(engine: &Engine, model: &ModelHandle, usage: &Usage) -> Result<()> {
+async fn warm(engine: &Engine, model: &ModelHandle, usage: &Usage) -> Result<()> {
     let lengths = usage.shapes(model.info.max_input_tokens).into_iter().filter(|length| *length > 1);
     let made_up = lengths.enumerate().map(|(first, length)| {
         // The first token differs, so that each is computed; the others are those of the trial that it has passed.
@@ -106,7 +115,7 @@ pub(super) async fn warm(engine: &Engine, model: &ModelHandle, usage: &Usage) ->
 ///
 /// # Errors
 /// If a score is another one: the files are as they were published, but what they compute here is not.
-pub(super) async fn probe(engine: &Engine, model: &ModelHandle) -> Result<()> {
+async fn probe(engine: &Engine, model: &ModelHandle) -> Result<()> {
     for (i, probe) in model.probes.iter().enumerate() {
         let rendered = match probe.render(&model.text) {
             // This server takes shorter inputs than the one that published.

@@ -245,8 +245,8 @@ fn see_off(registry: &Arc<Registry>, model: &str, versions: &[u64]) -> (Vec<Join
 }
 
 async fn has_headers(registry: &Registry, source: Source) -> bool {
-    let options = registry.options.clone();
-    let read = tokio::task::spawn_blocking(move || LoadedModel::footprint(&source, &options).is_ok());
+    let (options, largest) = (registry.options.clone(), registry.largest_step);
+    let read = tokio::task::spawn_blocking(move || LoadedModel::footprint(&source, &options, largest).is_ok());
     read.await.unwrap_or(false)
 }
 

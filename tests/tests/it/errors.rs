@@ -291,7 +291,7 @@ async fn a_deadline_that_passes_in_the_queue_costs_no_work() {
 async fn a_server_that_starts_is_unavailable() {
     let mut server = Launch::of(["llama-pm"]).model_that_never_loads("slow").listen().await;
     let state = |m: &Exposition| m.value("plumb_model_state", &[("model", "slow")]);
-    server.until("the second model loads", |m| state(m) == f64::from(v1::ModelState::Loading as i32)).await;
+    server.until("the second model is fetched", |m| state(m) == f64::from(v1::ModelState::Start as i32)).await;
     let client = server.client().await;
     assert_eq!(client.health("").await.unwrap().as_str_name(), "NOT_SERVING");
     assert_eq!(server.page("/readyz").await.0, 503);
@@ -299,6 +299,13 @@ async fn a_server_that_starts_is_unavailable() {
     check(client.score(items(named("slow"), vec![text("a")])).await, Code::Unavailable, "still being loaded");
     let generate = v1::GenerateRequest { prompt: Some(text("q")), ..Default::default() };
     check(call::generate(&client, generate).await, Code::Unavailable, "still being loaded");
+    let source = fixture("llama-lm").display().to_string();
+    let other = v1::LoadVersionRequest { name: "other".into(), source, ..Default::default() };
+    assert_eq!(
+        client.load_version(other).await.unwrap().state(),
+        v1::ModelState::Available,
+        "nobody waits for the hub"
+    );
     server.terminate();
     assert_eq!(server.exit_code().await, 0, "a load that hangs does not hold the end up");
 }

@@ -116,6 +116,22 @@ async fn a_message_has_a_size() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_message_has_so_many_parts() {
+    let server = Launch::of(["llama-pm"]).start().await;
+    let client = server.client().await;
+    // Two bytes each, and a hundred when they are decoded.
+    let empty = vec![v1::Input::default(); 1 << 16];
+    let error = refused(client.score(items(None, empty)).await);
+    assert_eq!(error.code, Code::InvalidArgument, "{error}");
+    assert!(error.message.contains("items"), "what can be decoded is refused for what it is: {error}");
+    let turns = vec![conversation(vec![("", ""); 4096]); 20];
+    let error = refused(client.score(items(None, turns)).await);
+    assert_eq!(error.code, Code::InvalidArgument, "{error}");
+    assert!(error.message.contains("more than 65536 items, turns and texts"), "{error}");
+    client.score(items(None, vec![text("a")])).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn headers_have_a_size() {
     let server = Launch::of(["llama-pm"]).start().await;
     let (mut requests, _connection) = http2(&server).await;
