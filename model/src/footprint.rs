@@ -2,6 +2,7 @@
 
 use std::fmt;
 
+use crate::cache::PAGE;
 use crate::checkpoint::{Headers, Source};
 use crate::decoder::{Decoder, StepSize};
 use crate::loaded::{LoadOptions, LoadedModel, Sizes};
@@ -28,7 +29,8 @@ pub struct Footprint {
 impl Footprint {
     /// The most at a time: what is read is packed before the cache is taken.
     pub fn peak(&self) -> u64 {
-        self.weights + self.others + self.reading.max(self.cache + self.workspace)
+        let served = self.cache.saturating_add(self.workspace);
+        (self.weights + self.others).saturating_add(self.reading.max(served))
     }
 
     /// What stays before anything is asked.
@@ -83,6 +85,9 @@ impl LoadedModel {
     pub fn footprint(source: &Source, options: &LoadOptions, largest: StepSize) -> Result<Footprint> {
         let Headers { config, weights, stored_dtype, tokenizer_bytes } = Headers::read(source)?;
         let sizes = Sizes::of(&config, stored_dtype, options)?;
+        // Every token of a step has a place in the cache, and every sequence a token.
+        let tokens = largest.tokens.min(sizes.kv_pages * PAGE);
+        let largest = StepSize { tokens, sequences: largest.sequences.min(tokens) };
         let plan = Decoder::plan(&config, &weights, sizes.dtype, sizes.max_input_tokens);
         Ok(Footprint {
             weights: plan.weights,

@@ -6,6 +6,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use futures::future::try_join_all;
 use futures::{Stream, StreamExt as _, stream};
 use metrics_exporter_prometheus::PrometheusHandle;
 use plumb_model::decoder::StepSize;
@@ -378,16 +379,13 @@ impl Server {
         Failure::Engine(self.lost.borrow().unwrap_or(Loss::Died))
     }
 
-    /// All are listed from the start; they are loaded one after the other.
+    /// All are listed from the start. They are fetched beside one another, and loaded one after the other.
     async fn load_models(&self) -> Result<()> {
         let announce = |model: &crate::config::ModelConfig| {
             self.registry.announce(model.name.clone(), Some(model.version), model.source.clone())
         };
         let loads = self.config.models.iter().map(announce).collect::<Result<Vec<_>>>()?;
-        for load in loads {
-            self.registry.load(load).await?;
-        }
-        Ok(())
+        try_join_all(loads.into_iter().map(|load| self.registry.load(load))).await.map(drop)
     }
 
     /// Brings in what lies in the watched folder, and answers what follows it from then on.

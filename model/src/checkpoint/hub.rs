@@ -5,6 +5,7 @@
 //! meanings.
 
 use std::path::PathBuf;
+use std::sync::{Mutex, PoisonError};
 
 use hf_hub::api::sync::{ApiBuilder, ApiError};
 use hf_hub::{Cache, CacheRepo, Repo, RepoType};
@@ -23,6 +24,10 @@ const FILES: [&str; 8] = [
     lora::CONFIG,
     lora::WEIGHTS,
 ];
+
+/// Held while a repository is fetched: two that fetch the same file make each other fail, because hf-hub waits for the
+/// lock of a file for seconds only.
+static TURN: Mutex<()> = Mutex::new(());
 
 /// Where the hub and its cache are.
 #[derive(Clone, Debug)]
@@ -64,6 +69,7 @@ impl Hub {
                 ))
             });
         }
+        let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
         let failed = |error: ApiError| self.explain(id, revision, &error);
         let api = ApiBuilder::from_cache(cache.clone())
             .with_endpoint(self.endpoint.clone())

@@ -312,9 +312,12 @@ impl<E: Load> Stack<E> {
     fn read(&self, step: &Step<'_>, buffers: &mut Buffers<E>) -> Result<Vec<Vec<f32>>> {
         let hidden = self.config.hidden_size;
         let mut wanted = Vec::new();
-        let mut first = 0;
+        let (mut first, mut scored_rows) = (0, 0);
         for sequence in &step.sequences {
             let rows = sequence.read.rows(sequence.tokens.len());
+            if let Read::LogProbs { .. } = sequence.read {
+                scored_rows += rows.len();
+            }
             wanted.extend(rows.map(|row| first + row));
             first += sequence.tokens.len();
         }
@@ -338,7 +341,7 @@ impl<E: Load> Stack<E> {
                 let mut first = 0;
                 let mut answers = Vec::with_capacity(step.sequences.len());
                 // As few passes over the vocabulary as may be: one for many log-probabilities, one for all logits.
-                let mut scored = (Vec::new(), Vec::new());
+                let mut scored = (Vec::with_capacity(scored_rows * hidden), Vec::with_capacity(scored_rows));
                 let mut sampled = Vec::new();
                 for sequence in &step.sequences {
                     let rows = sequence.read.rows(sequence.tokens.len()).len();

@@ -53,7 +53,8 @@ impl Decoder {
         // Computed, and handed out.
         let logits = if config.head == Head::Language { 2 * vocab_size * FLOAT } else { 0 };
         let of = |count: usize, bytes: usize| count.saturating_mul(bytes) as u64;
-        of(largest.tokens, row) + of(CHUNK.min(largest.tokens), chunk) + of(largest.sequences, logits)
+        let parts = [of(largest.tokens, row), of(CHUNK.min(largest.tokens), chunk), of(largest.sequences, logits)];
+        parts.into_iter().fold(0, u64::saturating_add)
     }
 }
 

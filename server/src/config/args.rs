@@ -104,8 +104,8 @@ pub(crate) struct ModelFlags {
     /// How often the watched folder is read when nothing tells of a change, as on network file systems.
     #[arg(long, env = "PLUMB_POLL_INTERVAL_SECS", default_value = "10", value_parser = seconds, value_name = "SECS")]
     pub(crate) poll_interval_secs: Duration,
-    /// A new version that computes NaN within this time is taken back, and its callers get the version before, which stays
-    /// in memory for so long.
+    /// A new version that computes NaN within this time is taken back, and its callers get the version before. With
+    /// `--swap-policy availability` that one stays in memory for so long; otherwise, it is loaded again.
     #[arg(long, env = "PLUMB_ROLLBACK_WINDOW_SECS", default_value = "60", value_parser = seconds, value_name = "SECS")]
     pub(crate) rollback_window_secs: Duration,
     /// A label that is set once its version is available; repeat for several.

@@ -253,7 +253,7 @@ impl ModelHandle {
     }
 }
 
-/// Tells when a model's memory is given back.
+/// Tells when a model's memory is given back, or the engine has ended.
 pub(crate) struct Gone(watch::Receiver<()>);
 
 impl Gone {

@@ -71,13 +71,14 @@ pub(super) struct Worker {
     pulse: Pulse,
     compute: Arc<Compute>,
     scheduler: Scheduler,
-    devices: HashMap<ModelKey, Device>,
     callers: HashMap<SequenceId, Caller>,
     /// The step that was planned while the last one ran.
     prepared: Option<Plan>,
     /// What came meanwhile and has to wait for the device.
     postponed: VecDeque<Command>,
     evictions: u64,
+    /// Dropped last, after all that holds a model too: then it is told that the memory is back.
+    devices: HashMap<ModelKey, Device>,
 }
 
 impl Worker {

@@ -2,7 +2,7 @@
 //!
 //! A message says how long it is in its first five bytes. Until there is room for so much, nothing more of it is read: the
 //! stream's HTTP/2 window closes, and its sender waits with what it has still to send. The room is held until the
-//! request's work is done.
+//! request's work is done. What the message is made of is counted as it is read, by [`parts`](super::parts).
 //!
 //! Nobody waits for ever for somebody who waits. Whoever waits for room holds none for that message, of which nothing but
 //! what is in the window is here; what was read before it has been passed on, so a stream's earlier requests go on.

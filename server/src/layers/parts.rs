@@ -1,6 +1,6 @@
 //! What a message is made of, counted while its bytes come.
 //!
-//! Two bytes are an empty turn, which takes some hundred when it is decoded: so many turns, items and texts are refused
+//! Two bytes are an empty turn, which takes some hundred when it is decoded: too many turns, items and texts are refused
 //! before that. What is malformed is left to the decoder, which ends where it finds it, and which has read no more parts
 //! than are counted here.
 
@@ -11,12 +11,12 @@ use prost::Message as _;
 use prost_types::FileDescriptorSet;
 use prost_types::field_descriptor_proto::{Label, Type};
 
-/// Most parts of a request: 256 items of 256 turns each.
-pub(crate) const MAX_PARTS: usize = 1 << 16;
+/// Most parts of a request: 256 items of 500 turns each.
+pub(crate) const MAX_PARTS: usize = 1 << 17;
 
 /// The messages of the contract, by what they can hold.
 struct Schema {
-    /// Those of their fields that take memory by being there.
+    /// Those of their fields in which there may be parts.
     messages: Vec<HashMap<u64, Part>>,
     /// Which message an rpc takes, by its path.
     requests: HashMap<String, usize>,
@@ -25,9 +25,19 @@ struct Schema {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Part {
     /// A place of [`Schema::messages`].
-    Message(usize),
+    Message {
+        place: usize,
+        /// One of many; another one stands in what holds it, and takes nothing by being there.
+        repeated: bool,
+    },
     /// One of many strings.
     Text,
+}
+
+impl Part {
+    fn counts(self) -> bool {
+        matches!(self, Self::Message { repeated: true, .. } | Self::Text)
+    }
 }
 
 static SCHEMA: LazyLock<Schema> = LazyLock::new(|| {
@@ -49,10 +59,13 @@ impl Schema {
             })
             .collect();
         let place = |name: &str| all.iter().position(|(known, _)| known == name);
-        let part = |field: &prost_types::FieldDescriptorProto| match field.r#type() {
-            Type::Message => place(field.type_name()).map(Part::Message),
-            Type::String | Type::Bytes if field.label() == Label::Repeated => Some(Part::Text),
-            _ => None,
+        let part = |field: &prost_types::FieldDescriptorProto| {
+            let repeated = field.label() == Label::Repeated;
+            match field.r#type() {
+                Type::Message => Some(Part::Message { place: place(field.type_name())?, repeated }),
+                Type::String | Type::Bytes if repeated => Some(Part::Text),
+                _ => None,
+            }
         };
         let number = |field: &prost_types::FieldDescriptorProto| u64::try_from(field.number()).unwrap_or_default();
         let fields = |message: &prost_types::DescriptorProto| {
@@ -92,6 +105,8 @@ pub(super) struct Parts {
     /// The messages that one is inside of, and where they end.
     open: Vec<(usize, u64)>,
     reading: Reading,
+    /// Groups that one is inside of. The decoder knows none, and skips what is in them.
+    groups: u64,
     /// Bits of a number that have come, and how many.
     number: (u64, u32),
     count: usize,
@@ -116,7 +131,8 @@ impl Parts {
     /// Of a message of so many bytes, which begins after `before` more.
     pub(super) fn new(kind: Kind, before: u64, bytes: u64) -> Self {
         let end = before + bytes;
-        Self { at: 0, open: vec![(kind.0, end)], reading: Reading::Skipped(before), number: (0, 0), count: 0 }
+        let reading = Reading::Skipped(before);
+        Self { at: 0, open: vec![(kind.0, end)], reading, groups: 0, number: (0, 0), count: 0 }
     }
 
     /// Goes on. What comes after the message is left alone.
@@ -141,19 +157,27 @@ impl Parts {
                 Reading::Tag => match number & 7 {
                     0 => Reading::Number,
                     1 => Reading::Skipped(8),
+                    2 if self.groups > 0 => Reading::Length(None),
                     2 => Reading::Length(SCHEMA.messages[message].get(&(number >> 3)).copied()),
+                    3 => {
+                        self.groups += 1;
+                        Reading::Tag
+                    }
+                    4 => {
+                        self.groups = self.groups.saturating_sub(1);
+                        Reading::Tag
+                    }
                     5 => Reading::Skipped(4),
-                    // Groups, whose fields are none of the message's: to count them as such is to count too many.
                     _ => Reading::Tag,
                 },
                 Reading::Length(part) => {
-                    self.count += usize::from(part.is_some());
+                    self.count += usize::from(part.is_some_and(Part::counts));
                     if self.count > MAX_PARTS {
                         return Err(TooMany);
                     }
                     match part {
-                        Some(Part::Message(inner)) => {
-                            self.open.push((inner, self.at.saturating_add(number)));
+                        Some(Part::Message { place, .. }) => {
+                            self.open.push((place, self.at.saturating_add(number)));
                             Reading::Tag
                         }
                         Some(Part::Text) | None => Reading::Skipped(number),
@@ -210,8 +234,7 @@ mod tests {
             request_id: "an id".into(),
             ..v1::ScoreRequest::default()
         };
-        // The spec, three items, a conversation of three turns, token ids.
-        assert_eq!(count(SCORE, &request.encode_to_vec(), 7), Ok(1 + 3 + 1 + 3 + 1));
+        assert_eq!(count(SCORE, &request.encode_to_vec(), 7), Ok(6), "three items and three turns");
         let request = v1::TokenizeRequest { texts: vec!["a".into(), String::new()], ..Default::default() };
         assert_eq!(count("/plumb.v1.Tokens/Tokenize", &request.encode_to_vec(), 7), Ok(2));
         assert!(Kind::of("/plumb.v1.Preference/DropAllTables").is_none());
@@ -241,12 +264,22 @@ mod tests {
         assert_eq!(count(SCORE, &turns, 1000), Err(TooMany));
     }
 
-    /// A request with what may be malformed, and how many parts the decoder made of it.
+    #[test]
+    fn what_is_in_a_group_hides_nothing() {
+        // A field in a group of its own, which as an item would be one of 64 MiB.
+        let group = [0x7b, 0x12, 0x05, 0x7a, 0xff, 0xff, 0xff, 0x1f, 0x7c];
+        let request = [&group[..], &[18, 0].repeat(100)].concat();
+        assert_eq!(decoded(&request), Some(100));
+        assert_eq!(count(SCORE, &request, 3), Ok(100));
+        let nested = [&[0x7b, 0x7b][..], &group, &[0x7c, 0x7c, 18, 0]].concat();
+        assert_eq!((decoded(&nested), count(SCORE, &nested, 1)), (Some(1), Ok(1)));
+    }
+
+    /// How many parts the decoder makes of a request, if it is well-formed.
     fn decoded(bytes: &[u8]) -> Option<usize> {
         let request = v1::ScoreRequest::decode(bytes).ok()?;
         let of = |item: &v1::Input| match &item.input {
-            Some(v1::input::Input::Conversation(conversation)) => 1 + conversation.messages.len(),
-            Some(v1::input::Input::TokenIds(_)) => 1,
+            Some(v1::input::Input::Conversation(conversation)) => conversation.messages.len(),
             _ => 0,
         };
         Some(request.items.len() + request.items.iter().map(of).sum::<usize>())
@@ -265,7 +298,10 @@ mod tests {
 
         #[test]
         fn what_the_decoder_makes_of_anything_is_counted(
-            bytes in prop::collection::vec(prop_oneof![Just(18u8), Just(10u8), 0..8u8, any::<u8>()], 0..200),
+            bytes in prop::collection::vec(
+                prop_oneof![Just(18u8), Just(10u8), Just(0x7bu8), Just(0x7cu8), 0..8u8, any::<u8>()],
+                0..200,
+            ),
             piece in 1..40usize,
         ) {
             if let Some(parts) = decoded(&bytes) {

@@ -153,21 +153,33 @@ impl<H: Clone> Catalog<H> {
         if handle.is_some()
             && let Some(version) = self.version_mut(name, number)
         {
-            version.state = State::Draining(None);
+            version.state = State::Draining(version.bad.take());
         }
         Ok(handle)
     }
 
     /// Takes an available version out of service because it is bad, and sends its callers to another one. `None` if it is
-    /// out already, or is the only one: a bad version then says so call by call. Answers its handle and the version that
-    /// takes its place.
+    /// out already, or is the only one: it then says so call by call, until there is another. Answers its handle and the
+    /// version that takes its place.
     pub(crate) fn roll_back(&mut self, name: &str, number: u64, reason: String) -> Option<(H, u64)> {
         let model = self.find_mut(name).ok()?;
         let handle = model.versions.get(&number)?.handle()?.clone();
-        let refuge = model.refuge(number)?;
+        let refuge = model.refuge(number);
+        let version = model.versions.get_mut(&number)?;
+        let Some(refuge) = refuge else {
+            version.bad = Some(reason);
+            return None;
+        };
+        version.state = State::Draining(Some(reason));
         model.move_labels(number, refuge);
-        model.versions.get_mut(&number)?.state = State::Draining(Some(reason));
         Some((handle, refuge))
+    }
+
+    /// Versions of a model that are available although they are bad, with the reasons.
+    pub(crate) fn bad(&self, name: &str) -> Vec<(u64, String)> {
+        let Ok(model) = self.find(name) else { return Vec::new() };
+        let versions = model.versions.iter().filter(|(_, version)| version.handle().is_some());
+        versions.filter_map(|(number, version)| Some((*number, version.bad.clone()?))).collect()
     }
 
     /// The memory of a draining version is given back.
@@ -257,7 +269,7 @@ impl<H: Clone> Catalog<H> {
                 State::Start | State::Loading | State::Warming => Standing::Coming,
                 State::Available(handle) => {
                     let labelled = model.labels.values().any(|target| target.version == number);
-                    Standing::Serving { since: since(handle), labelled }
+                    Standing::Serving { since: since(handle), labelled, bad: version.bad.is_some() }
                 }
                 State::Draining(_) => Standing::Leaving,
                 State::Ended(_) | State::Failed(..) => return None,

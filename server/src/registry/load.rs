@@ -119,6 +119,7 @@ impl Registry {
         }
         let served = Arc::new(Served::new(identity, handle, usage, Arc::downgrade(self)));
         self.change(|catalog| catalog.available(name, version, served));
+        self.take_back(name);
         drop(turn);
         Ok(())
     }

@@ -150,6 +150,13 @@ impl Registry {
         drop(self.see_out(served));
     }
 
+    /// Takes the bad versions of a model out of service that had no other to take their place.
+    fn take_back(self: &Arc<Self>, name: &str) {
+        for (version, reason) in self.read(|catalog| catalog.bad(name)) {
+            self.roll_back(name, version, &reason);
+        }
+    }
+
     /// Where the versions of a model stand.
     fn standing(&self, name: &str) -> BTreeMap<u64, Standing> {
         self.read(|catalog| catalog.standing(name, |served| served.since()))

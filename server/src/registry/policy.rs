@@ -29,6 +29,8 @@ pub(super) enum Standing {
         since: Instant,
         /// A label points at it: it stays whatever the policy says.
         labelled: bool,
+        /// Its answers are no numbers: another one is wanted.
+        bad: bool,
     },
     /// Draining.
     Leaving,
@@ -37,6 +39,10 @@ pub(super) enum Standing {
 impl Standing {
     fn is_here(&self) -> bool {
         matches!(self, Self::Coming | Self::Serving { .. })
+    }
+
+    fn is_bad(&self) -> bool {
+        matches!(self, Self::Serving { bad: true, .. })
     }
 }
 
@@ -100,7 +106,10 @@ impl Watched {
                 *known = Known::Out;
             }
         }
-        let wanted = self.wanted(disk, &self.taken(standing), now);
+        let bad = |version: &u64| standing.get(version).is_some_and(Standing::is_bad);
+        let mut unwanted = self.taken(standing);
+        unwanted.extend(standing.keys().filter(|version| bad(version)));
+        let wanted = self.wanted(disk, &unwanted, now);
         let retry = self.known.values().filter_map(|known| match known {
             Known::Failed { again: Some(again), .. } if *again > now => Some(*again),
             _ => None,
@@ -127,7 +136,8 @@ impl Watched {
                 Action::Load { version, make_room } => (Some(version), make_room.as_slice()),
                 Action::Unload(version) => (None, std::slice::from_ref(version)),
             };
-            self.known.extend(gone.iter().map(|version| (*version, Known::Going)));
+            let gone = gone.iter().map(|version| (*version, if bad(version) { Known::Out } else { Known::Going }));
+            self.known.extend(gone);
             self.known.extend(come.map(|version| (*version, Known::Ours)));
         }
         (actions, retry.into_iter().chain(settled).min())
@@ -176,9 +186,9 @@ impl Watched {
     }
 
     /// Versions that should be served, the most wanted first.
-    fn wanted(&self, disk: &OnDisk, taken: &BTreeSet<u64>, now: Instant) -> Vec<u64> {
+    fn wanted(&self, disk: &OnDisk, unwanted: &BTreeSet<u64>, now: Instant) -> Vec<u64> {
         let may_come = |(version, stamp): &(&u64, &Stamp)| match self.known.get(version) {
-            _ if taken.contains(version) => false,
+            _ if unwanted.contains(version) => false,
             None | Some(Known::Ours | Known::Going) => true,
             Some(Known::Out) => false,
             Some(Known::Failed { stamp: failed, again }) => failed != *stamp || again.is_some_and(|again| again <= now),
@@ -283,7 +293,7 @@ mod tests {
         fn finish_loads(&mut self) {
             let since = self.now;
             for standing in self.standing.values_mut().filter(|standing| **standing == Standing::Coming) {
-                *standing = Standing::Serving { since, labelled: false };
+                *standing = Standing::Serving { since, labelled: false, bad: false };
             }
         }
 
@@ -315,6 +325,30 @@ mod tests {
         check(VersionPolicy::Latest(3), &[2, 5, 9]);
         check(VersionPolicy::All, &[1, 2, 5, 9]);
         check(VersionPolicy::Specific([2, 9, 77].into()), &[2, 9]);
+    }
+
+    #[test]
+    fn where_the_only_version_is_bad_the_one_before_comes_again() {
+        for swap in [SwapPolicy::Availability, SwapPolicy::Resource] {
+            let mut server = Server::new(VersionPolicy::Latest(1), swap);
+            assert_eq!(server.publish([1, 2]).settle(), [2]);
+            let since = server.now;
+            server.standing.insert(2, Standing::Serving { since, labelled: false, bad: true });
+            let make_room = if swap == SwapPolicy::Resource { vec![2] } else { vec![] };
+            assert_eq!(server.look(), [Action::Load { version: 1, make_room }], "{swap:?}");
+            server.finish_loads();
+            // The server takes it back now.
+            server.standing.remove(&2);
+            assert_eq!(server.settle(), [1], "{swap:?}");
+            assert_eq!(server.pass(WINDOW).settle(), [1], "it stays out");
+            assert_eq!(server.publish([3]).pass(WINDOW).settle().last(), Some(&3));
+        }
+        // There is nothing else: what it can answer it answers.
+        let mut server = Server::new(VersionPolicy::Latest(1), SwapPolicy::Resource);
+        assert_eq!(server.publish([2]).settle(), [2]);
+        let since = server.now;
+        server.standing.insert(2, Standing::Serving { since, labelled: false, bad: true });
+        assert_eq!(server.look(), []);
     }
 
     #[test]
@@ -411,7 +445,7 @@ mod tests {
         let disk = std::mem::take(&mut server.disk);
         assert_eq!(server.settle(), [1]);
         server.disk = disk;
-        server.standing.insert(1, Standing::Serving { since: server.now, labelled: true });
+        server.standing.insert(1, Standing::Serving { since: server.now, labelled: true, bad: false });
         assert_eq!(server.publish([2]).pass(WINDOW).settle(), [1, 2]);
         assert_eq!(server.pass(WINDOW).settle(), [1, 2]);
     }
@@ -419,7 +453,7 @@ mod tests {
     #[test]
     fn a_version_that_is_loaded_by_hand_is_left_alone() {
         let mut server = Server::new(VersionPolicy::Latest(1), SwapPolicy::Resource);
-        server.standing.insert(7, Standing::Serving { since: server.now, labelled: false });
+        server.standing.insert(7, Standing::Serving { since: server.now, labelled: false, bad: false });
         assert_eq!(server.publish([1, 2]).settle(), [2, 7]);
         assert_eq!(server.pass(WINDOW).settle(), [2, 7]);
     }
@@ -495,7 +529,7 @@ mod tests {
     fn a_number_that_somebody_else_has_taken_hides_no_version() {
         let mut server = Server::new(VersionPolicy::Latest(1), SwapPolicy::Availability);
         server.publish([1]).settle();
-        server.standing.insert(2, Standing::Serving { since: server.now, labelled: false });
+        server.standing.insert(2, Standing::Serving { since: server.now, labelled: false, bad: false });
         server.publish([2]);
         let collisions = |server: &mut Server| server.watched.collisions(&server.disk, &server.standing, server.now);
         assert_eq!(collisions(&mut server), [2]);

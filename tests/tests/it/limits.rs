@@ -113,6 +113,9 @@ async fn a_message_has_a_size() {
     let error = refused(server.client().await.score(items(None, vec![text("x".repeat(1000))])).await);
     assert_eq!(error.code, Code::OutOfRange, "{error}");
     assert!(error.message.contains("1000 bytes"), "{error}");
+    let server = Launch::of(["llama-pm"]).start().await;
+    let error = refused(server.client().await.health(&"x".repeat(65 << 10)).await);
+    assert_eq!(error.code, Code::OutOfRange, "strangers send little: {error}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -120,14 +123,14 @@ async fn a_message_has_so_many_parts() {
     let server = Launch::of(["llama-pm"]).start().await;
     let client = server.client().await;
     // Two bytes each, and a hundred when they are decoded.
-    let empty = vec![v1::Input::default(); 1 << 16];
+    let empty = vec![v1::Input::default(); 1 << 17];
     let error = refused(client.score(items(None, empty)).await);
     assert_eq!(error.code, Code::InvalidArgument, "{error}");
     assert!(error.message.contains("items"), "what can be decoded is refused for what it is: {error}");
-    let turns = vec![conversation(vec![("", ""); 4096]); 20];
+    let turns = vec![conversation(vec![("", ""); 4096]); 40];
     let error = refused(client.score(items(None, turns)).await);
     assert_eq!(error.code, Code::InvalidArgument, "{error}");
-    assert!(error.message.contains("more than 65536 items, turns and texts"), "{error}");
+    assert!(error.message.contains("more than 131072 items, turns and texts"), "{error}");
     client.score(items(None, vec![text("a")])).await.unwrap();
 }
 
@@ -178,7 +181,16 @@ async fn a_request_has_to_arrive_in_time() {
     let response = response.await.unwrap();
     assert_eq!(response.headers()["grpc-status"], "4", "{response:?}");
     assert!(response.headers()["grpc-message"].to_str().unwrap().contains("did%20not%20arrive"), "{response:?}");
-    // A stream of requests may pause.
+    // So have those of a stream, of which it answers with its trailers.
+    let uri = format!("http://{}/plumb.v1.Preference/ScoreStream", server.address());
+    let request = score_request(&server).uri(uri).body(()).unwrap();
+    let (response, mut body) = requests.ready().await.unwrap().send_request(request, false).unwrap();
+    body.send_data(&[0, 0, 0, 0, 9, 1], false).unwrap();
+    let mut answers = response.await.unwrap().into_body();
+    assert!(answers.data().await.is_none());
+    let end = answers.trailers().await.unwrap().unwrap();
+    assert_eq!(end["grpc-status"], "4", "{end:?}");
+    // A stream may pause between them.
     let client = server.client().await;
     let (sender, receiver) = tokio::sync::mpsc::channel(1);
     let mut answers = client.score_stream(tokio_stream::wrappers::ReceiverStream::new(receiver)).await.unwrap();

@@ -152,6 +152,26 @@ async fn a_new_version_that_computes_no_numbers_is_taken_back() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_version_that_computes_nan_is_taken_back_where_it_is_the_only_one() {
+    let root = tempfile::tempdir().unwrap();
+    publish(&fixture("llama-pm"), root.path(), "pm");
+    publish(Copied::of("llama-pm").poisoned(POISON).path(), root.path(), "pm");
+    for policy in ["availability", "resource"] {
+        let flags = format!("--swap-policy {policy} --rollback-window-secs 60");
+        let server = Launch::new().flags(&format!("--model-root {} {flags}", root.path().display())).start().await;
+        let client = server.client().await;
+        assert_eq!(answers(&client).await, 2, "{policy}");
+        for _ in 0..3 {
+            client.score(items(named("pm"), vec![ids(&[0, POISON])])).await.unwrap_err();
+        }
+        server.until("the version before is loaded", state(1, Available)).await;
+        server.until("the bad version has failed", state(2, Failed)).await;
+        assert_eq!(answers(&client).await, 1, "{policy}");
+        client.score(items(named("pm"), vec![ids(&[0, POISON])])).await.unwrap();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn calls_are_split_and_equal_calls_get_equal_versions() {
     let root = tempfile::tempdir().unwrap();
     publish(&fixture("llama-pm"), root.path(), "pm");

@@ -59,6 +59,11 @@ fn a_replica_is_killed_under_load() {
 }
 
 #[test]
+fn the_server_is_killed_under_load() {
+    check("server-kill");
+}
+
+#[test]
 fn all_of_it_happens_at_once() {
     check("soak");
 }

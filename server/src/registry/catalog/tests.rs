@@ -254,6 +254,10 @@ fn a_bad_version_gives_way_to_the_one_before() {
     let bad = || "NaN".to_owned();
     let mut catalog = served();
     assert_eq!(catalog.roll_back("pm", 1, bad()), None, "there is no other");
+    let only = catalog.status(&spec("pm", Some(Choice::Version(1)))).unwrap();
+    assert_eq!((only.state(), only.error), (v1::ModelState::Available, bad()), "it says what is wrong");
+    assert_eq!(catalog.bad("pm"), [(1, bad())]);
+    let mut catalog = served();
     load(&mut catalog, "pm", ModelKind::Preference, 21);
     load(&mut catalog, "pm", ModelKind::Preference, 22);
     assert_eq!(catalog.roll_back("pm", 3, bad()), Some((22, 2)));

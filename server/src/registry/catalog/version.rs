@@ -29,11 +29,13 @@ pub(super) enum State<H> {
 pub(super) struct Version<H> {
     pub(super) state: State<H>,
     pub(super) facts: Option<Facts>,
+    /// Why an available version should be out, for which there is no other to take its place.
+    pub(super) bad: Option<String>,
 }
 
 impl<H> Version<H> {
     pub(super) fn new() -> Self {
-        Self { state: State::Start, facts: None }
+        Self { state: State::Start, facts: None, bad: None }
     }
 
     /// Only an available version has one, so that nothing else can be handed out.
@@ -71,6 +73,7 @@ impl<H> Version<H> {
     pub(super) fn error(&self) -> &str {
         match &self.state {
             State::Failed(_, reason) | State::Draining(Some(reason)) => reason,
+            State::Available(_) => self.bad.as_deref().unwrap_or_default(),
             _ => "",
         }
     }

@@ -27,6 +27,8 @@ pub(crate) trait Experiment {
     const NAME: &'static str;
     /// What it shows.
     const TITLE: &'static str;
+    /// Whether models are asked about dialogues.
+    const ASKS: bool = true;
     /// Whether its server needs faults on demand.
     const FAULTY: bool = false;
 
@@ -82,6 +84,7 @@ pub(crate) fn conduct<E: Experiment>(experiment: &E) -> Result<bool> {
         title: E::TITLE.to_owned(),
         what: experiment.what(),
         command: command(),
+        material: if E::ASKS { common.material() } else { String::new() },
         machine,
         seed: common.seed,
         seconds: began.elapsed().as_secs_f64().round(),

@@ -28,7 +28,9 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 
 use crate::context::conduct;
-use crate::experiments::{drain, failed_loads, fuzz, overload, poison, publish_kill, replicas, soak, swaps};
+use crate::experiments::{
+    drain, failed_loads, fuzz, overload, poison, publish_kill, replicas, server_kill, soak, swaps,
+};
 
 /// Shows that the server's promises hold.
 #[derive(Parser)]
@@ -66,6 +68,8 @@ enum Command {
     Fuzz(fuzz::Fuzz),
     /// One of two replicas behind HAProxy is killed under load
     Replicas(replicas::Replicas),
+    /// The server is killed at random points and started again
+    ServerKill(server_kill::ServerKill),
     /// All of it mixed, for a long time
     Soak(soak::Soak),
     /// Writes the tables of RELIABILITY.md from the results
@@ -82,6 +86,7 @@ fn main() -> ExitCode {
         Command::Poison(experiment) => conduct(&experiment),
         Command::Fuzz(experiment) => conduct(&experiment),
         Command::Replicas(experiment) => conduct(&experiment),
+        Command::ServerKill(experiment) => conduct(&experiment),
         Command::Soak(experiment) => conduct(&experiment),
         Command::Render(render) => render.run().map(|()| true),
     };

@@ -70,6 +70,23 @@ impl Common {
         if large.is_dir() { large } else { self.models().join("lm") }
     }
 
+    /// Models and dialogues in words, without folders of this machine.
+    pub(crate) fn material(&self) -> String {
+        let named = |path: &Path| path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        let models = match self.models {
+            None => "the bundled models".to_owned(),
+            Some(_) => {
+                [self.preference_checkpoint(), self.language_checkpoint()].map(|path| named(&path)).join(" and ")
+            }
+        };
+        let data = match (self.data.as_slice(), std::env::var_os("PLUMB_DATA")) {
+            ([], None) => "that are made up".to_owned(),
+            ([], Some(_)) => "of hh-rlhf".to_owned(),
+            (files, _) => format!("of {}", files.iter().map(|file| named(file)).collect::<Vec<_>>().join(", ")),
+        };
+        format!("{models} and {} dialogues {data}", self.dialogues())
+    }
+
     fn models(&self) -> PathBuf {
         self.models.clone().unwrap_or_else(|| root().join("server/models"))
     }

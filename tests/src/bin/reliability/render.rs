@@ -7,7 +7,9 @@ use anyhow::{Context as _, Result};
 use clap::Args;
 
 use crate::context::Experiment;
-use crate::experiments::{drain, failed_loads, fuzz, overload, poison, publish_kill, replicas, soak, swaps};
+use crate::experiments::{
+    drain, failed_loads, fuzz, overload, poison, publish_kill, replicas, server_kill, soak, swaps,
+};
 use crate::options::root;
 use crate::report::Report;
 
@@ -15,7 +17,7 @@ const BEGIN: &str = "<!-- reliability:begin -->\n";
 const END: &str = "<!-- reliability:end -->";
 
 /// In the order in which they are shown.
-const EXPERIMENTS: [&str; 9] = [
+const EXPERIMENTS: [&str; 10] = [
     swaps::Swaps::NAME,
     failed_loads::FailedLoads::NAME,
     publish_kill::PublishKill::NAME,
@@ -24,6 +26,7 @@ const EXPERIMENTS: [&str; 9] = [
     poison::Poison::NAME,
     fuzz::Fuzz::NAME,
     replicas::Replicas::NAME,
+    server_kill::ServerKill::NAME,
     soak::Soak::NAME,
 ];
 
@@ -80,14 +83,15 @@ fn tables(reports: &[Report]) -> String {
         );
     }
     for report in reports {
-        let Report { title, what, command, machine, seconds, runs, experiment, .. } = report;
+        let Report { title, what, command, material, machine, seconds, runs, experiment, .. } = report;
+        let material = if material.is_empty() { String::new() } else { format!("With {material}. ") };
         let runs = match runs.len() {
             1 => "One run".to_owned(),
             n => format!("{n} runs: medians, with smallest and largest; of what must not happen, the worst"),
         };
         let _ = writeln!(
             text,
-            "\n### {title}\n\n{what}\n\n    {command}\n\n{runs}, {seconds:.0} s in all, {} \
+            "\n### {title}\n\n{what}\n\n    {command}\n\n{material}{runs}, {seconds:.0} s in all, {} \
              [{experiment}.json](tests/reliability/results/{experiment}.json).\n\n| figure | bar | measured |\n|---|---|---|",
             machine.in_words()
         );

@@ -129,6 +129,9 @@ pub(crate) struct Report {
     pub(crate) what: String,
     /// The command line.
     pub(crate) command: String,
+    /// Models and dialogues, in words; empty where there are none.
+    #[serde(default)]
+    pub(crate) material: String,
     /// What it ran on.
     pub(crate) machine: Machine,
     /// Seed of the first run; the others count on from it.
@@ -245,6 +248,7 @@ mod tests {
             title: text(),
             what: text(),
             command: text(),
+            material: text(),
             machine,
             seed: 1,
             seconds: 1.0,

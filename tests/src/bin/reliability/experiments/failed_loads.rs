@@ -59,8 +59,8 @@ const WAYS: [Failure; 9] = [
         words: &["safetensors", "sha256", "short"],
     },
     Failure {
-        name: "a disk that reads a corrupt byte",
-        cause: Cause::Fault("corrupt-byte 1000000"),
+        name: "a disk that reads a corrupt byte, slower than all else",
+        cause: Cause::Fault("slow-read 100\ncorrupt-byte 1000000"),
         words: &["sha256"],
     },
     Failure { name: "a failed allocation", cause: Cause::Fault("failed-allocation"), words: &["memory"] },

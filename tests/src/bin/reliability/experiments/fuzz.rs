@@ -30,6 +30,7 @@ impl Fuzz {
 
 impl Experiment for Fuzz {
     const NAME: &'static str = "fuzz";
+    const ASKS: bool = false;
     const TITLE: &'static str = "Fuzzing";
 
     fn common(&self) -> &Common {

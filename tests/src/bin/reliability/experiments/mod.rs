@@ -7,5 +7,6 @@ pub(crate) mod overload;
 pub(crate) mod poison;
 pub(crate) mod publish_kill;
 pub(crate) mod replicas;
+pub(crate) mod server_kill;
 pub(crate) mod soak;
 pub(crate) mod swaps;

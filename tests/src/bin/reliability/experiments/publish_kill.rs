@@ -44,6 +44,7 @@ impl PublishKill {
 
 impl Experiment for PublishKill {
     const NAME: &'static str = "publish-kill";
+    const ASKS: bool = false;
     const TITLE: &'static str = "Publish killed at random points";
 
     fn common(&self) -> &Common {
