@@ -211,6 +211,16 @@ impl<H: Clone> Catalog<H> {
 
     /// The available version that a caller means. `hash` is asked for where calls are split.
     pub(crate) fn resolve(&self, spec: &v1::ModelSpec, need: Need, hash: impl FnOnce() -> u64) -> Result<H> {
+        match self.resolve_now(spec, need, hash) {
+            // It may be among those whose turn has not come: who calls a server that comes back tries again.
+            Err(Error::NotFound { message }) if !self.started => {
+                Err(Error::Starting { message: format!("{message}; models are still being loaded") })
+            }
+            resolved => resolved,
+        }
+    }
+
+    fn resolve_now(&self, spec: &v1::ModelSpec, need: Need, hash: impl FnOnce() -> u64) -> Result<H> {
         let model = self.named(spec, need)?;
         let coming = |what: String| Error::Starting { message: format!("{what} is still being loaded") };
         let number = match &spec.choice {

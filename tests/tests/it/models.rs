@@ -88,6 +88,18 @@ async fn a_version_comes_in_beside_another_and_goes_when_its_calls_have_ended() 
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_load_reads_no_faster_than_it_may() {
+    let server = Launch::of(["llama-pm"]).flags("--load-rate-mib-per-sec 6").start().await;
+    let client = server.client().await;
+    let large = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../server/models/pm");
+    let mib = std::fs::metadata(large.join("model.safetensors")).unwrap().len() as f64 / f64::from(1 << 20);
+    let began = std::time::Instant::now();
+    client.load_version(load("pm", None, &large)).await.unwrap();
+    // It can only be slower.
+    assert!(began.elapsed().as_secs_f64() > 0.9 * mib / 6.0, "{mib} MiB in {:?}", began.elapsed());
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_call_that_runs_keeps_its_version() {
     let lm = Copied::long_lm();
     let server = Launch::new().model("lm", lm.path()).start().await;

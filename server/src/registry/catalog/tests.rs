@@ -55,6 +55,9 @@ fn a_version_is_given_out_only_while_it_is_available() {
         check(catalog, "pm", None, Need::Any, expect);
         check(catalog, "pm", Some(Choice::Version(1)), Need::Any, expect);
     };
+    one(&catalog, Err(Code::Unavailable));
+    catalog.finish_start();
+    one(&catalog, Err(Code::NotFound));
     assert_eq!(catalog.add("pm", None).unwrap(), 1);
     assert_eq!(state(&catalog, "pm", 1), v1::ModelState::Start);
     one(&catalog, Err(Code::Unavailable));
@@ -80,6 +83,7 @@ fn a_version_is_given_out_only_while_it_is_available() {
 #[test]
 fn a_failed_version_says_why_and_may_be_tried_again() {
     let mut catalog = empty();
+    catalog.finish_start();
     catalog.add("pm", Some(4)).unwrap();
     catalog.failed("pm", 4, "tensor `score.weight` is missing".to_owned());
     let status = catalog.status(&spec("pm", None)).unwrap();
