@@ -101,11 +101,13 @@ static WIRE: LazyLock<Wire> = LazyLock::new(|| {
         let address = format!("http://{}", server.grpc_address());
         tokio::spawn(server.run(stream::pending()));
         let channel = Endpoint::from_shared(address).expect("an address").connect().await.expect("a connection");
-        // The language model is the last one to be loaded.
-        let prompt = Some(v1::Input { input: Some(v1::input::Input::Text("a".to_owned())) });
-        let request = v1::GenerateRequest { prompt, ..Default::default() }.encode_to_vec();
-        while call(&channel, "/plumb.v1.Generation/Generate", request.clone()).await == Some(Code::Unavailable) {
-            tokio::time::sleep(Duration::from_millis(10)).await;
+        let text = || v1::Input { input: Some(v1::input::Input::Text("a".to_owned())) };
+        let generate = v1::GenerateRequest { prompt: Some(text()), ..Default::default() }.encode_to_vec();
+        let score = v1::ScoreRequest { items: vec![text()], ..Default::default() }.encode_to_vec();
+        for (path, request) in [("/plumb.v1.Generation/Generate", generate), ("/plumb.v1.Preference/Score", score)] {
+            while call(&channel, path, request.clone()).await == Some(Code::Unavailable) {
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
         }
         channel
     });
