@@ -97,7 +97,7 @@ impl Registry {
     }
 
     async fn bring_in(self: &Arc<Self>, name: &str, version: u64, source: Source) -> Result<()> {
-        // A hub that is slow keeps no other version waiting.
+        // A hub that is slow keeps none waiting that is on this machine.
         let local = blocking(move || Local::new(source)).await?;
         let turn = self.loads.acquire().await.map_err(|_| Error::Draining)?;
         self.change(|catalog| catalog.loading(name, version));

@@ -257,6 +257,11 @@ pub(crate) struct Running {
 }
 
 impl Load {
+    /// Of workers that try nothing again, each on one connection.
+    pub(crate) fn of(url: String, judge: &Arc<Judge>, sink: Arc<dyn Sink>, seed: u64) -> Self {
+        Self { url, retry: RetryPolicy::none(), judge: Arc::clone(judge), sink, reconnect_after: None, seed }
+    }
+
     /// Starts the workers.
     pub(crate) fn start(&self, mix: Mix) -> Running {
         let stop = Arc::new(AtomicBool::new(false));

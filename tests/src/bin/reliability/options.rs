@@ -5,6 +5,8 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context as _, Result};
 use clap::Args;
 
+use crate::load::Mix;
+
 /// Options of every experiment.
 #[derive(Args, Clone, Debug)]
 pub(crate) struct Common {
@@ -52,6 +54,11 @@ impl Common {
     /// One of two values: the second for a quick run.
     pub(crate) fn or_quick<T>(&self, full: T, quick: T) -> T {
         if self.quick { quick } else { full }
+    }
+
+    /// Load that keeps a server busy.
+    pub(crate) fn mix(&self) -> Mix {
+        self.or_quick(Mix::SATURATING, Mix::LIGHT)
     }
 
     /// Dialogues that calls are drawn from.

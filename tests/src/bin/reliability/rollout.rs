@@ -2,11 +2,11 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::time::Instant;
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result, bail, ensure};
 use plumb_client::Client;
 
 use crate::context::{Cast, Context};
@@ -129,8 +129,21 @@ impl Rollout {
 }
 
 /// Publishes a checkpoint with the trainer's command.
-pub(crate) fn publish_command(train: &Path, checkpoint: &Path, root: &Path, name: &str) -> Command {
-    let mut command = Command::new(train);
+pub(crate) fn publish(context: &Context, checkpoint: &Path, root: &Path, name: &str) -> Result<()> {
+    let output = publish_command(context, checkpoint, root, name).output()?;
+    ensure!(output.status.success(), "publish: {}", String::from_utf8_lossy(&output.stderr).trim());
+    Ok(())
+}
+
+/// Begins to publish a checkpoint, and says nothing.
+pub(crate) fn begin_to_publish(context: &Context, checkpoint: &Path, root: &Path, name: &str) -> Result<Child> {
+    let mut command = publish_command(context, checkpoint, root, name);
+    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+    command.spawn().context("plumb-train publish")
+}
+
+fn publish_command(context: &Context, checkpoint: &Path, root: &Path, name: &str) -> Command {
+    let mut command = Command::new(&context.programs.train);
     command.arg("publish").arg(checkpoint).arg(root).args(["--name", name]);
     command
 }
@@ -142,10 +155,7 @@ pub(crate) fn publishing(context: &Context, cast: &Cast) -> Result<(Way, String)
     let published = context.folder().join("published");
     for (name, variants) in [(PM, &cast.preference), (LM, &cast.language)] {
         for variant in variants {
-            let output = publish_command(&context.programs.train, variant, &published, name).output()?;
-            if !output.status.success() {
-                bail!("publish: {}", String::from_utf8_lossy(&output.stderr));
-            }
+            publish(context, variant, &published, name)?;
         }
     }
     let flags = surface::watching(&root);

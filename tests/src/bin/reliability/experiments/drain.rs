@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
 use clap::Args;
-use plumb_client::{Code, RetryPolicy, v1};
+use plumb_client::{Code, v1};
 use plumb_proto::v1::generation_client::GenerationClient;
 use rand::Rng;
 use tokio::task::JoinHandle;
@@ -16,7 +16,7 @@ use tonic_health::pb::{HealthCheckRequest, HealthCheckResponse};
 
 use crate::context::{Cast, Context, Experiment};
 use crate::expected::{LM, PM};
-use crate::load::{Call, End, Load, Log, Mix, Sink, score_items};
+use crate::load::{Call, End, Load, Log, score_items};
 use crate::options::Common;
 use crate::report::Measure;
 use crate::server::{Launch, Server};
@@ -54,10 +54,6 @@ impl Drain {
     fn stuck(&self) -> usize {
         self.common.or_quick(self.stuck, 1)
     }
-
-    fn mix(&self) -> Mix {
-        self.common.or_quick(Mix::SATURATING, Mix::LIGHT)
-    }
 }
 
 impl Experiment for Drain {
@@ -77,7 +73,7 @@ impl Experiment for Drain {
              before anybody is refused. Then {} servers each with a deadline of {DEADLINE_STUCK:?}: with a caller of \
              Generate who stops reading, and with an engine whose step never ends.",
             self.stops(),
-            self.mix().in_words(),
+            self.common.mix().in_words(),
             self.stuck()
         )
     }
@@ -132,16 +128,9 @@ impl Drain {
     async fn stop(&self, context: &Context, cast: &Cast, number: u64) -> Result<Stop> {
         let mut server = launch(context.launch(), cast, DEADLINE, LAME_DUCK).start(context.folder()).await?;
         let log = Arc::new(Log::default());
-        let load = Load {
-            url: server.url(),
-            retry: RetryPolicy::none(),
-            judge: Arc::clone(&cast.judge),
-            sink: Arc::clone(&log) as Arc<dyn Sink>,
-            reconnect_after: None,
-            seed: context.seed << 8 | number,
-        };
+        let load = Load::of(server.url(), &cast.judge, log.clone(), context.seed << 8 | number);
         let watcher = watch(&server).await?;
-        let running = load.start(self.mix());
+        let running = load.start(self.common.mix());
         let busy = context.rng(number).random_range(0.5..context.or_quick(2.0, 0.8));
         context.pause(Duration::from_secs_f64(busy)).await;
         let signal = Instant::now();

@@ -4,17 +4,17 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, bail};
+use anyhow::Result;
 use clap::Args;
-use plumb_client::{Client, RetryPolicy};
+use plumb_client::Client;
 
 use crate::checkpoint::{Damage, damaged};
 use crate::context::{Context, Experiment};
 use crate::expected::PM;
-use crate::load::{Load, Mix, Tally};
+use crate::load::{Load, Tally};
 use crate::options::Common;
 use crate::report::Measure;
-use crate::rollout::{Rollout, Way, publish_command};
+use crate::rollout::{Rollout, Way, publish};
 use crate::surface::{self, Faults};
 
 /// Options of the experiment.
@@ -83,7 +83,7 @@ impl Experiment for FailedLoads {
              and be listed with the version.",
             self.loads(),
             names.join(", "),
-            self.mix().in_words()
+            self.common.mix().in_words()
         )
     }
 
@@ -93,26 +93,19 @@ impl Experiment for FailedLoads {
         let faults = Faults::in_folder(context.folder())?;
         let (_, server) = Rollout::start(context, &cast, Way::Rpc, surface::ROOMY, Some(&faults)).await?;
         let tally = Arc::new(Mutex::new(Tally::default()));
-        let load = Load {
-            url: server.url(),
-            retry: RetryPolicy::none(),
-            judge: Arc::clone(&cast.judge),
-            sink: tally.clone(),
-            reconnect_after: None,
-            seed: context.seed,
-        };
+        let load = Load::of(server.url(), &cast.judge, tally.clone(), context.seed);
         // Connected before and after.
         let client = server.client()?;
         client.list_models().await?;
         // Memory that the load alone takes is taken once.
-        let warming = load.start(self.mix());
+        let warming = load.start(self.common.mix());
         context.pause(context.or_quick(Duration::from_secs(5), Duration::from_millis(500))).await;
         warming.stop().await?;
         let idle = context.or_quick(Duration::from_secs(3), Duration::from_millis(300));
         context.pause(idle).await;
         let before = server.held()?;
 
-        let running = load.start(self.mix());
+        let running = load.start(self.common.mix());
         let seen = self.fail_all(context, &client, &sources, &faults).await?;
         running.stop().await?;
         context.pause(idle).await;
@@ -147,10 +140,6 @@ struct Seen {
 impl FailedLoads {
     fn loads(&self) -> usize {
         self.common.or_quick(self.loads, WAYS.len())
-    }
-
-    fn mix(&self) -> Mix {
-        self.common.or_quick(Mix::SATURATING, Mix::LIGHT)
     }
 
     async fn fail_all(&self, context: &Context, client: &Client, sources: &Sources, faults: &Faults) -> Result<Seen> {
@@ -193,10 +182,7 @@ struct Sources {
 impl Sources {
     fn make(context: &Context, checkpoint: &Path) -> Result<Self> {
         let root = context.folder().join("published");
-        let output = publish_command(&context.programs.train, checkpoint, &root, PM).output()?;
-        if !output.status.success() {
-            bail!("publish: {}", String::from_utf8_lossy(&output.stderr));
-        }
+        publish(context, checkpoint, &root, PM)?;
         let sound = root.join(PM).join("1");
         let mut sources = Self { sound, damaged: Vec::new() };
         for way in &WAYS {

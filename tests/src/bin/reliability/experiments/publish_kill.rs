@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Stdio};
+use std::process::Child;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
@@ -19,7 +19,7 @@ use crate::context::{Context, Experiment};
 use crate::expected::PM;
 use crate::options::Common;
 use crate::report::Measure;
-use crate::rollout::publish_command;
+use crate::rollout::{begin_to_publish, publish};
 use crate::server::Server;
 use crate::surface::{self, MANIFEST};
 
@@ -189,17 +189,14 @@ impl Site {
     }
 
     fn start(&self, context: &Context) -> Result<Child> {
-        let mut command = publish_command(&context.programs.train, &self.source, &self.root, PM);
-        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
-        command.spawn().context("plumb-train publish")
+        begin_to_publish(context, &self.source, &self.root, PM)
     }
 
     /// Publishes; answers the version, or `None` if it failed.
     fn publish(&self, context: &Context) -> Result<Option<u64>> {
         let before = self.numbers()?;
-        let output = publish_command(&context.programs.train, &self.source, &self.root, PM).output()?;
-        if !output.status.success() {
-            context.note(&format!("  publish: {}", String::from_utf8_lossy(&output.stderr).trim()));
+        if let Err(error) = publish(context, &self.source, &self.root, PM) {
+            context.note(&format!("  {error:#}"));
             return Ok(None);
         }
         let new: Vec<u64> = self.numbers()?.difference(&before).copied().collect();

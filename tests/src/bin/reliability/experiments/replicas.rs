@@ -12,7 +12,7 @@ use tokio::net::TcpStream;
 
 use crate::context::{Context, Experiment};
 use crate::expected::PM;
-use crate::load::{Call, Load, Log, Mix, Sink, Tally};
+use crate::load::{Call, Load, Log, Mix, Tally};
 use crate::options::{Common, root};
 use crate::report::Measure;
 use crate::server::{Server, client_of, free_ports};
@@ -73,12 +73,8 @@ impl Experiment for Replicas {
 
         let log = Arc::new(Log::default());
         let load = Load {
-            url: format!("http://127.0.0.1:{bind}"),
             retry: RetryPolicy::default(),
-            judge: Arc::clone(&cast.judge),
-            sink: Arc::clone(&log) as Arc<dyn Sink>,
-            reconnect_after: None,
-            seed: context.seed,
+            ..Load::of(format!("http://127.0.0.1:{bind}"), &cast.judge, log.clone(), context.seed)
         };
         let running = load.start(MIX);
         for (.., server) in &replicas {

@@ -3,24 +3,24 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
-use std::process::{Child, Stdio};
+use std::process::Child;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 use anyhow::{Context as _, Result, ensure};
 use clap::Args;
 use futures::StreamExt;
+use plumb_client::Code;
 use plumb_client::v1::ModelState;
-use plumb_client::{Client, Code, RetryPolicy};
 use plumb_proto::record::Record;
 use rand::Rng;
 
 use crate::context::{Context, Experiment};
 use crate::expected::{LM, PM};
-use crate::load::{Load, Mix, Tally};
+use crate::load::{Load, Tally};
 use crate::options::Common;
 use crate::report::Measure;
-use crate::rollout::publish_command;
+use crate::rollout::begin_to_publish;
 use crate::server::{Server, free_ports};
 use crate::surface;
 
@@ -43,10 +43,6 @@ impl ServerKill {
     fn kills(&self) -> usize {
         self.common.or_quick(self.kills, 3)
     }
-
-    fn mix(&self) -> Mix {
-        self.common.or_quick(Mix::SATURATING, Mix::LIGHT)
-    }
 }
 
 impl Experiment for ServerKill {
@@ -65,7 +61,7 @@ impl Experiment for ServerKill {
              every other answer is compared bit for bit. In the end every line of the records has to be whole, but for the \
              last of a file.",
             self.kills(),
-            self.mix().in_words()
+            self.common.mix().in_words()
         )
     }
 
@@ -80,9 +76,7 @@ impl Experiment for ServerKill {
         let publish = |version: u64| -> Result<Child> {
             let variant = (version - 1) % VARIANTS;
             cast.judge.begins(PM, version, variant as usize);
-            let mut command = publish_command(&context.programs.train, &cast.preference[variant as usize], &root, PM);
-            command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
-            command.spawn().context("plumb-train publish")
+            begin_to_publish(context, &cast.preference[variant as usize], &root, PM)
         };
         let published = |mut child: Child, version: u64| -> Result<()> {
             ensure!(child.wait()?.success(), "publishing version {version} failed");
@@ -101,15 +95,8 @@ impl Experiment for ServerKill {
         published(publish(version)?, version)?;
         let mut server = launch.start(context.folder()).await?;
         let tally = Arc::new(Mutex::new(Tally::default()));
-        let load = Load {
-            url: server.url(),
-            retry: RetryPolicy::none(),
-            judge: Arc::clone(&cast.judge),
-            sink: tally.clone(),
-            reconnect_after: None,
-            seed: context.seed,
-        };
-        let running = load.start(self.mix());
+        let load = Load::of(server.url(), &cast.judge, tally.clone(), context.seed);
+        let running = load.start(self.common.mix());
         // One that nobody disturbs.
         let began = Instant::now();
         version += 1;
@@ -198,8 +185,7 @@ struct Watched {
 
 impl Watched {
     async fn start(server: &Server, version: u64) -> Result<Self> {
-        let client: Client = server.client()?;
-        let mut changes = client.watch_models(PM).await?;
+        let mut changes = server.client()?.watch_models(PM).await?;
         let stage = Arc::new(Mutex::new(Stage::Unknown));
         let seen = Arc::clone(&stage);
         let task = tokio::spawn(async move {

@@ -19,11 +19,11 @@ use crate::checkpoint::{Damage, damaged};
 use crate::context::{Cast, Context, Experiment};
 use crate::dialogues::RESPONSES;
 use crate::expected::PM;
-use crate::load::{BATCH, Call, Kind, Load, Mix, Tally, score_items};
+use crate::load::{BATCH, Call, Kind, Load, Tally, score_items};
 use crate::options::Common;
 use crate::process::Held;
 use crate::report::Measure;
-use crate::rollout::{Rollout, publish_command, publishing};
+use crate::rollout::{Rollout, publish, publishing};
 use crate::server::{Server, client_of};
 use crate::surface;
 
@@ -48,10 +48,6 @@ impl Soak {
     fn time(&self) -> Duration {
         Duration::from_secs_f64(self.common.or_quick(self.minutes, 0.1) * 60.0)
     }
-
-    fn mix(&self) -> Mix {
-        self.common.or_quick(Mix::SATURATING, Mix::LIGHT)
-    }
 }
 
 impl Experiment for Soak {
@@ -70,7 +66,7 @@ impl Experiment for Soak {
              for bit. Memory, descriptors and threads are sampled; what they grow by is read from a straight line through \
              the samples and from the medians of their first and last quarter, the first tenth left out.",
             self.time().as_secs_f64() / 60.0,
-            self.mix().in_words()
+            self.common.mix().in_words()
         )
     }
 
@@ -81,14 +77,10 @@ impl Experiment for Soak {
         let (rollout, server) = Rollout::start(context, &cast, way, &flags, None).await?;
         let tally = Arc::new(Mutex::new(Tally::default()));
         let load = Load {
-            url: server.url(),
-            retry: RetryPolicy::none(),
-            judge: Arc::clone(&cast.judge),
-            sink: tally.clone(),
             reconnect_after: Some(RECONNECT_AFTER),
-            seed: context.seed,
+            ..Load::of(server.url(), &cast.judge, tally.clone(), context.seed)
         };
-        let running = load.start(self.mix());
+        let running = load.start(self.common.mix());
         let sampler = sample(server.pid(), context.or_quick(Duration::from_secs(5), Duration::from_millis(100)));
         let client = server.client()?;
         let mut story = Story { context, cast: &cast, server: &server, client, rollout, broken, load: load.clone() };
@@ -106,8 +98,7 @@ impl Experiment for Soak {
 /// Checkpoints that cannot be loaded.
 fn broken(context: &Context, cast: &Cast) -> Result<Vec<PathBuf>> {
     let root = context.folder().join("sound");
-    let output = publish_command(&context.programs.train, &cast.preference[0], &root, PM).output()?;
-    anyhow::ensure!(output.status.success(), "publish: {}", String::from_utf8_lossy(&output.stderr));
+    publish(context, &cast.preference[0], &root, PM)?;
     let damages =
         [Damage::CorruptByte, Damage::WrongDigest, Damage::Truncated, Damage::WrongShape, Damage::MissingTensor];
     let make = |damage: Damage| {

@@ -5,11 +5,10 @@ use std::time::{Duration, Instant};
 
 use anyhow::Result;
 use clap::Args;
-use plumb_client::RetryPolicy;
 
 use crate::context::{Cast, Context, Experiment};
 use crate::latency::{Split, Window, milliseconds};
-use crate::load::{Call, Kind, Load, Log, Mix, Sink, Tally};
+use crate::load::{Call, Kind, Load, Log, Tally};
 use crate::options::Common;
 use crate::process::Held;
 use crate::report::Measure;
@@ -45,10 +44,6 @@ impl Swaps {
         self.common.or_quick(LANGUAGE_EVERY, 1)
     }
 
-    fn mix(&self) -> Mix {
-        self.common.or_quick(Mix::SATURATING, Mix::LIGHT)
-    }
-
     fn steady(&self) -> Duration {
         Duration::from_secs_f64(self.common.or_quick(self.steady_secs, 0.3))
     }
@@ -73,7 +68,7 @@ impl Experiment for Swaps {
              if none does. {} swaps come first and are checked too, but their times are not counted: what a second \
              version takes in memory is taken once. Memory and descriptors are those of the idle server.",
             self.swaps(),
-            self.mix().in_words(),
+            self.common.mix().in_words(),
             self.early(),
         )
     }
@@ -115,20 +110,13 @@ impl Swaps {
         // Connected before and after.
         let client = server.client()?;
         client.list_models().await?;
-        let load = Load {
-            url: server.url(),
-            retry: RetryPolicy::none(),
-            judge: Arc::clone(&cast.judge),
-            sink: Arc::clone(&log) as Arc<dyn Sink>,
-            reconnect_after: None,
-            seed: context.seed,
-        };
+        let load = Load::of(server.url(), &cast.judge, log.clone(), context.seed);
         // Memory that the load takes, and that a second version takes, is taken once.
-        let warming = load.start(self.mix());
+        let warming = load.start(self.common.mix());
         context.pause(self.steady() * 2).await;
         warming.stop().await?;
         let fresh = idle(context, &server).await?;
-        let warming = load.start(self.mix());
+        let warming = load.start(self.common.mix());
         for swap in 1..=self.early() {
             rollout.swap(&client, model_of(swap)).await?;
         }
@@ -137,7 +125,7 @@ impl Swaps {
         let early = log.drain();
 
         let (began, busy) = (Instant::now(), busy_seconds(&server).await?);
-        let running = load.start(self.mix());
+        let running = load.start(self.common.mix());
         context.begin(swaps as u64, "swaps");
         let mut windows = Vec::new();
         for swap in 1..=swaps {
