@@ -63,6 +63,9 @@ pub enum Error {
     /// A text, template or token id that the model cannot take.
     #[error("{0}")]
     InvalidInput(String),
+    /// A process that renders chat templates does not start, or was ended from outside.
+    #[error("the process that renders chat templates: {0}")]
+    Renderer(String),
     /// The input is longer than the limit, and truncation was not asked for.
     #[error("the input has {tokens} tokens, {limit} are allowed; shorten it, or ask for truncation")]
     TooLong {

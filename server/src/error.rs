@@ -273,6 +273,7 @@ impl From<plumb_model::Error> for Error {
             Model::MissingFile { .. } | Model::Malformed { .. } => Self::Damaged { message },
             Model::OutOfMemory(_) => Self::NoRoom { message },
             Model::Hub(_) => Self::Unavailable { message, retry_after: Duration::from_secs(10) },
+            Model::Renderer(_) => Self::Unavailable { message, retry_after: Duration::from_secs(1) },
             Model::Io { .. } | Model::Tensor(_) => Self::internal(message),
         }
     }
@@ -317,6 +318,7 @@ mod tests {
         check(Error::DeviceLost, Code::Unavailable, false, true);
         check(Error::Unavailable { message: message(), retry_after: after }, Code::Unavailable, false, true);
         check(plumb_model::Error::Hub(message()).into(), Code::Unavailable, false, true);
+        check(plumb_model::Error::Renderer(message()).into(), Code::Unavailable, false, true);
         // Deadline passed in the queue; caller gone.
         check(Error::DeadlineExceeded, Code::DeadlineExceeded, false, false);
         check(Error::Cancelled, Code::Cancelled, false, false);

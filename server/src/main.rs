@@ -5,6 +5,8 @@ use std::process::ExitCode;
 use plumb_server::Config;
 
 fn main() -> ExitCode {
+    #[cfg(target_os = "linux")]
+    plumb_model::text::render_templates_apart();
     match Config::parse(std::env::args_os()) {
         Ok(config) => plumb_server::run(config),
         Err(error) => error.report(),

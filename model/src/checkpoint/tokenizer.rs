@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 use std::path::Path;
 
+use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use tokenizers::Tokenizer;
 
@@ -26,7 +27,7 @@ pub(super) fn files(folder: &Path) -> impl Iterator<Item = String> {
 }
 
 /// Special tokens by their role, as chat templates know them (`bos_token`, `eos_token`).
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SpecialTokens {
     /// Begins a text.
     pub bos: Option<String>,

@@ -6,30 +6,39 @@
 use std::ops::Range;
 
 use super::Message;
-use super::template::ChatTemplate;
+use super::template::{ChatTemplate, Failure};
 
 /// Private-use characters, which no text should have.
 const STAND_IN: &str = "\u{f8ff}plumb response\u{f8ff}";
 
 /// Bytes of `full`, the rendered `messages`, that are the last message's content. `None` if the template left it out or
 /// wrote something else in its place.
-pub(super) fn locate(template: &ChatTemplate, messages: &[Message], full: &str) -> Option<Range<usize>> {
-    let (last, history) = messages.split_last()?;
-    let mut with_stand_in = messages.to_vec();
-    with_stand_in.last_mut()?.content = STAND_IN.into();
-    if let Ok(rendered) = template.render(&with_stand_in, false)
+pub(super) fn locate(
+    template: &ChatTemplate,
+    messages: &[Message],
+    full: &str,
+) -> Result<Option<Range<usize>>, Failure> {
+    // What fails now and may not fail the next time must not decide where the response is.
+    let render = |messages: &[Message], add_generation_prompt| match template.render(messages, add_generation_prompt) {
+        Ok(text) => Ok(Some(text)),
+        Err(Failure::Refused(_)) => Ok(None),
+        Err(failure) => Err(failure),
+    };
+    let Some((last, history)) = messages.split_last() else { return Ok(None) };
+    let stand_in = Message::new(last.role.as_str(), STAND_IN);
+    if let Some(rendered) = render(&[history, &[stand_in]].concat(), false)?
         && let Some((before, after)) = rendered.rsplit_once(STAND_IN)
         && let Some(content) = full.strip_prefix(before).and_then(|rest| rest.strip_suffix(after))
     {
-        return Some(before.len()..before.len() + content.len());
+        return Ok(Some(before.len()..before.len() + content.len()));
     }
     // The template looks into the content, for instance for `</think>`: look for the content after the generation
     // prompt, or anywhere.
-    let prompt = template.render(history, true).unwrap_or_default();
+    let prompt = render(history, true)?.unwrap_or_default();
     let from = if full.starts_with(&prompt) { prompt.len() } else { 0 };
     let content = last.content.trim();
-    let at = from + full[from..].rfind(content).filter(|_| !content.is_empty())?;
-    Some(at..at + content.len())
+    let found = full[from..].rfind(content).filter(|_| !content.is_empty());
+    Ok(found.map(|at| from + at..from + at + content.len()))
 }
 
 #[cfg(test)]
@@ -45,7 +54,7 @@ mod tests {
         let template = ChatTemplate::new(&format!("{TURNS}{body}{END}"), &SpecialTokens::default()).unwrap();
         let messages = [Message::new("user", "Is it an end or a think?"), Message::new("assistant", content)];
         let full = template.render(&messages, false).unwrap();
-        let found = locate(&template, &messages, &full).map(|range| (range.end, &full[range]));
+        let found = locate(&template, &messages, &full).unwrap().map(|range| (range.end, &full[range]));
         assert_eq!(found.map(|(_, text)| text), expected, "{full}");
         let end = full.len() - "<end>".len();
         assert!(found.is_none_or(|(stop, _)| stop == end || full[stop..end].trim().is_empty()), "{full}");

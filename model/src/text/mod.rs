@@ -12,7 +12,6 @@
 //! **Special tokens inside content are special tokens.** `<|im_end|>` in a user's message becomes that token, as in
 //! Transformers. Whoever takes messages from strangers has to remove such strings first.
 
-mod apart;
 mod detokenize;
 mod dialogue;
 mod hhh;
@@ -20,6 +19,8 @@ mod json;
 mod locate;
 mod pipeline;
 mod render;
+#[cfg(target_os = "linux")]
+mod renderer;
 mod template;
 #[cfg(test)]
 mod tests;
@@ -28,15 +29,19 @@ mod truncate;
 
 use std::sync::Arc;
 
+use serde::{Deserialize, Serialize};
+
 pub use detokenize::StreamDecoder;
 pub use hhh::{HhhName, HhhPrompts};
 pub use pipeline::{TextConfig, TextPipeline};
 pub use render::{MAX_MESSAGES, Rendered};
+#[cfg(target_os = "linux")]
+pub use renderer::render_templates_apart;
 pub(crate) use template::MAX_TEMPLATE_BYTES;
 pub use tokens::TokenSpan;
 
 /// One turn of a conversation.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Message {
     /// `system`, `user` or `assistant`; a chat template may know others.
     pub role: String,

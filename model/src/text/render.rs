@@ -6,7 +6,7 @@ use std::ops::Range;
 
 use super::locate::locate;
 use super::pipeline::{Form, Prepared, TextPipeline, check_size};
-use super::template::ChatTemplate;
+use super::template::{ChatTemplate, Failure};
 use super::tokens::{Encoded, Lead};
 use super::truncate::Tokens;
 use super::{HhhPrompt, Message, RenderMode, RenderOptions, Response, TextInput, dialogue};
@@ -326,12 +326,15 @@ fn from_template(template: &ChatTemplate, messages: &[Message], mode: RenderMode
     if mode == RenderMode::Score {
         let text = template.render(messages, false)?;
         let answered = messages.last().is_some_and(|message| message.role == "assistant");
-        let response = if answered { locate(template, messages, &text) } else { None };
+        let response = if answered { locate(template, messages, &text)? } else { None };
         return Ok((text, response.map_or(Part::Nowhere, Part::Bytes)));
     }
     let advice = "; for mutual information, CHAT_FORMAT_HUMAN_ASSISTANT always works";
-    let text = template.render(messages, false).map_err(|error| Error::InvalidInput(format!("{error}{advice}")))?;
-    match locate(template, messages, &text) {
+    let text = template.render(messages, false).map_err(|failure| match failure {
+        Failure::Refused(reason) => Error::InvalidInput(reason + advice),
+        failure => failure.into(),
+    })?;
+    match locate(template, messages, &text)? {
         Some(response) => Ok((text, Part::Bytes(response))),
         None => invalid(&format!("the chat template does not keep the response{advice}")),
     }

@@ -4,10 +4,8 @@
 //! controls, Python's methods on strings and dictionaries, `raise_exception`, `strftime_now`, a `tojson` without HTML
 //! escapes, and `{% generation %}` blocks, which only mark text and so are transparent here.
 //!
-//! A template is code from a checkpoint: its work, its output, its recursion and its time are bounded. Instructions are
-//! counted, but that alone bounds no time, because one may compare or sort strings of megabytes. So only a count that
-//! cannot take long whatever it is spent on is spent where the caller waits; what needs more is rendered again
-//! [`apart`], where it can be given up.
+//! A template is code from a checkpoint: its steps, its output and its recursion are counted here, which stops what runs
+//! away by mistake. What means harm is stopped by a process's limits, see `renderer`.
 
 use std::borrow::Cow;
 use std::fmt;
@@ -17,7 +15,9 @@ use minijinja::syntax::SyntaxConfig;
 use minijinja::{AutoEscape, Environment, Error as JinjaError, ErrorKind, State, Value};
 use sha2::{Digest, Sha256};
 
-use super::{Message, apart};
+#[cfg(target_os = "linux")]
+use super::renderer::Renderers;
+use super::Message;
 use crate::checkpoint::SpecialTokens;
 use crate::{Error, Result};
 
@@ -27,32 +27,53 @@ pub(super) const MAX_RENDERED_BYTES: usize = 4 << 20;
 /// Bytes of a template's source; the longest published ones have some 30,000.
 pub(crate) const MAX_TEMPLATE_BYTES: usize = 1 << 20;
 
-/// Most instructions that a small conversation may take before its rendering is moved to a thread of its own; a piece of
-/// 64 bytes that is written or read counts as one. Templates in use take some hundred, and 40 for a turn.
-const FUEL: u64 = 4_000;
-/// Most bytes of a conversation that is small.
-const SMALL_BYTES: usize = 16 << 10;
-
-/// The same there: some for any conversation, some for every turn, and one for four bytes, which lets a text be gone
-/// over sixteen times.
-const SLOW_FUEL: u64 = 50_000;
-const SLOW_FUEL_FOR_A_TURN: u64 = 200;
-const BYTES_FOR_SLOW_FUEL: u64 = 4;
-
-/// Stack for a rendering. A list in a list in a list, as many as instructions can make, is taken apart by recursion: of
-/// the default stack, that would end the process. Pages of it that are not touched take no memory.
-const STACK: usize = 256 << 20;
+/// Most instructions: some for any conversation, some for every turn, and one for four bytes. A piece of 64 bytes that is
+/// written or read counts as one, so a text can be gone over sixteen times. Templates in use take some hundred, and 40
+/// for a turn.
+const FUEL: u64 = 50_000;
+const FUEL_FOR_A_TURN: u64 = 200;
+const BYTES_FOR_FUEL: u64 = 4;
 
 /// Nested macros, loops and conditions.
 const MAX_RECURSION: usize = 200;
 
 const NAME: &str = "chat_template";
 
-/// A parsed chat template.
+/// A checkpoint's chat template, wherever it is rendered.
 #[derive(Debug)]
 pub(super) struct ChatTemplate {
-    environment: Environment<'static>,
     sha256: String,
+    engine: Engine,
+}
+
+#[derive(Debug)]
+enum Engine {
+    /// By who asks.
+    Here(Template),
+    #[cfg(target_os = "linux")]
+    Apart(Renderers),
+}
+
+/// Why there is no text.
+#[derive(Debug)]
+#[cfg_attr(not(target_os = "linux"), expect(dead_code, reason = "nothing is rendered apart"))]
+pub(super) enum Failure {
+    /// The template's own doing: it fails again.
+    Refused(String),
+    /// It took too much.
+    Exceeded(String),
+    /// Not its doing: a process that renders is needed, and is not there.
+    Lost(String),
+}
+
+impl From<Failure> for Error {
+    fn from(failure: Failure) -> Self {
+        match failure {
+            Failure::Refused(reason) => Self::InvalidInput(reason),
+            Failure::Exceeded(reason) => Self::InvalidInput(format!("the chat template {reason}")),
+            Failure::Lost(reason) => Self::Renderer(reason),
+        }
+    }
 }
 
 impl ChatTemplate {
@@ -64,12 +85,11 @@ impl ChatTemplate {
                 "a chat template of {bytes} bytes, {MAX_TEMPLATE_BYTES} are allowed"
             )));
         }
-        let sha256 = hex::encode(Sha256::digest(source));
-        let environment = environment(source, special).map_err(|error| {
-            let line = error.line().map_or_else(String::new, |line| format!(", line {line}"));
-            Error::Unsupported(format!("the chat template does not parse{line}: {}", describe(&error)))
+        let engine = Engine::new(source, special).map_err(|failure| match Error::from(failure) {
+            Error::InvalidInput(reason) => Error::Unsupported(reason),
+            lost => lost,
         })?;
-        Ok(Self { environment, sha256 })
+        Ok(Self { sha256: hex::encode(Sha256::digest(source)), engine })
     }
 
     /// sha256 of the template's source in hexadecimal.
@@ -78,21 +98,46 @@ impl ChatTemplate {
     }
 
     /// The text of a conversation; with `add_generation_prompt` it ends where the assistant's next turn begins.
-    pub(super) fn render(&self, messages: &[Message], add_generation_prompt: bool) -> Result<String> {
-        let bytes: usize = messages.iter().map(|message| message.role.len() + message.content.len()).sum();
-        if bytes <= SMALL_BYTES {
-            match render(&self.environment, values(messages), add_generation_prompt, FUEL) {
-                Err(error) if error.kind() == ErrorKind::OutOfFuel => {}
-                rendered => return rendered.map_err(refusal),
-            }
+    pub(super) fn render(&self, messages: &[Message], add_generation_prompt: bool) -> Result<String, Failure> {
+        match &self.engine {
+            Engine::Here(template) => template.render(messages, add_generation_prompt).map_err(Failure::Refused),
+            #[cfg(target_os = "linux")]
+            Engine::Apart(renderers) => renderers.render(messages, add_generation_prompt),
         }
-        let (environment, messages) = (self.environment.clone(), messages.to_vec());
-        let turns = messages.len() as u64;
-        let fuel = SLOW_FUEL + SLOW_FUEL_FOR_A_TURN * turns + bytes as u64 / BYTES_FOR_SLOW_FUEL;
-        apart::run(move || {
-            let render = || render(&environment, values(&messages), add_generation_prompt, fuel).map_err(refusal);
-            stacker::grow(STACK, render)
-        })?
+    }
+}
+
+impl Engine {
+    fn new(source: &str, special: &SpecialTokens) -> Result<Self, Failure> {
+        #[cfg(target_os = "linux")]
+        if super::renderer::apart() {
+            return Renderers::new(source, special).map(Self::Apart);
+        }
+        Template::parse(source, special).map(Self::Here).map_err(Failure::Refused)
+    }
+}
+
+/// A parsed chat template. Errors are sentences.
+#[derive(Debug)]
+pub(super) struct Template {
+    environment: Environment<'static>,
+}
+
+impl Template {
+    /// Parses a template. An error names the line.
+    pub(super) fn parse(source: &str, special: &SpecialTokens) -> Result<Self, String> {
+        let environment = environment(source, special).map_err(|error| {
+            let line = error.line().map_or_else(String::new, |line| format!(", line {line}"));
+            format!("the chat template does not parse{line}: {}", describe(&error))
+        })?;
+        Ok(Self { environment })
+    }
+
+    /// The text of a conversation.
+    pub(super) fn render(&self, messages: &[Message], add_generation_prompt: bool) -> Result<String, String> {
+        let bytes: usize = messages.iter().map(|message| message.role.len() + message.content.len()).sum();
+        let fuel = FUEL + FUEL_FOR_A_TURN * messages.len() as u64 + bytes as u64 / BYTES_FOR_FUEL;
+        render(&self.environment, values(messages), add_generation_prompt, fuel).map_err(|error| refusal(&error))
     }
 }
 
@@ -249,25 +294,22 @@ fn strftime_now(state: &State<'_, '_>, format: &str) -> Result<String, JinjaErro
     time::OffsetDateTime::now_utc().format(&items).map_err(|error| invalid(&error))
 }
 
-fn refusal(error: JinjaError) -> Error {
-    let mut cause = std::error::Error::source(&error);
+fn refusal(error: &JinjaError) -> String {
+    let mut cause = std::error::Error::source(error);
     while let Some(inner) = cause {
         if let Some(Raised(message)) = inner.downcast_ref() {
-            return Error::InvalidInput(format!("the chat template refuses the conversation: {message}"));
+            return format!("the chat template refuses the conversation: {message}");
         }
         cause = inner.source();
     }
     match error.kind() {
-        ErrorKind::OutOfFuel => {
-            return Error::InvalidInput("the chat template needs too many steps for this conversation".into());
+        ErrorKind::OutOfFuel => "the chat template needs too many steps for this conversation".to_owned(),
+        ErrorKind::WriteFailure => format!("the chat template writes more than {MAX_RENDERED_BYTES} bytes"),
+        _ => {
+            let line = error.line().map_or_else(String::new, |line| format!(" at line {line}"));
+            format!("the chat template fails on this conversation{line}: {}", describe(error))
         }
-        ErrorKind::WriteFailure => {
-            return Error::InvalidInput(format!("the chat template writes more than {MAX_RENDERED_BYTES} bytes"));
-        }
-        _ => {}
     }
-    let line = error.line().map_or_else(String::new, |line| format!(" at line {line}"));
-    Error::InvalidInput(format!("the chat template fails on this conversation{line}: {}", describe(&error)))
 }
 
 fn describe(error: &JinjaError) -> String {
@@ -314,7 +356,7 @@ mod tests {
 
     fn render_one(source: &str, content: &str) -> Result<String> {
         let special = SpecialTokens { bos: Some("<s>".into()), ..SpecialTokens::default() };
-        ChatTemplate::new(source, &special)?.render(&[Message::new("user", content)], false)
+        Ok(ChatTemplate::new(source, &special)?.render(&[Message::new("user", content)], false)?)
     }
 
     #[track_caller]
@@ -334,14 +376,14 @@ mod tests {
             let text = |name: &str| case[name].as_str().map(str::to_owned);
             let special = SpecialTokens { bos: text("bos_token"), eos: text("eos_token"), ..SpecialTokens::default() };
             let generate = case["add_generation_prompt"].as_bool().unwrap();
-            let rendered = ChatTemplate::new(case["template"].as_str().unwrap(), &special).and_then(|template| {
-                render(&template.environment, value(&case["messages"]), generate, FUEL).map_err(refusal)
+            let rendered = Template::parse(case["template"].as_str().unwrap(), &special).and_then(|template| {
+                render(&template.environment, value(&case["messages"]), generate, FUEL).map_err(|error| refusal(&error))
             });
             let right = match (&rendered, text("expected")) {
                 (Ok(rendered), Some(expected)) => *rendered == expected,
                 // The wording of errors other than raise_exception's is Jinja's own.
                 (Err(error), None) => {
-                    case["name"] == "error-undefined-attribute" || error.to_string().contains(&text("error").unwrap())
+                    case["name"] == "error-undefined-attribute" || error.contains(&text("error").unwrap())
                 }
                 _ => false,
             };
@@ -418,21 +460,6 @@ mod tests {
         check("{{ ('\\n' * 9999999).splitlines() | length }}", "too many steps");
         check("{% for i in range(9999) %}{% if ('x' * 99999).title() %}{% endif %}{% endfor %}", "too many steps");
         check("{{ ('%Y' * 999999) | length }}{{ strftime_now('%Y' * 999999) }}", "too many steps");
-    }
-
-    #[test]
-    fn a_deep_value_does_not_end_the_process() {
-        let nest = "{% set n = namespace(x=[]) %}{% for i in range(9999) %}{% for j in range(9999) %}\
-                    {% set n.x = [n.x] %}{% endfor %}{% endfor %}";
-        check(nest, "too many steps");
-        check("{% set n = namespace(x=[]) %}{% for i in range(5000) %}{% set n.x = [n.x] %}{% endfor %}ok", "ok");
-    }
-
-    #[test]
-    fn what_a_small_budget_does_not_pay_for_is_rendered_apart() {
-        check("{% for a in range(5000) %}{% endfor %}{{ messages[0].content }}", "Köln & <Bonn>");
-        let long = "x".repeat(3 * SMALL_BYTES);
-        assert_eq!(render_one("{{ messages[0].content }}", &long).unwrap(), long);
     }
 
     #[test]

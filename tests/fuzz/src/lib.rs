@@ -60,8 +60,10 @@ pub fn allocated() -> usize {
     HEAP.allocated()
 }
 
-/// To be called once, before the first input.
+/// To be called first thing in a program of targets.
 pub fn start() {
+    #[cfg(target_os = "linux")]
+    plumb_model::text::render_templates_apart();
     panic::set_hook(Box::new(report));
 }
 

@@ -3,21 +3,28 @@
 use std::io::Write;
 use std::path::Path;
 
-use plumb_fuzz::{TARGETS, run, start};
+use libtest_mimic::{Arguments, Failed, Trial};
+use plumb_fuzz::{TARGETS, Target, run, start};
 
-/// One test for all: the bound on memory is that of the process.
-#[test]
-fn every_input_of_the_corpus_is_taken_within_its_bounds() {
+fn main() {
     start();
-    for target in TARGETS {
-        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("corpus").join(target.name);
-        let mut inputs: Vec<_> = std::fs::read_dir(&folder).unwrap().map(|entry| entry.unwrap().path()).collect();
-        inputs.sort();
-        assert!(!inputs.is_empty(), "{} is empty", folder.display());
-        for input in inputs {
-            // An input that ends the process takes the test's own output with it.
-            let _ = writeln!(std::io::stderr(), "{}", input.display());
-            run(target, &std::fs::read(&input).unwrap());
-        }
+    let trials = TARGETS.map(|target| {
+        Trial::test(format!("{}_is_taken_within_its_bounds", target.name), move || every_input(target))
+    });
+    // One at a time: the bound on memory is that of the process.
+    let arguments = Arguments { test_threads: Some(1), ..Arguments::from_args() };
+    libtest_mimic::run(&arguments, trials.into()).exit();
+}
+
+fn every_input(target: &Target) -> Result<(), Failed> {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("corpus").join(target.name);
+    let mut inputs: Vec<_> = std::fs::read_dir(&folder)?.map(|entry| entry.unwrap().path()).collect();
+    inputs.sort();
+    assert!(!inputs.is_empty(), "{} is empty", folder.display());
+    for input in inputs {
+        // An input that ends the process takes the test's own output with it.
+        let _ = writeln!(std::io::stderr(), "{}", input.display());
+        run(target, &std::fs::read(&input)?);
     }
+    Ok(())
 }
