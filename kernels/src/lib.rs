@@ -18,6 +18,8 @@ pub mod memory;
 
 pub mod activation;
 pub mod attention;
+#[cfg(any(feature = "cuda", feature = "emulated"))]
+pub mod gpu;
 pub mod gradient;
 pub mod head;
 pub mod linear;

@@ -25,6 +25,16 @@ impl Rotary {
         Self { dim: 2 * inverse_frequencies.len(), positions, table }
     }
 
+    /// Elements of a head that are rotated.
+    pub fn dim(&self) -> usize {
+        self.dim
+    }
+
+    /// `[positions, dim]`: of each position the cosines of all pairs, then their sines.
+    pub fn table(&self) -> &[f32] {
+        &self.table
+    }
+
     /// Positions that the table covers.
     pub fn positions(&self) -> usize {
         self.positions

@@ -1,5 +1,8 @@
 //! Chat templates that mean harm, rendered apart.
 
+#![cfg(target_os = "linux")]
+#![expect(clippy::unwrap_used, reason = "a test may stop where it stands, in its helpers too")]
+
 use std::fs;
 use std::sync::Arc;
 

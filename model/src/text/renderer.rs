@@ -24,9 +24,7 @@ use std::time::Duration;
 use nix::sys::signal::{SigEvent, SigSet, SigevNotify, Signal};
 use nix::sys::timer::{Expiration, Timer, TimerSetTimeFlags};
 use nix::time::ClockId;
-use rustix::process::{
-    DumpableBehavior, Resource, Rlimit, getpriority_process, set_dumpable_behavior, setrlimit,
-};
+use rustix::process::{DumpableBehavior, Resource, Rlimit, getpriority_process, set_dumpable_behavior, setrlimit};
 use serde::{Deserialize, Serialize};
 
 use super::Message;
@@ -221,10 +219,8 @@ impl Renderer {
 
     /// Why there was no reply.
     fn end(mut self, error: &io::Error) -> Failure {
-        let closed = matches!(
-            error.kind(),
-            ErrorKind::UnexpectedEof | ErrorKind::BrokenPipe | ErrorKind::ConnectionReset
-        );
+        let closed =
+            matches!(error.kind(), ErrorKind::UnexpectedEof | ErrorKind::BrokenPipe | ErrorKind::ConnectionReset);
         if !closed {
             let _ = self.process.kill();
         }
@@ -257,10 +253,10 @@ impl Drop for Renderer {
 fn serve() -> io::Result<()> {
     let mut socket = UnixStream::from(io::stdin().as_fd().try_clone_to_owned()?);
     confine()?;
-    let mut clock = Timer::new(ClockId::CLOCK_PROCESS_CPUTIME_ID, SigEvent::new(SigevNotify::SigevSignal {
-        signal: OUT_OF_TIME,
-        si_value: 0,
-    }))?;
+    let mut clock = Timer::new(
+        ClockId::CLOCK_PROCESS_CPUTIME_ID,
+        SigEvent::new(SigevNotify::SigevSignal { signal: OUT_OF_TIME, si_value: 0 }),
+    )?;
     let mut set = |time: Duration| clock.set(Expiration::OneShot(time.into()), TimerSetTimeFlags::empty());
     let mut template = None;
     loop {

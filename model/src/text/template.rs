@@ -15,9 +15,9 @@ use minijinja::syntax::SyntaxConfig;
 use minijinja::{AutoEscape, Environment, Error as JinjaError, ErrorKind, State, Value};
 use sha2::{Digest, Sha256};
 
+use super::Message;
 #[cfg(target_os = "linux")]
 use super::renderer::Renderers;
-use super::Message;
 use crate::checkpoint::SpecialTokens;
 use crate::{Error, Result};
 

@@ -8,9 +8,8 @@ use plumb_fuzz::{TARGETS, Target, run, start};
 
 fn main() {
     start();
-    let trials = TARGETS.map(|target| {
-        Trial::test(format!("{}_is_taken_within_its_bounds", target.name), move || every_input(target))
-    });
+    let trials = TARGETS
+        .map(|target| Trial::test(format!("{}_is_taken_within_its_bounds", target.name), move || every_input(target)));
     // One at a time: the bound on memory is that of the process.
     let arguments = Arguments { test_threads: Some(1), ..Arguments::from_args() };
     libtest_mimic::run(&arguments, trials.into()).exit();

@@ -1,0 +1,103 @@
+//! What is asked of a device: memory, copies, kernels by their names, and products of matrices.
+
+use std::ffi::c_void;
+use std::fmt::Debug;
+
+use super::{Memory, Result};
+
+/// A device. Addresses are the device's own.
+pub(super) trait Driver: Debug + Send + Sync {
+    fn name(&self) -> &str;
+
+    fn memory(&self) -> Result<Memory>;
+
+    fn synchronize(&self) -> Result<()>;
+
+    /// So many zero bytes, at least one, at an address that is a multiple of 256.
+    fn allocate(&self, bytes: usize) -> Result<u64>;
+
+    /// # Safety
+    /// The address is one that [`Driver::allocate`] gave, once.
+    unsafe fn free(&self, address: u64);
+
+    /// Copies to the device. The bytes are taken when it returns.
+    ///
+    /// # Safety
+    /// So many bytes are allocated there.
+    unsafe fn write(&self, address: u64, bytes: &[u8]) -> Result<()>;
+
+    /// Copies from the device, once everything before is done.
+    ///
+    /// # Safety
+    /// So many bytes are allocated there.
+    unsafe fn read(&self, address: u64, bytes: &mut [u8]) -> Result<()>;
+
+    /// Runs a kernel.
+    ///
+    /// # Safety
+    /// See `Gpu::launch`.
+    unsafe fn launch(
+        &self,
+        kernel: &str,
+        grid: [u32; 3],
+        threads: u32,
+        shared_bytes: u32,
+        arguments: &[Argument<'_>],
+    ) -> Result<()>;
+
+    /// `y[rows, outputs] = x[rows, inputs] w[outputs, inputs]^T`.
+    ///
+    /// # Safety
+    /// The addresses are those of as much memory.
+    unsafe fn multiply(&self, product: &Product) -> Result<()>;
+}
+
+/// An argument of a kernel.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Argument<'a> {
+    /// A pointer; 0 is null.
+    Address(u64),
+    U32(u32),
+    U64(u64),
+    F32(f32),
+    /// A structure.
+    Bytes(&'a [u8]),
+}
+
+impl Argument<'_> {
+    /// Where the value is, as CUDA wants it.
+    pub(super) fn pointer(&self) -> *mut c_void {
+        match self {
+            Self::Address(value) | Self::U64(value) => std::ptr::from_ref(value).cast_mut().cast(),
+            Self::U32(value) => std::ptr::from_ref(value).cast_mut().cast(),
+            Self::F32(value) => std::ptr::from_ref(value).cast_mut().cast(),
+            Self::Bytes(bytes) => bytes.as_ptr().cast_mut().cast(),
+        }
+    }
+}
+
+/// Types of numbers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) enum Number {
+    F32,
+    Bf16,
+}
+
+/// A product of matrices.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Product {
+    /// Of `w` and `x`; sums are f32.
+    pub(super) inputs_are: Number,
+    /// Of `y`: f32, or that of the inputs.
+    pub(super) outputs_are: Number,
+    pub(super) w: u64,
+    pub(super) x: u64,
+    pub(super) y: u64,
+    /// `[outputs]` of f32, or 0.
+    pub(super) bias: u64,
+    pub(super) rows: usize,
+    pub(super) inputs: usize,
+    pub(super) outputs: usize,
+    /// To what is in `y` already; then `y` is f32.
+    pub(super) add: bool,
+}

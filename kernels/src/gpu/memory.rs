@@ -1,0 +1,151 @@
+//! Arrays in a GPU's memory.
+
+use std::fmt;
+use std::marker::PhantomData;
+use std::ops::Range;
+
+use bytemuck::Pod;
+
+use super::{Gpu, Result};
+
+/// An array in a GPU's memory.
+pub struct Buffer<T> {
+    gpu: Gpu,
+    address: u64,
+    len: usize,
+    numbers: PhantomData<T>,
+}
+
+/// Part of a [`Buffer`], to be read.
+#[derive(Clone, Copy, Debug)]
+pub struct View<'a, T> {
+    pub(super) address: u64,
+    pub(super) len: usize,
+    numbers: PhantomData<&'a T>,
+}
+
+/// Part of a [`Buffer`], to be written.
+#[derive(Debug)]
+pub struct ViewMut<'a, T> {
+    pub(super) address: u64,
+    pub(super) len: usize,
+    numbers: PhantomData<&'a mut T>,
+}
+
+impl Gpu {
+    /// An array of zeros.
+    ///
+    /// # Errors
+    /// [`OutOfMemory`](super::GpuError::OutOfMemory) if there is no room for it.
+    pub fn zeros<T: Pod>(&self, len: usize) -> Result<Buffer<T>> {
+        let address = self.0.allocate((len * size_of::<T>()).max(1))?;
+        Ok(Buffer { gpu: self.clone(), address, len, numbers: PhantomData })
+    }
+
+    /// An array with these values.
+    ///
+    /// # Errors
+    /// [`OutOfMemory`](super::GpuError::OutOfMemory) if there is no room for it.
+    pub fn upload<T: Pod>(&self, values: &[T]) -> Result<Buffer<T>> {
+        let mut buffer = self.zeros(values.len())?;
+        buffer.write(0, values)?;
+        Ok(buffer)
+    }
+}
+
+impl<T: Pod> Buffer<T> {
+    /// Number of elements.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// Bytes that it takes.
+    pub fn bytes(&self) -> usize {
+        self.len * size_of::<T>()
+    }
+
+    /// Part of it.
+    ///
+    /// # Panics
+    /// If the range is not inside.
+    pub fn view(&self, range: Range<usize>) -> View<'_, T> {
+        View { address: self.at(&range), len: range.len(), numbers: PhantomData }
+    }
+
+    /// All of it.
+    pub fn all(&self) -> View<'_, T> {
+        self.view(0..self.len)
+    }
+
+    /// Part of it, to be written.
+    ///
+    /// # Panics
+    /// If the range is not inside.
+    pub fn view_mut(&mut self, range: Range<usize>) -> ViewMut<'_, T> {
+        ViewMut { address: self.at(&range), len: range.len(), numbers: PhantomData }
+    }
+
+    /// All of it, to be written.
+    pub fn all_mut(&mut self) -> ViewMut<'_, T> {
+        self.view_mut(0..self.len)
+    }
+
+    /// Sets the elements from `first` on.
+    ///
+    /// # Errors
+    /// If the GPU failed.
+    ///
+    /// # Panics
+    /// If they are not inside.
+    pub fn write(&mut self, first: usize, values: &[T]) -> Result<()> {
+        let address = self.at(&(first..first + values.len()));
+        // SAFETY: `at` has found them inside.
+        unsafe { self.gpu.0.write(address, bytemuck::cast_slice(values)) }
+    }
+
+    /// The elements from `first` on, once everything that was asked for is done.
+    ///
+    /// # Errors
+    /// If the GPU failed, now or before.
+    ///
+    /// # Panics
+    /// If they are not inside.
+    pub fn read(&self, first: usize, values: &mut [T]) -> Result<()> {
+        let address = self.at(&(first..first + values.len()));
+        // SAFETY: `at` has found them inside.
+        unsafe { self.gpu.0.read(address, bytemuck::cast_slice_mut(values)) }
+    }
+
+    /// All elements.
+    ///
+    /// # Errors
+    /// If the GPU failed, now or before.
+    pub fn to_vec(&self) -> Result<Vec<T>> {
+        let mut values = vec![T::zeroed(); self.len];
+        self.read(0, &mut values)?;
+        Ok(values)
+    }
+
+    fn at(&self, range: &Range<usize>) -> u64 {
+        assert!(range.start <= range.end && range.end <= self.len, "{range:?} of an array of {}", self.len);
+        self.address + (range.start * size_of::<T>()) as u64
+    }
+}
+
+impl<T> Drop for Buffer<T> {
+    fn drop(&mut self) {
+        // SAFETY: it was allocated, and nobody has freed it before.
+        unsafe { self.gpu.0.free(self.address) }
+    }
+}
+
+impl<T> fmt::Debug for Buffer<T> {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(formatter, "Buffer of {} x {} on {}", self.len, std::any::type_name::<T>(), self.gpu.name())
+    }
+}

@@ -1,0 +1,132 @@
+//! The operations of a decoder on a GPU, in the order in which they are asked for.
+//!
+//! A [`Gpu`] is a device with one stream: everything that it is asked for happens in order, later than the call, and
+//! [`Buffer::read`] waits for it. Operations take views of buffers. Shapes that do not fit panic, as on the CPU; what the
+//! device cannot do is a [`GpuError`].
+//!
+//! The kernels are those in `cuda/`. With the feature `cuda` they run on NVIDIA GPUs; a program that was built with it
+//! starts without CUDA's libraries and finds no GPU then. With the feature `emulated` they run on the CPU, for tests.
+
+mod attention;
+#[cfg(feature = "cuda")]
+mod cuda;
+mod driver;
+#[cfg(feature = "emulated")]
+mod emulated;
+mod head;
+mod linear;
+mod memory;
+mod rows;
+
+use std::fmt;
+use std::sync::Arc;
+
+pub use attention::{KvPages, Pieces, Prepare};
+pub use head::MAX_TOP;
+pub use linear::{Linear, Output};
+pub use memory::{Buffer, View, ViewMut};
+pub use rows::Norm;
+
+use driver::{Argument, Driver};
+
+/// A GPU. Clones are the same one.
+#[derive(Clone, Debug)]
+pub struct Gpu(Arc<dyn Driver>);
+
+/// What a GPU could not do.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum GpuError {
+    /// There is no such GPU, or not what it takes to use it.
+    Missing(String),
+    /// It has no memory for so many bytes.
+    OutOfMemory {
+        /// Bytes that were asked for.
+        bytes: usize,
+    },
+    /// It refused, or is lost: nothing that is asked of it from now on can be relied on.
+    Failed(String),
+}
+
+impl fmt::Display for GpuError {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Missing(reason) => write!(formatter, "no GPU: {reason}"),
+            Self::OutOfMemory { bytes } => write!(formatter, "the GPU has no memory for an array of {bytes} bytes"),
+            Self::Failed(reason) => write!(formatter, "the GPU failed: {reason}"),
+        }
+    }
+}
+
+impl std::error::Error for GpuError {}
+
+/// Result of what a GPU does.
+pub type Result<T, E = GpuError> = std::result::Result<T, E>;
+
+/// Bytes of a GPU's memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Memory {
+    /// That nobody has taken.
+    pub free: usize,
+    /// All of it.
+    pub total: usize,
+}
+
+impl Gpu {
+    /// The GPU of this number, from 0 on.
+    ///
+    /// # Errors
+    /// [`GpuError::Missing`] if there is none, or no driver or cuBLAS for it.
+    #[cfg(feature = "cuda")]
+    pub fn cuda(number: usize) -> Result<Self> {
+        Ok(Self(Arc::new(cuda::Cuda::new(number)?)))
+    }
+
+    /// The CPU, doing what a GPU would.
+    #[cfg(feature = "emulated")]
+    pub fn emulated() -> Self {
+        Self(Arc::new(emulated::Emulated::default()))
+    }
+
+    /// What it calls itself.
+    pub fn name(&self) -> &str {
+        self.0.name()
+    }
+
+    /// Its memory now.
+    ///
+    /// # Errors
+    /// [`GpuError::Failed`] if it is lost.
+    pub fn memory(&self) -> Result<Memory> {
+        self.0.memory()
+    }
+
+    /// Waits until everything is done.
+    ///
+    /// # Errors
+    /// What of it failed.
+    pub fn synchronize(&self) -> Result<()> {
+        self.0.synchronize()
+    }
+
+    /// Runs a kernel of `cuda/`.
+    ///
+    /// # Safety
+    /// The arguments are what the kernel takes, in number, order and type, and their addresses are those of as much memory
+    /// as it uses.
+    unsafe fn launch(
+        &self,
+        kernel: &str,
+        grid: [usize; 3],
+        threads: usize,
+        shared_bytes: usize,
+        arguments: &[Argument<'_>],
+    ) -> Result<()> {
+        if grid.contains(&0) {
+            return Ok(());
+        }
+        let size = |n: usize| u32::try_from(n).map_err(|_| GpuError::Failed(format!("{kernel}: {n} blocks or more")));
+        let grid = [size(grid[0])?, size(grid[1])?, size(grid[2])?];
+        // SAFETY: as above.
+        unsafe { self.0.launch(kernel, grid, size(threads)?, size(shared_bytes)?, arguments) }
+    }
+}

@@ -1,0 +1,497 @@
+//! The kernels of every GPU that there is, the emulated one among them, against the reference.
+
+#![cfg(any(feature = "cuda", feature = "emulated"))]
+#![expect(clippy::unwrap_used, reason = "a test may stop where it stands, in its helpers too")]
+
+use half::bf16;
+use plumb_kernels::activation::Activation;
+use plumb_kernels::attention::{PAGE, Rule, Run, Span};
+use plumb_kernels::gpu::{self, Gpu, KvPages, Pieces, Prepare};
+use plumb_kernels::norm::Norm;
+use plumb_kernels::rotary::Rotary;
+use plumb_kernels::{Element, reference};
+
+/// Runs a test on each.
+fn on_each(test: impl Fn(&Gpu)) {
+    #[cfg(feature = "emulated")]
+    test(&Gpu::emulated());
+    #[cfg(feature = "cuda")]
+    match Gpu::cuda(0) {
+        Ok(gpu) => test(&gpu),
+        Err(error) => eprintln!("skipped: {error}"),
+    }
+}
+
+/// Numbers from -1 to 1.
+fn numbers(n: usize, seed: usize) -> Vec<f32> {
+    (0..n).map(|i| ((i * 7919 + seed * 104_729) % 2003) as f32 / 1001.0 - 1.0).collect()
+}
+
+fn rounded<E: Element>(values: &[f32]) -> Vec<E> {
+    values.iter().map(|value| E::from_f32(*value)).collect()
+}
+
+fn widened<E: Element>(values: &[E]) -> Vec<f32> {
+    values.iter().map(|value| value.to_f32()).collect()
+}
+
+/// Compares with what the reference makes of inputs that were rounded to `E`, which then rounds once.
+#[track_caller]
+fn assert_close<E: Element>(found: &[E], expected: &[f32], what: &str) {
+    let relative = if size_of::<E>() == 2 { 1.0 / 128.0 } else { 1e-5 };
+    assert_eq!(found.len(), expected.len(), "{what}");
+    for (i, (found, expected)) in found.iter().zip(expected).enumerate() {
+        let found = found.to_f32();
+        assert!((found - expected).abs() <= relative * (1.0 + expected.abs()), "{what} {i}: {found} {expected}");
+    }
+}
+
+fn norms<E: Element>(gpu: &Gpu) {
+    for (rows, width) in [(1, 4), (3, 64), (2, 100), (5, 2304), (2, 8196)] {
+        let (x, weight, bias) = (numbers(rows * width, 1), numbers(width, 2), numbers(width, 3));
+        let rms = (Norm::Rms { weight: weight.clone(), eps: 1e-5 }, reference::rms_norm(&x, &weight, 1e-5));
+        let layer = Norm::Layer { weight: weight.clone(), bias: bias.clone(), eps: 1e-5 };
+        let layer = (layer, reference::layer_norm(&x, &weight, &bias, 1e-5));
+        let gpu_x = gpu.upload(&x).unwrap();
+        for (name, (norm, expected)) in [("rms", rms), ("layer", layer)] {
+            let what = format!("{name} norm of {rows} x {width}");
+            let norm = gpu::Norm::new(gpu, &norm).unwrap();
+            let mut out = gpu.zeros::<E>(rows * width).unwrap();
+            norm.forward(gpu, gpu_x.all(), None, out.all_mut()).unwrap();
+            assert_close(&out.to_vec().unwrap(), &expected, &what);
+
+            let wanted = gpu.upload(&[rows as u32 - 1, 0]).unwrap();
+            let mut out = gpu.zeros::<E>(2 * width).unwrap();
+            norm.forward(gpu, gpu_x.all(), Some(wanted.all()), out.all_mut()).unwrap();
+            let rows_wanted = [&expected[(rows - 1) * width..], &expected[..width]].concat();
+            assert_close(&out.to_vec().unwrap(), &rows_wanted, &what);
+
+            let before = numbers(rows * width, 4);
+            let mut sum = gpu.upload(&before).unwrap();
+            norm.add_to(gpu, gpu_x.all(), sum.all_mut()).unwrap();
+            let expected: Vec<f32> = before.iter().zip(&expected).map(|(before, y)| before + y).collect();
+            assert_close(&sum.to_vec().unwrap(), &expected, &what);
+        }
+    }
+}
+
+#[test]
+fn norms_are_those_of_the_reference() {
+    on_each(|gpu| {
+        norms::<f32>(gpu);
+        norms::<bf16>(gpu);
+    });
+}
+
+fn embeddings<E: Element>(gpu: &Gpu) {
+    let (tokens, width) = (7, 72);
+    let table: Vec<E> = rounded(&numbers(tokens * width, 1));
+    let ids = [6u32, 0, 3, 3];
+    let mut x = gpu.zeros::<f32>(ids.len() * width).unwrap();
+    let (gpu_table, gpu_ids) = (gpu.upload(&table).unwrap(), gpu.upload(&ids).unwrap());
+    gpu.embed(gpu_table.all(), gpu_ids.all(), 3.0, width, x.all_mut()).unwrap();
+    let expected: Vec<f32> =
+        ids.iter().flat_map(|id| table[*id as usize * width..][..width].iter().map(|x| x.to_f32() * 3.0)).collect();
+    assert_eq!(x.to_vec().unwrap(), expected);
+}
+
+#[test]
+fn embeddings_are_rows_of_the_table() {
+    on_each(|gpu| {
+        embeddings::<f32>(gpu);
+        embeddings::<bf16>(gpu);
+    });
+}
+
+/// The error function (Abramowitz and Stegun 1964, 7.1.26, good to 1.5e-7).
+fn erf(x: f64) -> f64 {
+    let t = 1.0 / (1.0 + 0.327_591_1 * x.abs());
+    let factors = [1.061_405_429, -1.453_152_027, 1.421_413_741, -0.284_496_736, 0.254_829_592];
+    let sum = factors.iter().fold(0.0, |sum, factor| (sum + factor) * t);
+    (1.0 - sum * (-x * x).exp()).copysign(x)
+}
+
+fn activations<E: Element>(gpu: &Gpu) {
+    let (rows, width) = (3, 92);
+    let x: Vec<E> = rounded(&numbers(rows * 2 * width, 1).iter().map(|x| x * 6.0).collect::<Vec<_>>());
+    let gpu_x = gpu.upload(&x).unwrap();
+    type Function = fn(f64) -> f64;
+    let activations: [(Activation, Function); 3] = [
+        (Activation::Silu, |x| x / (1.0 + (-x).exp())),
+        (Activation::Gelu, |x| 0.5 * x * (1.0 + erf(x / 2f64.sqrt()))),
+        (Activation::GeluTanh, |x| 0.5 * x * (1.0 + (0.797_884_560_8 * (x + 0.044_715 * x * x * x)).tanh())),
+    ];
+    for (activation, function) in activations {
+        let act = |x: &E| function(f64::from(x.to_f32()));
+        let mut out = gpu.zeros::<E>(x.len()).unwrap();
+        gpu.activate(activation, false, gpu_x.all(), 2 * width, out.all_mut()).unwrap();
+        let expected: Vec<f32> = x.iter().map(|x| act(x) as f32).collect();
+        assert_close(&out.to_vec().unwrap(), &expected, &format!("{activation:?}"));
+
+        let mut out = gpu.zeros::<E>(rows * width).unwrap();
+        gpu.activate(activation, true, gpu_x.all(), width, out.all_mut()).unwrap();
+        let gated = |row: &[E]| -> Vec<f32> {
+            let (gate, up) = row.split_at(width);
+            gate.iter().zip(up).map(|(gate, up)| (act(gate) * f64::from(up.to_f32())) as f32).collect()
+        };
+        let expected: Vec<f32> = x.chunks_exact(2 * width).flat_map(gated).collect();
+        assert_close(&out.to_vec().unwrap(), &expected, &format!("gated {activation:?}"));
+    }
+}
+
+#[test]
+fn activations_are_those_of_the_reference() {
+    on_each(|gpu| {
+        activations::<f32>(gpu);
+        activations::<bf16>(gpu);
+    });
+}
+
+fn products<E: gpu::Output<E>>(gpu: &Gpu)
+where
+    f32: gpu::Output<E>,
+{
+    for (rows, inputs, outputs) in [(1, 64, 8), (5, 40, 72), (130, 256, 136)] {
+        let (x, w): (Vec<E>, Vec<E>) = (rounded(&numbers(rows * inputs, 1)), rounded(&numbers(outputs * inputs, 2)));
+        let bias = numbers(outputs, 3);
+        let gpu_x = gpu.upload(&x).unwrap();
+        for bias in [None, Some(&bias[..])] {
+            let what = format!("{rows} x {inputs} x {outputs}, bias: {}", bias.is_some());
+            let layer = gpu::Linear::new(gpu, &w, bias, inputs).unwrap();
+            let expected = reference::linear(&widened(&x), &widened(&w), bias, inputs);
+            let mut y = gpu.zeros::<f32>(rows * outputs).unwrap();
+            layer.forward(gpu, gpu_x.all(), y.all_mut()).unwrap();
+            assert_close(&y.to_vec().unwrap(), &expected, &what);
+            layer.add_to(gpu, gpu_x.all(), y.all_mut()).unwrap();
+            let twice: Vec<f32> = expected.iter().map(|y| 2.0 * y).collect();
+            assert_close(&y.to_vec().unwrap(), &twice, &what);
+            let mut y = gpu.zeros::<E>(rows * outputs).unwrap();
+            layer.forward(gpu, gpu_x.all(), y.all_mut()).unwrap();
+            assert_close(&y.to_vec().unwrap(), &expected, &what);
+
+            let mut part = gpu.zeros::<f32>(rows * 8).unwrap();
+            layer.part(gpu, outputs - 8, 8, gpu_x.all(), part.all_mut()).unwrap();
+            let expected: Vec<f32> =
+                expected.chunks_exact(outputs).flat_map(|row| row[outputs - 8..].to_vec()).collect();
+            assert_close(&part.to_vec().unwrap(), &expected, &what);
+        }
+    }
+}
+
+#[test]
+fn products_are_those_of_the_reference() {
+    on_each(|gpu| {
+        products::<f32>(gpu);
+        products::<bf16>(gpu);
+    });
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Case {
+    heads: usize,
+    kv_heads: usize,
+    dim: usize,
+    rotated: usize,
+    softcap: Option<f32>,
+    window: Option<usize>,
+    normed: bool,
+    tokens: usize,
+}
+
+const CASE: Case =
+    Case { heads: 4, kv_heads: 2, dim: 64, rotated: 64, softcap: None, window: None, normed: false, tokens: 150 };
+
+/// More positions than any case has.
+const POSITIONS: usize = 512;
+
+impl Case {
+    fn width(&self) -> usize {
+        (self.heads + 2 * self.kv_heads) * self.dim
+    }
+
+    fn rule(&self) -> Rule {
+        Rule {
+            heads: self.heads,
+            head_dim: self.dim,
+            scale: 1.0 / (self.dim as f32).sqrt(),
+            softcap: self.softcap,
+            window: self.window,
+        }
+    }
+
+    fn rotary(&self) -> Rotary {
+        Rotary::new(&(0..self.rotated / 2).map(|i| 0.3 / (i + 1) as f32).collect::<Vec<_>>(), POSITIONS)
+    }
+
+    /// Of a head of q, or of k.
+    fn norm(&self, q: bool) -> Vec<f32> {
+        numbers(self.dim, if q { 11 } else { 12 })
+    }
+}
+
+/// Rows from `row` on, of so many positions from `position` on.
+fn runs(row: usize, position: usize, len: usize, pages: &[u32]) -> Vec<Run> {
+    let starts = (position..position + len).filter(|p| *p == position || p % PAGE == 0);
+    let run = |start: usize| {
+        let end = (start / PAGE * PAGE + PAGE).min(position + len);
+        Run { row: row + start - position, len: end - start, position: start, page: pages[start / PAGE] }
+    };
+    starts.map(run).collect()
+}
+
+/// A device with the pages of a case.
+struct Attending<'a, E> {
+    gpu: &'a Gpu,
+    case: Case,
+    kv: KvPages<E>,
+    angles: gpu::Buffer<f32>,
+    norms: [gpu::Norm; 2],
+}
+
+impl<'a, E: Element> Attending<'a, E> {
+    fn new(gpu: &'a Gpu, case: Case, pages: usize) -> Self {
+        let norm = |q| gpu::Norm::new(gpu, &Norm::Rms { weight: case.norm(q), eps: 1e-6 }).unwrap();
+        Self {
+            gpu,
+            case,
+            kv: KvPages::new(gpu, 1, case.kv_heads, case.dim, pages).unwrap(),
+            angles: gpu.upload(case.rotary().table()).unwrap(),
+            norms: [norm(true), norm(false)],
+        }
+    }
+
+    fn step(&mut self, qkv: &[E], spans: &[Span<'_>], runs: &[Run]) -> Vec<E> {
+        let Self { gpu, case, kv, angles, norms: [q_norm, k_norm] } = self;
+        let how = Prepare {
+            heads: case.heads,
+            q_norm: case.normed.then_some(&*q_norm),
+            k_norm: case.normed.then_some(&*k_norm),
+            table: angles.all(),
+            rotated: case.rotated,
+        };
+        let pieces = Pieces::new(gpu, spans, runs, case.heads / case.kv_heads).unwrap();
+        let mut q = gpu.zeros(pieces.rows() * kv.q_width(case.heads)).unwrap();
+        let qkv = gpu.upload(qkv).unwrap();
+        // In two parts, as rows may be.
+        let first = pieces.rows() / 2;
+        let (width, q_width) = (case.width(), kv.q_width(case.heads));
+        for (start, end) in [(0, first), (first, pieces.rows())] {
+            let (x, q) = (qkv.view(start * width..end * width), q.view_mut(start * q_width..end * q_width));
+            gpu.prepare(x, &pieces, start, how, q, kv, 0).unwrap();
+        }
+        let mut out = gpu.zeros(pieces.rows() * case.heads * case.dim).unwrap();
+        gpu.attention(q.all(), kv, 0, &pieces, case.rule(), out.all_mut()).unwrap();
+        out.to_vec().unwrap()
+    }
+}
+
+/// Runs a sequence in the given steps, the first of them beside `neighbour` rows of another one that are no numbers; in
+/// pages out of order, in which there was something else before.
+fn attend<E: Element>(gpu: &Gpu, case: Case, qkv: &[E], steps: &[usize], neighbour: usize) -> Vec<E> {
+    let width = case.width();
+    let (own, others) = (case.tokens.div_ceil(PAGE) as u32, neighbour.div_ceil(PAGE) as u32);
+    let (table, other): (Vec<u32>, Vec<u32>) = ((0..own).rev().collect(), (own..own + others).collect());
+    let mut attending = Attending::new(gpu, case, (own + others) as usize);
+    for pages in [&table, &other] {
+        let len = pages.len() * PAGE;
+        if len > 0 {
+            let span = Span { row: 0, len, position: 0, pages };
+            attending.step(&vec![E::from_f32(f32::NAN); len * width], &[span], &runs(0, 0, len, pages));
+        }
+    }
+    let (mut result, mut position) = (Vec::new(), 0);
+    for (i, step) in steps.iter().enumerate() {
+        let beside = if i == 0 { neighbour } else { 0 };
+        let mut rows = vec![E::from_f32(f32::NAN); beside * width];
+        rows.extend_from_slice(&qkv[position * width..(position + step) * width]);
+        let cut = [runs(0, 0, beside, &other), runs(beside, position, *step, &table)].concat();
+        let mut spans = vec![Span { row: beside, len: *step, position, pages: &table }];
+        if beside > 0 {
+            spans.insert(0, Span { row: 0, len: beside, position: 0, pages: &other });
+        }
+        let attended = attending.step(&rows, &spans, &cut);
+        result.extend_from_slice(&attended[beside * case.heads * case.dim..]);
+        position += step;
+    }
+    result
+}
+
+/// What the reference makes of the same sequence.
+fn expected(case: Case, qkv: &[f32]) -> Vec<f32> {
+    let (dim, group, rotary) = (case.dim, case.heads / case.kv_heads, case.rotary());
+    let head = |index: usize| -> Vec<f32> {
+        let rows = qkv.chunks_exact(case.width()).enumerate();
+        let of = |(position, row): (usize, &[f32])| {
+            let mut head = row[index * dim..(index + 1) * dim].to_vec();
+            if index < case.heads + case.kv_heads {
+                if case.normed {
+                    head = reference::rms_norm(&head, &case.norm(index < case.heads), 1e-6);
+                }
+                rotary.apply(position, &mut head);
+            }
+            head
+        };
+        rows.flat_map(of).collect()
+    };
+    let rule = reference::AttentionRule { scale: case.rule().scale, softcap: case.softcap, window: case.window };
+    let mut out = vec![0.0; case.tokens * case.heads * dim];
+    for h in 0..case.heads {
+        let (k, v) = (head(case.heads + h / group), head(case.heads + case.kv_heads + h / group));
+        let attended = reference::attention(&head(h), &k, &v, dim, rule);
+        for (row, attended) in attended.chunks_exact(dim).enumerate() {
+            out[(row * case.heads + h) * dim..][..dim].copy_from_slice(attended);
+        }
+    }
+    out
+}
+
+fn attention<E: Element>(gpu: &Gpu) {
+    let cases = [
+        CASE,
+        Case { heads: 3, kv_heads: 3, dim: 8, rotated: 4, tokens: 37, ..CASE },
+        Case { heads: 6, kv_heads: 1, dim: 80, rotated: 20, window: Some(40), ..CASE },
+        Case { heads: 4, kv_heads: 1, dim: 128, rotated: 128, normed: true, tokens: 70, ..CASE },
+        Case {
+            heads: 2,
+            kv_heads: 1,
+            dim: 256,
+            rotated: 256,
+            softcap: Some(2.0),
+            window: Some(33),
+            tokens: 66,
+            ..CASE
+        },
+        Case { heads: 20, kv_heads: 1, tokens: 40, ..CASE },
+    ];
+    for case in cases {
+        let qkv: Vec<E> = rounded(&numbers(case.tokens * case.width(), 5));
+        let whole = attend(gpu, case, &qkv, &[case.tokens], 0);
+        let expected = expected(case, &widened(&qkv));
+        let tolerance = if size_of::<E>() == 2 { 0.02 } else { 1e-5 };
+        for (i, (found, expected)) in whole.iter().zip(&expected).enumerate() {
+            let found = found.to_f32();
+            assert!((found - expected).abs() <= tolerance, "{case:?} {i}: {found} {expected}");
+        }
+        // However it is cut, and whatever stands beside it.
+        let cut = attend(gpu, case, &qkv, &[1, 20, case.tokens - 22, 1], 45);
+        assert!(whole == cut, "{case:?}: other bits in steps");
+    }
+}
+
+#[test]
+fn attention_is_that_of_the_reference_and_has_the_same_bits_in_steps() {
+    on_each(|gpu| {
+        attention::<f32>(gpu);
+        attention::<bf16>(gpu);
+    });
+}
+
+#[test]
+fn what_is_no_number_reaches_only_those_who_see_it() {
+    on_each(|gpu| {
+        let (case, bad) = (Case { tokens: 70, ..CASE }, 40);
+        let width = case.heads * case.dim;
+        let mut qkv: Vec<bf16> = rounded(&numbers(case.tokens * case.width(), 5));
+        let good = attend(gpu, case, &qkv, &[case.tokens], 0);
+        // In the value of the last key head, which is that of the last two heads.
+        qkv[(bad + 1) * case.width() - 1] = bf16::INFINITY;
+        let found = attend(gpu, case, &qkv, &[case.tokens], 0);
+        for (row, (found, good)) in found.chunks(width).zip(good.chunks(width)).enumerate() {
+            assert_eq!(found[..width / 2], good[..width / 2], "{row}");
+            match row < bad {
+                true => assert_eq!(found[width / 2..], good[width / 2..], "{row}"),
+                false => assert!(found[width / 2..].iter().all(|x| x.is_nan()), "{row}"),
+            }
+        }
+    });
+}
+
+#[test]
+fn rewards_are_dot_products() {
+    on_each(|gpu| {
+        let (rows, width) = (5, 2052);
+        let (x, weight) = (numbers(rows * width, 1), numbers(width, 2));
+        let mut rewards = gpu.zeros::<f32>(rows).unwrap();
+        let (gpu_x, gpu_weight) = (gpu.upload(&x).unwrap(), gpu.upload(&weight).unwrap());
+        gpu.rewards(gpu_x.all(), gpu_weight.all(), 0.25, rewards.all_mut()).unwrap();
+        let expected = reference::linear(&x, &weight, Some(&[0.25]), width);
+        for (found, expected) in rewards.to_vec().unwrap().iter().zip(expected) {
+            assert!((found - expected).abs() < 1e-3, "{found} {expected}");
+        }
+    });
+}
+
+fn heads<E: Element>(gpu: &Gpu)
+where
+    f32: gpu::Output<E>,
+{
+    // More tokens than a tile has.
+    let (tokens, inputs, rows, count) = (8192 + 300, 16, 3, 40);
+    let weights: Vec<E> = rounded(&numbers(tokens * inputs, 1).iter().map(|w| w * 4.0).collect::<Vec<_>>());
+    let head = gpu::Linear::new(gpu, &weights, None, inputs).unwrap();
+    let x: Vec<E> = rounded(&numbers(rows * inputs, 2));
+    let gpu_x = gpu.upload(&x).unwrap();
+    for softcap in [None, Some(3.0f32)] {
+        let mut logits = reference::linear(&widened(&x), &widened(&weights), None, inputs);
+        if let Some(cap) = softcap {
+            logits.iter_mut().for_each(|logit| *logit = cap * (*logit / cap).tanh());
+        }
+        let logits: Vec<&[f32]> = logits.chunks_exact(tokens).collect();
+        let targets = [8300u32, 0, 8191];
+        let found = gpu.token_log_probs(&head, softcap, &gpu_x, &targets).unwrap();
+        for ((found, logits), target) in found.iter().zip(&logits).zip(targets) {
+            let expected = reference::log_prob(logits, target as usize);
+            assert!((found - expected).abs() < 1e-4, "{found} {expected}");
+        }
+        let (ids, log_probs) = gpu.top_log_probs(&head, softcap, &gpu_x, rows, count).unwrap();
+        for (row, logits) in logits.iter().enumerate() {
+            let of = |id: u32| reference::log_prob(logits, id as usize);
+            let mut order: Vec<u32> = (0..tokens as u32).collect();
+            order.sort_by(|a, b| logits[*b as usize].total_cmp(&logits[*a as usize]).then(a.cmp(b)));
+            let (ids, log_probs) = (&ids[row * count..][..count], &log_probs[row * count..][..count]);
+            for ((id, found), best) in ids.iter().zip(log_probs).zip(&order) {
+                assert!((found - of(*id)).abs() < 1e-4 && (found - of(*best)).abs() < 1e-4, "{id} {best} {found}");
+            }
+            let mut distinct = ids.to_vec();
+            distinct.sort_unstable();
+            distinct.dedup();
+            assert_eq!(distinct.len(), count);
+        }
+    }
+}
+
+#[test]
+fn log_probabilities_are_those_of_the_reference() {
+    on_each(|gpu| {
+        heads::<f32>(gpu);
+        heads::<bf16>(gpu);
+    });
+}
+
+#[test]
+fn of_equally_likely_tokens_the_lower_id_comes_first() {
+    on_each(|gpu| {
+        let head = gpu::Linear::new(gpu, &vec![0f32; 9000 * 4], None, 4).unwrap();
+        let x = gpu.upload(&[1f32; 4]).unwrap();
+        let (ids, log_probs) = gpu.top_log_probs(&head, None, &x, 1, 300).unwrap();
+        assert_eq!(ids, (0..300).collect::<Vec<u32>>());
+        assert!(log_probs.iter().all(|log_prob| (log_prob + 9000f32.ln()).abs() < 1e-4), "{log_probs:?}");
+        let nothing = gpu.upload(&[f32::NAN; 4]).unwrap();
+        let log_probs = gpu.token_log_probs(&head, None, &nothing, &[7]).unwrap();
+        assert!(log_probs[0].is_nan());
+    });
+}
+
+#[test]
+fn memory_that_is_not_there_is_refused() {
+    on_each(|gpu| {
+        let free = gpu.memory().unwrap().free;
+        let refused = gpu.zeros::<u8>(free + (1 << 40));
+        assert!(matches!(refused, Err(gpu::GpuError::OutOfMemory { .. })), "{refused:?}");
+        let buffer = gpu.zeros::<f32>(1 << 20).unwrap();
+        assert!(gpu.memory().unwrap().free < free);
+        drop(buffer);
+        assert_eq!(gpu.upload(&[1u32, 2, 3]).unwrap().to_vec().unwrap(), [1, 2, 3]);
+        gpu.synchronize().unwrap();
+    });
+}
