@@ -18,7 +18,7 @@ pub mod memory;
 
 pub mod activation;
 pub mod attention;
-#[cfg(any(feature = "cuda", feature = "emulated"))]
+#[cfg(feature = "gpu")]
 pub mod gpu;
 pub mod gradient;
 pub mod head;

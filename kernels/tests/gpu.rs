@@ -1,6 +1,6 @@
 //! The kernels of every GPU that there is, the emulated one among them, against the reference.
 
-#![cfg(any(feature = "cuda", feature = "emulated"))]
+#![cfg(feature = "gpu")]
 #![expect(clippy::unwrap_used, reason = "a test may stop where it stands, in its helpers too")]
 
 use half::bf16;
@@ -269,7 +269,8 @@ impl<'a, E: Element> Attending<'a, E> {
             table: angles.all(),
             rotated: case.rotated,
         };
-        let pieces = Pieces::new(gpu, spans, runs, case.heads / case.kv_heads).unwrap();
+        let mut pieces = Pieces::new(gpu);
+        pieces.set(spans, runs, case.heads / case.kv_heads).unwrap();
         let mut q = gpu.zeros(pieces.rows() * kv.q_width(case.heads)).unwrap();
         let qkv = gpu.upload(qkv).unwrap();
         // In two parts, as rows may be.
@@ -438,12 +439,12 @@ where
         }
         let logits: Vec<&[f32]> = logits.chunks_exact(tokens).collect();
         let targets = [8300u32, 0, 8191];
-        let found = gpu.token_log_probs(&head, softcap, &gpu_x, &targets).unwrap();
+        let found = gpu::Vocabulary::new(gpu).token_log_probs(&head, softcap, &gpu_x, &targets).unwrap();
         for ((found, logits), target) in found.iter().zip(&logits).zip(targets) {
             let expected = reference::log_prob(logits, target as usize);
             assert!((found - expected).abs() < 1e-4, "{found} {expected}");
         }
-        let (ids, log_probs) = gpu.top_log_probs(&head, softcap, &gpu_x, rows, count).unwrap();
+        let (ids, log_probs) = gpu::Vocabulary::new(gpu).top_log_probs(&head, softcap, &gpu_x, rows, count).unwrap();
         for (row, logits) in logits.iter().enumerate() {
             let of = |id: u32| reference::log_prob(logits, id as usize);
             let mut order: Vec<u32> = (0..tokens as u32).collect();
@@ -473,11 +474,11 @@ fn of_equally_likely_tokens_the_lower_id_comes_first() {
     on_each(|gpu| {
         let head = gpu::Linear::new(gpu, &vec![0f32; 9000 * 4], None, 4).unwrap();
         let x = gpu.upload(&[1f32; 4]).unwrap();
-        let (ids, log_probs) = gpu.top_log_probs(&head, None, &x, 1, 300).unwrap();
+        let (ids, log_probs) = gpu::Vocabulary::new(gpu).top_log_probs(&head, None, &x, 1, 300).unwrap();
         assert_eq!(ids, (0..300).collect::<Vec<u32>>());
         assert!(log_probs.iter().all(|log_prob| (log_prob + 9000f32.ln()).abs() < 1e-4), "{log_probs:?}");
         let nothing = gpu.upload(&[f32::NAN; 4]).unwrap();
-        let log_probs = gpu.token_log_probs(&head, None, &nothing, &[7]).unwrap();
+        let log_probs = gpu::Vocabulary::new(gpu).token_log_probs(&head, None, &nothing, &[7]).unwrap();
         assert!(log_probs[0].is_nan());
     });
 }

@@ -39,6 +39,7 @@ impl Bench {
             hhh: Arc::default(),
             max_input_tokens: None,
             kv_cache_bytes: 1 << 30,
+            device: Default::default(),
             background: Default::default(),
         };
         let model = LoadedModel::load(&source, &options).unwrap();

@@ -77,6 +77,9 @@ pub enum Error {
     /// A model does not fit into the memory that is free.
     #[error("not enough memory: {0}")]
     OutOfMemory(String),
+    /// The device on which a model computes is not there, refused, or is lost.
+    #[error("{0}")]
+    Device(String),
     /// The Hugging Face hub did not deliver.
     #[error("hub: {0}")]
     Hub(String),
@@ -88,6 +91,16 @@ pub enum Error {
 impl From<OutOfMemory> for Error {
     fn from(error: OutOfMemory) -> Self {
         Self::OutOfMemory(error.to_string())
+    }
+}
+
+#[cfg(feature = "gpu")]
+impl From<plumb_kernels::gpu::GpuError> for Error {
+    fn from(error: plumb_kernels::gpu::GpuError) -> Self {
+        match error {
+            plumb_kernels::gpu::GpuError::OutOfMemory { .. } => Self::OutOfMemory(error.to_string()),
+            _ => Self::Device(error.to_string()),
+        }
     }
 }
 

@@ -11,52 +11,73 @@ use crate::{Error, Result};
 /// Bytes of memory for a byte of `tokenizer.json`: 9 were measured for a vocabulary of 49 thousand (SmolLM2).
 const TOKENIZER: u64 = 10;
 
-/// Bytes of memory that a model takes.
+/// Bytes of memory that a model takes: of the process, or, where there is a device with memory of its own, of that but
+/// for the tokenizer and the copies while weights are read.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Footprint {
     /// Weights, as [`ModelInfo::weight_bytes`](crate::loaded::ModelInfo::weight_bytes) will say.
     pub weights: u64,
     /// Pages of keys and values, which are taken when the weights are there.
     pub cache: u64,
-    /// Tokenizer, norms and tables of the rotary embedding.
-    pub others: u64,
+    /// Norms and tables of the rotary embedding.
+    pub tables: u64,
+    /// Always the process's.
+    pub tokenizer: u64,
     /// What the largest step computes in, which is taken when one comes.
     pub workspace: u64,
     /// Copies while weights are read, as far as they are beyond what the weights take in the end.
     pub reading: u64,
+    /// Whether the device has memory of its own.
+    pub on_device: bool,
 }
 
 impl Footprint {
-    /// The most at a time: what is read is packed before the cache is taken.
+    /// The most of the process's memory at a time: what is read is packed before the cache is taken.
     pub fn peak(&self) -> u64 {
+        if self.on_device {
+            return self.tokenizer.saturating_add(self.reading);
+        }
         let served = self.cache.saturating_add(self.workspace);
-        (self.weights + self.others).saturating_add(self.reading.max(served))
+        (self.weights + self.tables + self.tokenizer).saturating_add(self.reading.max(served))
+    }
+
+    /// The most of the device's own memory.
+    pub fn device_peak(&self) -> u64 {
+        match self.on_device {
+            true => (self.weights + self.tables).saturating_add(self.cache).saturating_add(self.workspace),
+            false => 0,
+        }
     }
 
     /// What stays before anything is asked.
     pub fn lasting(&self) -> u64 {
-        self.weights + self.others + self.cache
+        self.weights + self.tables + self.tokenizer + self.cache
     }
 
-    /// Refuses what does not fit into so many free bytes.
+    /// Refuses what does not fit into so many free bytes of the process, and of the device, as far as they are known.
     ///
     /// # Errors
     /// [`Error::OutOfMemory`] with what is needed and what there is.
-    pub fn check(&self, free: u64) -> Result<()> {
-        if self.peak() <= free {
-            return Ok(());
+    pub fn check(&self, free: Option<u64>, on_device: Option<u64>) -> Result<()> {
+        for (needed, free, whose) in
+            [(self.peak(), free, "give the process more memory"), (self.device_peak(), on_device, "take a larger GPU")]
+        {
+            if let Some(free) = free.filter(|free| needed > *free) {
+                return Err(Error::OutOfMemory(format!(
+                    "{self}, {} are free; unload another version first, lower --kv-cache-mib, or {whose}",
+                    Size(free)
+                )));
+            }
         }
-        Err(Error::OutOfMemory(format!(
-            "{self}, {} are free; unload another version first, lower --kv-cache-mib, or give the process more memory",
-            Size(free)
-        )))
+        Ok(())
     }
 }
 
 impl fmt::Display for Footprint {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (peak, others) = (self.peak().max(self.device_peak()), self.tables + self.tokenizer);
         let [peak, weights, cache, others, workspace, reading] =
-            [self.peak(), self.weights, self.cache, self.others, self.workspace, self.reading].map(Size);
+            [peak, self.weights, self.cache, others, self.workspace, self.reading].map(Size);
         write!(
             f,
             "the model needs {peak} (weights {weights}, key-value cache {cache}, tokenizer and tables {others}, workspace \
@@ -88,13 +109,15 @@ impl LoadedModel {
         // Every token of a step has a place in the cache, and every sequence a token.
         let tokens = largest.tokens.min(sizes.kv_pages * PAGE);
         let largest = StepSize { tokens, sequences: largest.sequences.min(tokens) };
-        let plan = Decoder::plan(&config, &weights, sizes.dtype, sizes.max_input_tokens);
+        let plan = Decoder::plan(&config, &weights, sizes.dtype, sizes.max_input_tokens, &options.device);
         Ok(Footprint {
             weights: plan.weights,
             cache: sizes.kv_pages as u64 * sizes.page_bytes as u64,
-            others: plan.tables + TOKENIZER * tokenizer_bytes,
-            workspace: Decoder::workspace_bytes(&config, sizes.dtype, largest),
+            tables: plan.tables,
+            tokenizer: TOKENIZER * tokenizer_bytes,
+            workspace: Decoder::workspace_bytes(&config, sizes.dtype, largest, &options.device),
             reading: plan.reading,
+            on_device: !options.device.is_cpu(),
         })
     }
 }
@@ -105,11 +128,23 @@ mod tests {
 
     #[test]
     fn what_does_not_fit_is_told_with_what_would() {
-        let (others, workspace, reading) = (5 << 20, 100 << 20, 200 << 20);
-        let footprint = Footprint { weights: 3 << 30, cache: 1 << 30, others, workspace, reading };
-        assert_eq!(footprint.peak(), (4 << 30) + (105 << 20));
-        footprint.check(footprint.peak()).unwrap();
-        let error = footprint.check(700 << 20).unwrap_err().to_string();
+        let footprint = Footprint {
+            weights: 3 << 30,
+            cache: 1 << 30,
+            tables: 2 << 20,
+            tokenizer: 3 << 20,
+            workspace: 100 << 20,
+            reading: 200 << 20,
+            on_device: false,
+        };
+        assert_eq!((footprint.peak(), footprint.device_peak()), ((4 << 30) + (105 << 20), 0));
+        footprint.check(Some(footprint.peak()), None).unwrap();
+        footprint.check(None, None).unwrap();
+        let there = Footprint { on_device: true, ..footprint };
+        assert_eq!((there.peak(), there.device_peak()), (203 << 20, (4 << 30) + (102 << 20)));
+        there.check(Some(203 << 20), Some(5 << 30)).unwrap();
+        assert!(there.check(Some(5 << 30), Some(4 << 30)).unwrap_err().to_string().contains("a larger GPU"));
+        let error = footprint.check(Some(700 << 20), None).unwrap_err().to_string();
         for words in [
             "needs 4.10 GiB",
             "weights 3.00 GiB",

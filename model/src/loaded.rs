@@ -11,7 +11,7 @@ use crate::cache::PAGE;
 use crate::checkpoint::manifest::Probe;
 use crate::checkpoint::{Checkpoint, Reader, Source};
 use crate::config::{Config, Head};
-use crate::decoder::{DType, Decoder};
+use crate::decoder::{DType, Decoder, Device};
 pub use crate::footprint::Footprint;
 use crate::text::{HhhPrompts, TextConfig, TextPipeline};
 use crate::{Error, Result};
@@ -43,6 +43,8 @@ pub struct LoadOptions {
     pub max_input_tokens: Option<usize>,
     /// Bytes for keys and values; the limit of a sequence is lowered to what fits.
     pub kv_cache_bytes: usize,
+    /// Where it is to compute.
+    pub device: Device,
     /// How to go about it beside others.
     pub background: Background,
 }
@@ -117,7 +119,7 @@ impl Sizes {
             (DTypeChoice::Bf16, _) | (DTypeChoice::Auto, TensorType::BF16) => DType::Bf16,
             (DTypeChoice::Auto, _) => DType::F32,
         };
-        let page_bytes = Decoder::page_bytes(config, dtype);
+        let page_bytes = Decoder::page_bytes(config, dtype, &options.device);
         let useful = config.max_position_embeddings.saturating_mul(MOST_SEQUENCES).div_ceil(PAGE);
         let kv_pages = (options.kv_cache_bytes / page_bytes).min(useful);
         let limit = options.max_input_tokens.unwrap_or(usize::MAX);
@@ -164,7 +166,7 @@ impl LoadedModel {
             max_tokens: max_input_tokens,
             hhh: options.hhh.clone(),
         })?;
-        let decoder = Decoder::build(&config, &mut weights, dtype, max_input_tokens)?;
+        let decoder = Decoder::build(&config, &mut weights, dtype, max_input_tokens, &options.device)?;
         weights.finish()?;
         let (parameters, weight_bytes) = decoder.size();
         let (kind, reward_head, normalization) = match &config.head {

@@ -18,6 +18,7 @@ fn load(folder: &Path) -> plumb_model::Result<LoadedModel> {
         hhh: Default::default(),
         max_input_tokens: None,
         kv_cache_bytes: 1 << 24,
+        device: Default::default(),
         background: Background { threads: NonZeroUsize::new(1), ..Background::default() },
     };
     LoadedModel::load(&Source { model: folder.to_str().unwrap().to_owned(), ..Source::default() }, &options)

@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use plumb_model::cache::PAGE;
 use plumb_model::checkpoint::{Checkpoint, Source};
 use plumb_model::config::Head;
-use plumb_model::decoder::{DType, Decoder, Read, Step, StepSequence};
+use plumb_model::decoder::{DType, Decoder, Device, Read, Step, StepSequence};
 use serde::Deserialize;
 
 #[derive(Deserialize)]
@@ -36,11 +36,25 @@ struct Model {
     normalization: Option<(f32, f32)>,
 }
 
-fn load(model: &str, adapter: Option<&str>, dtype: DType) -> Model {
+/// The CPU, and every GPU that there is, the emulated one among them.
+fn devices() -> Vec<Device> {
+    #[cfg_attr(not(feature = "gpu"), expect(unused_mut, reason = "there is only one"))]
+    let mut devices = vec![Device::Cpu];
+    #[cfg(feature = "emulated")]
+    devices.push(Device::Gpu(plumb_kernels::gpu::Gpu::emulated()));
+    #[cfg(feature = "cuda")]
+    match plumb_kernels::gpu::Gpu::cuda(0) {
+        Ok(gpu) => devices.push(Device::Gpu(gpu)),
+        Err(error) => eprintln!("skipped: {error}"),
+    }
+    devices
+}
+
+fn load(model: &str, adapter: Option<&str>, dtype: DType, device: &Device) -> Model {
     let path = |name: &str| fixtures().join(name).to_string_lossy().into_owned();
     let source = Source { model: path(model), adapter: adapter.map(path), revision: None };
     let mut checkpoint = Checkpoint::open(&source).unwrap();
-    let decoder = Decoder::build(&checkpoint.config, &mut checkpoint.weights, dtype, 512).unwrap();
+    let decoder = Decoder::build(&checkpoint.config, &mut checkpoint.weights, dtype, 512, device).unwrap();
     checkpoint.weights.finish().unwrap();
     let normalization = match checkpoint.config.head {
         Head::Reward(head) => head.normalization,
@@ -81,9 +95,17 @@ fn worst(found: &[f32], expected: &[f32]) -> f32 {
 }
 
 fn check(model: &str, adapter: Option<&str>, expected: &str, dtype: DType, tolerance: f32) {
+    for device in devices() {
+        // A GPU rounds to bf16 between any two operations, as Transformers does where it computes in bf16.
+        let coarser = if matches!(device, Device::Cpu) || dtype == DType::F32 { 1.0 } else { 1.5 };
+        check_on(&device, model, adapter, expected, dtype, tolerance * coarser);
+    }
+}
+
+fn check_on(device: &Device, model: &str, adapter: Option<&str>, expected: &str, dtype: DType, tolerance: f32) {
     let text = std::fs::read_to_string(fixtures().join(expected)).unwrap();
     let expected: Expected = serde_json::from_str(&text).unwrap();
-    let loaded = load(model, adapter, dtype);
+    let loaded = load(model, adapter, dtype, device);
     let mut largest = 0.0f32;
     for case in &expected.cases {
         let ids = case.token_ids.as_slice();
@@ -123,7 +145,7 @@ fn check(model: &str, adapter: Option<&str>, expected: &str, dtype: DType, toler
             }
         }
     }
-    println!("{model} {} {dtype:?}: largest difference {largest:.2e}", adapter.unwrap_or(""));
+    println!("{model} {} {dtype:?} on {device:?}: largest difference {largest:.2e}", adapter.unwrap_or(""));
     assert!(largest < tolerance, "{model}: {largest} > {tolerance}");
 }
 

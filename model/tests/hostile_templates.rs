@@ -53,7 +53,7 @@ fn check(body: &str, reason: &str) -> Result<(), Failed> {
     let template = format!("{{% if messages[0].content == 'ok' %}}fine{{% else %}}{body}{{% endif %}}");
     let error = match pipeline(&template) {
         Ok(pipeline) => {
-            let error = render(&pipeline, "hello").expect_err(body);
+            let error = render(&pipeline, "hello").unwrap_err();
             assert!(matches!(error, Error::InvalidInput(_)), "{body}: {error:?}");
             assert_eq!(render(&pipeline, "ok")?, "fine", "{body}");
             error

@@ -23,7 +23,8 @@ fn random_sequences_agree_with_an_independent_llama() {
     let source = Source { model: folder.to_string_lossy().into_owned(), adapter: None, revision: None };
     let mut checkpoint = Checkpoint::open(&source).unwrap();
     let vocabulary = checkpoint.config.vocab_size as u32;
-    let ours = Decoder::build(&checkpoint.config, &mut checkpoint.weights, DType::F32, 512).unwrap();
+    let ours =
+        Decoder::build(&checkpoint.config, &mut checkpoint.weights, DType::F32, 512, &Default::default()).unwrap();
 
     let sequences = proptest::collection::vec(0..vocabulary, 1..200);
     TestRunner::new(ProptestConfig::with_cases(32))

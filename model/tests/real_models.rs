@@ -66,7 +66,8 @@ fn a_gguf_file_gives_the_bits_of_the_folder_in_less_memory() {
     let Some(models) = models() else { return };
     let text = "The reward is the last token's, whatever else the server is doing: 3 µm, naïve café.";
     let run = |mut checkpoint: Checkpoint| {
-        let decoder = Decoder::build(&checkpoint.config, &mut checkpoint.weights, DType::Bf16, 512).unwrap();
+        let decoder =
+            Decoder::build(&checkpoint.config, &mut checkpoint.weights, DType::Bf16, 512, &Default::default()).unwrap();
         checkpoint.weights.finish().unwrap();
         let tokens = checkpoint.tokenizer.encode(text, true).unwrap().get_ids().to_vec();
         let pages: Vec<u32> = (0..tokens.len().div_ceil(PAGE) as u32).collect();

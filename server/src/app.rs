@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use futures::future::try_join_all;
 use futures::{Stream, StreamExt as _, stream};
 use metrics_exporter_prometheus::PrometheusHandle;
+use plumb_model::decoder::Device;
 use plumb_model::decoder::StepSize;
 use plumb_model::loaded::{Background, DTypeChoice, LoadOptions};
 use plumb_model::text::HhhPrompts;
@@ -24,6 +25,7 @@ use crate::admission::{Admission, AdmissionLimits, Estimator};
 use crate::config::{Config, ConfigError, DType};
 use crate::connections::tls::Tls;
 use crate::connections::{self, Incoming, Kind};
+use crate::device;
 use crate::engine::{Engine, EngineOptions, Loss};
 use crate::error::{Error, Result};
 use crate::health::{Health, Phase};
@@ -218,20 +220,22 @@ impl Server {
         let (grpc, metrics) = (address(&listener)?, address(&metrics_listener)?);
         let admin = admin_listener.as_ref().map(address).transpose()?;
 
+        let device = device::open(config.device)?;
         let engine = Engine::start(EngineOptions {
             max_batch_tokens: config.engine.max_batch_tokens,
             max_batch_sequences: config.engine.max_batch_sequences,
             max_prefill_beside_decode: config.engine.max_prefill_beside_decode,
             decode_share: config.engine.decode_share,
             prefix_cache: config.engine.prefix_cache,
-            threads: config.engine.threads,
+            // A GPU is asked by one.
+            threads: if device.is_cpu() { config.engine.threads } else { 1 },
             stall_timeout: config.engine.stall_timeout,
         })?;
         let largest_step =
             StepSize { tokens: config.engine.max_batch_tokens, sequences: config.engine.max_batch_sequences };
         let registry = Registry::new(
             engine.clone(),
-            load_options(&config, hhh),
+            load_options(&config, hhh, device),
             largest_step,
             config.defaults.clone(),
             &config.versions,
@@ -464,7 +468,7 @@ fn warn_if_open(config: &Config, grpc: SocketAddr, admin: Option<SocketAddr>) {
     }
 }
 
-fn load_options(config: &Config, hhh: HhhPrompts) -> LoadOptions {
+fn load_options(config: &Config, hhh: HhhPrompts, device: Device) -> LoadOptions {
     LoadOptions {
         dtype: match config.dtype {
             DType::Auto => DTypeChoice::Auto,
@@ -474,6 +478,7 @@ fn load_options(config: &Config, hhh: HhhPrompts) -> LoadOptions {
         hhh: Arc::new(hhh),
         max_input_tokens: config.limits.max_input_tokens,
         kv_cache_bytes: config.engine.kv_cache_bytes,
+        device,
         background: Background {
             threads: Some(config.engine.load_threads),
             bytes_per_second: config.engine.load_bytes_per_second,

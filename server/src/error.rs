@@ -274,7 +274,7 @@ impl From<plumb_model::Error> for Error {
             Model::OutOfMemory(_) => Self::NoRoom { message },
             Model::Hub(_) => Self::Unavailable { message, retry_after: Duration::from_secs(10) },
             Model::Renderer(_) => Self::Unavailable { message, retry_after: Duration::from_secs(1) },
-            Model::Io { .. } | Model::Tensor(_) => Self::internal(message),
+            Model::Io { .. } | Model::Tensor(_) | Model::Device(_) => Self::internal(message),
         }
     }
 }

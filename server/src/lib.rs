@@ -13,6 +13,7 @@ pub mod admission;
 pub mod app;
 pub mod config;
 mod connections;
+mod device;
 pub mod engine;
 pub mod error;
 mod files;

@@ -39,6 +39,7 @@ fn load((name, dtype): (&str, DTypeChoice), kv_cache_bytes: usize) -> Arc<Loaded
         hhh: Arc::default(),
         max_input_tokens: None,
         kv_cache_bytes,
+        device: Default::default(),
         background: Background::default(),
     };
     Arc::new(LoadedModel::load(&source, &options).unwrap())

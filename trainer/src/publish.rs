@@ -35,6 +35,7 @@ fn load(source: &Source) -> Result<LoadedModel> {
         max_input_tokens: None,
         // Only counted here, never taken: no limit but the model's own.
         kv_cache_bytes: usize::MAX,
+        device: Default::default(),
         background: Background::default(),
     };
     Ok(LoadedModel::load(source, &options)?)

@@ -75,6 +75,7 @@ pub fn teach(source: &Source, files: &[PathBuf], output: &Path, options: &TeachO
         max_input_tokens: None,
         // Only counted here: the pages that are needed are taken below.
         kv_cache_bytes: usize::MAX,
+        device: Default::default(),
         background: Default::default(),
     };
     let model = LoadedModel::load(source, &load)?;

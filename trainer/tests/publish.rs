@@ -302,6 +302,7 @@ fn own_probes_are_recorded_and_what_cannot_be_scored_is_refused() {
         hhh: Default::default(),
         max_input_tokens: None,
         kv_cache_bytes: 1 << 24,
+        device: Default::default(),
         background: Default::default(),
     };
     let load = |folder: &Path| {

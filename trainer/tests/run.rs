@@ -89,6 +89,7 @@ fn options_of(dtype: DTypeChoice) -> LoadOptions {
         hhh: Default::default(),
         max_input_tokens: None,
         kv_cache_bytes: 1 << 24,
+        device: Default::default(),
         background: Default::default(),
     }
 }

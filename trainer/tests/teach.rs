@@ -62,6 +62,7 @@ fn a_student_learns_what_its_teacher_expects_behind_a_prompt() {
         hhh: Default::default(),
         max_input_tokens: None,
         kv_cache_bytes: 1 << 26,
+        device: Default::default(),
         background: Default::default(),
     };
     let model = LoadedModel::load(&Source { model: lm.clone(), ..Source::default() }, &options).unwrap();

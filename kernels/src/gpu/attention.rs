@@ -28,7 +28,8 @@ pub struct KvPages<E> {
     layers: Vec<[Buffer<E>; 2]>,
 }
 
-fn padded(dim: usize) -> usize {
+/// Elements of a head in pages and in q.
+pub fn padded(dim: usize) -> usize {
     dim.next_multiple_of(ALIGN)
 }
 
@@ -81,6 +82,8 @@ pub struct Prepare<'a> {
 #[derive(Debug)]
 pub struct Pieces {
     rows: usize,
+    /// Number of pieces. The lists may be longer than what is in them.
+    count: usize,
     /// Position and page of each row.
     positions: Buffer<u32>,
     row_pages: Buffer<u32>,
@@ -116,6 +119,20 @@ struct KernelRule {
 }
 
 impl Pieces {
+    /// Of nothing yet.
+    pub fn new(gpu: &Gpu) -> Self {
+        Self {
+            rows: 0,
+            count: 0,
+            positions: gpu.empty(),
+            row_pages: gpu.empty(),
+            pieces: gpu.empty(),
+            pages: gpu.empty(),
+            last_page: 0,
+            last_position: 0,
+        }
+    }
+
     /// Cuts the spans for `group` query heads a key head; `runs` cover the same rows in order.
     ///
     /// # Errors
@@ -123,7 +140,7 @@ impl Pieces {
     ///
     /// # Panics
     /// If a span lacks pages.
-    pub fn new(gpu: &Gpu, spans: &[Span<'_>], runs: &[Run], group: usize) -> Result<Self> {
+    pub fn set(&mut self, spans: &[Span<'_>], runs: &[Run], group: usize) -> Result<()> {
         if group > ROWS {
             return Err(GpuError::Failed(format!("{group} heads share a key head: the kernels take {ROWS}")));
         }
@@ -144,22 +161,24 @@ impl Pieces {
         }
         // Those with most keys first: what is left at the end is short.
         pieces.sort_by_key(|piece| std::cmp::Reverse(piece.position + piece.rows));
-        let rows = runs.iter().map(|run| run.len).sum();
-        let (mut positions, mut row_pages) = (Vec::with_capacity(rows), Vec::with_capacity(rows));
+        self.rows = runs.iter().map(|run| run.len).sum();
+        let (mut positions, mut row_pages) = (Vec::with_capacity(self.rows), Vec::with_capacity(self.rows));
         for run in runs {
             assert_eq!(run.row, positions.len(), "runs cover the rows in order");
             positions.extend((run.position..run.position + run.len).map(|position| position as u32));
             row_pages.resize(positions.len(), run.page);
         }
-        Ok(Self {
-            rows,
-            last_page: pages.iter().chain(&row_pages).copied().max().unwrap_or(0),
-            last_position: positions.iter().copied().max().unwrap_or(0) as usize,
-            positions: gpu.upload(&positions)?,
-            row_pages: gpu.upload(&row_pages)?,
-            pieces: gpu.upload(&pieces)?,
-            pages: gpu.upload(&pages)?,
-        })
+        self.count = pieces.len();
+        self.last_page = pages.iter().chain(&row_pages).copied().max().unwrap_or(0);
+        self.last_position = positions.iter().copied().max().unwrap_or(0) as usize;
+        for (list, values) in
+            [(&mut self.positions, &positions), (&mut self.row_pages, &row_pages), (&mut self.pages, &pages)]
+        {
+            list.grow(values.len())?;
+            list.write(0, values)?;
+        }
+        self.pieces.grow(self.count)?;
+        self.pieces.write(0, &pieces)
     }
 
     /// Rows of the step.
@@ -276,6 +295,6 @@ impl Gpu {
         ];
         let kernel = format!("attention_{}_{width}", E::NAME);
         // SAFETY: as in `cuda/attention.cu`; pages were checked.
-        unsafe { self.launch(&kernel, [pieces.pieces.len(), kv.kv_heads, 1], THREADS, shared, &arguments) }
+        unsafe { self.launch(&kernel, [pieces.count, kv.kv_heads, 1], THREADS, shared, &arguments) }
     }
 }

@@ -2,7 +2,6 @@
 
 use std::collections::HashMap;
 use std::ffi::{CString, c_void};
-use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use cudarc::cublaslt::{result as blas, sys as blas_sys};
@@ -297,12 +296,6 @@ impl Drop for Cuda {
             }
             let _ = result::stream::destroy(self.handles.stream);
         }
-    }
-}
-
-impl fmt::Debug for Cuda {
-    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(formatter, "GPU {} ({})", self.context.ordinal(), self.name)
     }
 }
 

@@ -1,12 +1,11 @@
 //! What is asked of a device: memory, copies, kernels by their names, and products of matrices.
 
 use std::ffi::c_void;
-use std::fmt::Debug;
 
 use super::{Memory, Result};
 
 /// A device. Addresses are the device's own.
-pub(super) trait Driver: Debug + Send + Sync {
+pub(super) trait Driver: Send + Sync {
     fn name(&self) -> &str;
 
     fn memory(&self) -> Result<Memory>;

@@ -27,7 +27,7 @@ static TURN: Mutex<()> = Mutex::new(());
 /// Memory that it lets itself have.
 const MEMORY: usize = 4 << 30;
 
-#[derive(Debug, Default)]
+#[derive(Default)]
 pub(super) struct Emulated {
     allocated: Mutex<HashMap<u64, Layout>>,
 }

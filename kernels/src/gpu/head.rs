@@ -13,7 +13,7 @@ const THREADS: usize = 256;
 const TILE: usize = 8192;
 /// Rows that go over the vocabulary together: with a tile of logits, what the GPU's cache holds.
 const ROWS: usize = 1024;
-/// Most tokens of [`Gpu::top_log_probs`], whose lists are in a block's memory.
+/// Most tokens of [`Vocabulary::top_log_probs`], whose lists are in a block's memory.
 pub const MAX_TOP: usize = 2048;
 
 /// As in `cuda/head.cu`.
@@ -24,61 +24,19 @@ struct Candidate {
     id: u32,
 }
 
-/// A vocabulary that is gone over a tile at a time.
-struct Sweep<'a, E> {
-    gpu: &'a Gpu,
-    head: &'a Linear<E>,
-    softcap: f32,
+/// What it takes to go over a vocabulary a tile at a time; kept from one step to the next.
+#[derive(Debug)]
+pub struct Vocabulary {
+    gpu: Gpu,
     logits: Buffer<f32>,
+    /// Of each row: the largest logit so far, the sum of all exponentials, and the logit that is asked for.
     largest: Buffer<f32>,
     sums: Buffer<f32>,
-}
-
-impl<'a, E: Element> Sweep<'a, E>
-where
-    f32: Output<E>,
-{
-    fn new(gpu: &'a Gpu, head: &'a Linear<E>, softcap: Option<f32>, rows: usize) -> Result<Self> {
-        let rows = rows.min(ROWS);
-        Ok(Self {
-            gpu,
-            head,
-            softcap: softcap.unwrap_or(0.0),
-            logits: gpu.zeros(rows * TILE.min(head.outputs()))?,
-            largest: gpu.zeros(rows)?,
-            sums: gpu.zeros(rows)?,
-        })
-    }
-
-    /// Goes over the vocabulary with at most [`ROWS`] rows; `each` gets to see every tile, by its logits, its width and
-    /// its first token.
-    fn run(
-        &mut self,
-        x: View<'_, E>,
-        targets: Option<View<'_, u32>>,
-        chosen: u64,
-        mut each: impl FnMut(&Gpu, View<'_, f32>, usize, usize) -> Result<()>,
-    ) -> Result<()> {
-        let rows = x.len / self.head.inputs();
-        for first in (0..self.head.outputs()).step_by(TILE) {
-            let tile = TILE.min(self.head.outputs() - first);
-            self.head.part(self.gpu, first, tile, x, self.logits.view_mut(0..rows * tile))?;
-            let arguments = [
-                Address(self.logits.all().address),
-                U32(tile as u32),
-                U32(first as u32),
-                F32(self.softcap),
-                Address(targets.map_or(0, |targets| targets.address)),
-                Address(self.largest.all_mut().address),
-                Address(self.sums.all_mut().address),
-                Address(chosen),
-            ];
-            // SAFETY: as in `cuda/head.cu`; `chosen` is looked at only where there are targets.
-            unsafe { self.gpu.launch("fold_logits", [rows, 1, 1], THREADS, 0, &arguments)? };
-            each(self.gpu, self.logits.view(0..rows * tile), tile, first)?;
-        }
-        Ok(())
-    }
+    chosen: Buffer<f32>,
+    targets: Buffer<u32>,
+    best: Buffer<Candidate>,
+    ids: Buffer<u32>,
+    log_probs: Buffer<f32>,
 }
 
 impl Gpu {
@@ -97,6 +55,35 @@ impl Gpu {
         // SAFETY: as in `cuda/head.cu`.
         unsafe { self.launch("reward", [rewards.len, 1, 1], THREADS, 0, &arguments) }
     }
+}
+
+impl Vocabulary {
+    /// Takes no memory yet.
+    pub fn new(gpu: &Gpu) -> Self {
+        Self {
+            gpu: gpu.clone(),
+            logits: gpu.empty(),
+            largest: gpu.empty(),
+            sums: gpu.empty(),
+            chosen: gpu.empty(),
+            targets: gpu.empty(),
+            best: gpu.empty(),
+            ids: gpu.empty(),
+            log_probs: gpu.empty(),
+        }
+    }
+
+    /// Bytes that it takes now.
+    pub fn bytes(&self) -> usize {
+        let Self { gpu: _, logits, largest, sums, chosen, targets, best, ids, log_probs } = self;
+        let floats = [logits, largest, sums, chosen, log_probs].map(Buffer::bytes).iter().sum::<usize>();
+        floats + targets.bytes() + best.bytes() + ids.bytes()
+    }
+
+    /// Bytes that it takes at most for a vocabulary of so many tokens, but for what callers get.
+    pub fn most_bytes(tokens: usize) -> usize {
+        ROWS * (TILE.min(tokens) + 5) * size_of::<f32>()
+    }
 
     /// Log-probability, in nats, of `targets[i]` as the token after row `i` of `x[rows, inputs]`.
     ///
@@ -106,7 +93,7 @@ impl Gpu {
     /// # Panics
     /// If shapes do not fit.
     pub fn token_log_probs<E: Element>(
-        &self,
+        &mut self,
         head: &Linear<E>,
         softcap: Option<f32>,
         x: &Buffer<E>,
@@ -117,26 +104,23 @@ impl Gpu {
     {
         let inputs = head.inputs();
         assert!(x.len() >= targets.len() * inputs, "shapes of a language head");
-        let mut sweep = Sweep::new(self, head, softcap, targets.len())?;
-        let mut chosen = self.zeros::<f32>(ROWS.min(targets.len()))?;
         let mut result = vec![0.0; targets.len()];
         for (part, (targets, result)) in targets.chunks(ROWS).zip(result.chunks_mut(ROWS)).enumerate() {
-            let rows = targets.len();
-            let targets = self.upload(targets)?;
-            let first = part * ROWS * inputs;
-            let x = x.view(first..first + rows * inputs);
-            sweep.run(x, Some(targets.all()), chosen.all_mut().address, |_, _, _, _| Ok(()))?;
-            let mut log_probs = self.zeros::<f32>(rows)?;
+            let (first, rows) = (part * ROWS * inputs, targets.len());
+            self.targets.grow(rows)?;
+            self.targets.write(0, targets)?;
+            self.log_probs.grow(rows)?;
+            self.sweep(head, softcap, x.view(first..first + rows * inputs), true, |_, _, _, _| Ok(()))?;
             let arguments = [
-                Address(chosen.all().address),
-                Address(sweep.largest.all().address),
-                Address(sweep.sums.all().address),
-                Address(log_probs.all_mut().address),
+                Address(self.chosen.all().address),
+                Address(self.largest.all().address),
+                Address(self.sums.all().address),
+                Address(self.log_probs.all_mut().address),
                 U32(rows as u32),
             ];
             // SAFETY: as in `cuda/head.cu`.
-            unsafe { self.launch("log_probs", [rows.div_ceil(THREADS), 1, 1], THREADS, 0, &arguments)? };
-            log_probs.read(0, result)?;
+            unsafe { self.gpu.launch("log_probs", [rows.div_ceil(THREADS), 1, 1], THREADS, 0, &arguments)? };
+            self.log_probs.read(0, result)?;
         }
         Ok(result)
     }
@@ -150,7 +134,7 @@ impl Gpu {
     /// # Panics
     /// If shapes do not fit or the vocabulary has fewer tokens.
     pub fn top_log_probs<E: Element>(
-        &self,
+        &mut self,
         head: &Linear<E>,
         softcap: Option<f32>,
         x: &Buffer<E>,
@@ -167,42 +151,79 @@ impl Gpu {
             return Err(GpuError::Failed(format!("the {count} likeliest tokens: the kernels take {MAX_TOP}")));
         }
         let (mut ids, mut log_probs) = (vec![0; rows * count], vec![0.0; rows * count]);
-        let mut sweep = Sweep::new(self, head, softcap, rows)?;
-        let mut best = self.zeros::<Candidate>(rows.min(ROWS) * count)?;
-        let softcap = sweep.softcap;
-        for (part, (ids, log_probs)) in ids.chunks_mut(ROWS * count).zip(log_probs.chunks_mut(ROWS * count)).enumerate()
-        {
+        let parts = ids.chunks_mut(ROWS * count).zip(log_probs.chunks_mut(ROWS * count));
+        for (part, (ids, log_probs)) in parts.enumerate() {
             let (first, rows) = (part * ROWS * inputs, ids.len() / count);
-            let best_address = best.all_mut().address;
-            sweep.run(x.view(first..first + rows * inputs), None, 0, |gpu, logits, tile, first| {
+            self.best.grow(ids.len())?;
+            self.ids.grow(ids.len())?;
+            self.log_probs.grow(ids.len())?;
+            let best = self.best.all_mut().address;
+            self.sweep(head, softcap, x.view(first..first + rows * inputs), false, |gpu, logits, tile, first| {
                 let arguments = [
                     Address(logits.address),
                     U32(tile as u32),
                     U32(first as u32),
-                    F32(softcap),
+                    F32(softcap.unwrap_or(0.0)),
                     U32(count as u32),
-                    Address(best_address),
+                    Address(best),
                 ];
                 let shared = 2 * count * size_of::<Candidate>();
                 // SAFETY: as in `cuda/head.cu`.
                 unsafe { gpu.launch("fold_top", [rows, 1, 1], THREADS, shared, &arguments) }
             })?;
-            let (mut gpu_ids, mut gpu_log_probs) = (self.zeros::<u32>(ids.len())?, self.zeros::<f32>(ids.len())?);
             let arguments = [
-                Address(best.all().address),
-                Address(sweep.largest.all().address),
-                Address(sweep.sums.all().address),
+                Address(best),
+                Address(self.largest.all().address),
+                Address(self.sums.all().address),
                 U32(count as u32),
                 U32(ids.len() as u32),
-                Address(gpu_ids.all_mut().address),
-                Address(gpu_log_probs.all_mut().address),
+                Address(self.ids.all_mut().address),
+                Address(self.log_probs.all_mut().address),
             ];
             let blocks = ids.len().div_ceil(THREADS);
             // SAFETY: as in `cuda/head.cu`.
-            unsafe { self.launch("top_log_probs", [blocks, 1, 1], THREADS, 0, &arguments)? };
-            gpu_ids.read(0, ids)?;
-            gpu_log_probs.read(0, log_probs)?;
+            unsafe { self.gpu.launch("top_log_probs", [blocks, 1, 1], THREADS, 0, &arguments)? };
+            self.ids.read(0, ids)?;
+            self.log_probs.read(0, log_probs)?;
         }
         Ok((ids, log_probs))
+    }
+
+    /// Goes over the vocabulary with at most [`ROWS`] rows; `each` gets to see every tile, by its logits, its width and
+    /// its first token. With `chosen`, the logits of the targets are kept.
+    fn sweep<E: Element>(
+        &mut self,
+        head: &Linear<E>,
+        softcap: Option<f32>,
+        x: View<'_, E>,
+        chosen: bool,
+        mut each: impl FnMut(&Gpu, View<'_, f32>, usize, usize) -> Result<()>,
+    ) -> Result<()>
+    where
+        f32: Output<E>,
+    {
+        let rows = x.len / head.inputs();
+        self.logits.grow(rows * TILE.min(head.outputs()))?;
+        self.largest.grow(rows)?;
+        self.sums.grow(rows)?;
+        self.chosen.grow(rows)?;
+        for first in (0..head.outputs()).step_by(TILE) {
+            let tile = TILE.min(head.outputs() - first);
+            head.part(&self.gpu, first, tile, x, self.logits.view_mut(0..rows * tile))?;
+            let arguments = [
+                Address(self.logits.all().address),
+                U32(tile as u32),
+                U32(first as u32),
+                F32(softcap.unwrap_or(0.0)),
+                Address(if chosen { self.targets.all().address } else { 0 }),
+                Address(self.largest.all_mut().address),
+                Address(self.sums.all_mut().address),
+                Address(self.chosen.all_mut().address),
+            ];
+            // SAFETY: as in `cuda/head.cu`.
+            unsafe { self.gpu.launch("fold_logits", [rows, 1, 1], THREADS, 0, &arguments)? };
+            each(&self.gpu, self.logits.view(0..rows * tile), tile, first)?;
+        }
+        Ok(())
     }
 }

@@ -42,6 +42,11 @@ impl Gpu {
         Ok(Buffer { gpu: self.clone(), address, len, numbers: PhantomData })
     }
 
+    /// An array without elements, which takes no memory.
+    pub fn empty<T: Pod>(&self) -> Buffer<T> {
+        Buffer { gpu: self.clone(), address: 0, len: 0, numbers: PhantomData }
+    }
+
     /// An array with these values.
     ///
     /// # Errors
@@ -50,6 +55,30 @@ impl Gpu {
         let mut buffer = self.zeros(values.len())?;
         buffer.write(0, values)?;
         Ok(buffer)
+    }
+}
+
+impl<T> View<'_, T> {
+    /// Number of elements.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+}
+
+impl<T> ViewMut<'_, T> {
+    /// The same, for a while.
+    pub fn reborrow(&mut self) -> ViewMut<'_, T> {
+        ViewMut { address: self.address, len: self.len, numbers: PhantomData }
+    }
+
+    /// The same, to be read.
+    pub fn as_view(&self) -> View<'_, T> {
+        View { address: self.address, len: self.len, numbers: PhantomData }
     }
 }
 
@@ -67,6 +96,20 @@ impl<T: Pod> Buffer<T> {
     /// Bytes that it takes.
     pub fn bytes(&self) -> usize {
         self.len * size_of::<T>()
+    }
+
+    /// Makes it at least so long. Its values are lost if it was shorter.
+    ///
+    /// # Errors
+    /// [`OutOfMemory`](super::GpuError::OutOfMemory) if there is no room for it; then it is empty.
+    pub fn grow(&mut self, len: usize) -> Result<()> {
+        if self.len < len {
+            let gpu = self.gpu.clone();
+            // First the old one goes.
+            *self = gpu.empty();
+            *self = gpu.zeros(len)?;
+        }
+        Ok(())
     }
 
     /// Part of it.
@@ -139,8 +182,10 @@ impl<T: Pod> Buffer<T> {
 
 impl<T> Drop for Buffer<T> {
     fn drop(&mut self) {
-        // SAFETY: it was allocated, and nobody has freed it before.
-        unsafe { self.gpu.0.free(self.address) }
+        if self.address != 0 {
+            // SAFETY: it was allocated, and nobody has freed it before.
+            unsafe { self.gpu.0.free(self.address) }
+        }
     }
 }
 

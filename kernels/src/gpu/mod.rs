@@ -21,8 +21,8 @@ mod rows;
 use std::fmt;
 use std::sync::Arc;
 
-pub use attention::{KvPages, Pieces, Prepare};
-pub use head::MAX_TOP;
+pub use attention::{KvPages, Pieces, Prepare, padded};
+pub use head::{MAX_TOP, Vocabulary};
 pub use linear::{Linear, Output};
 pub use memory::{Buffer, View, ViewMut};
 pub use rows::Norm;
@@ -30,7 +30,7 @@ pub use rows::Norm;
 use driver::{Argument, Driver};
 
 /// A GPU. Clones are the same one.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct Gpu(Arc<dyn Driver>);
 
 /// What a GPU could not do.
@@ -69,6 +69,12 @@ pub struct Memory {
     pub free: usize,
     /// All of it.
     pub total: usize,
+}
+
+impl fmt::Debug for Gpu {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.write_str(self.name())
+    }
 }
 
 impl Gpu {

@@ -4,11 +4,12 @@ use candle_core::{DType as TensorType, Tensor};
 use half::bf16;
 use plumb_kernels::Element;
 use plumb_kernels::activation::Activation;
-use plumb_kernels::linear::{Activated, Linear, Matrix, Rows};
+use plumb_kernels::linear::{Matrix, Rows};
 use plumb_kernels::norm::Norm;
 use plumb_kernels::quantised::QuantRows;
 use plumb_kernels::rotary::Rotary;
 
+use super::backend::Backend;
 use super::names::{LayerNames, Names, Qkv};
 use super::{Head, Layer, Stack, refuse_beyond};
 use crate::checkpoint::{Stored, Weights};
@@ -33,13 +34,13 @@ impl Load for bf16 {
     }
 }
 
-impl<E: Load> Stack<E> {
+impl<B: Backend> Stack<B> {
     /// Takes the weights; `positions` is the longest sequence that will be run.
-    pub(super) fn build(config: &Config, weights: &mut Weights, positions: usize) -> Result<Self> {
+    pub(super) fn build(backend: B, config: &Config, weights: &mut Weights, positions: usize) -> Result<Self> {
         if config.hidden_size % 2 + config.intermediate_size % 2 + config.head_dim % 2 != 0 {
             return Err(Error::Unsupported("hidden_size, intermediate_size and head_dim must be even".into()));
         }
-        let mut taker = Taker { config, weights, parameters: 0 };
+        let mut taker = Taker { backend: &backend, config, weights, parameters: 0 };
         let names = Names::of(config.family);
         let (embedding, head) = taker.ends(&names)?;
         let layers =
@@ -51,22 +52,26 @@ impl<E: Load> Stack<E> {
             layers,
             final_norm,
             head,
-            rotary: Rotary::new(&inverse_frequencies(&config.rope), positions),
+            rotary: backend.rotary(Rotary::new(&inverse_frequencies(&config.rope), positions))?,
+            positions,
             parameters,
             config: config.clone(),
+            backend,
         })
     }
 
     /// Weights in number and in bytes.
     pub(super) fn size(&self) -> (u64, u64) {
-        let linear: usize =
-            self.layers.iter().map(|l| l.qkv.bytes() + l.output.bytes() + l.up.bytes() + l.down.bytes()).sum();
-        let head = match &self.head {
-            Head::Language { logits, .. } => logits.bytes(),
-            Head::Reward { weight, .. } => weight.len() * 4,
+        let layer = |l: &Layer<B>| {
+            let linear = [&l.qkv, &l.output, &l.down].map(B::linear_bytes).iter().sum::<usize>();
+            linear + B::activated_bytes(&l.up)
         };
-        let embedding = self.embedding.as_ref().map_or(0, |e| e.len() * size_of::<E>());
-        (self.parameters, (linear + head + embedding) as u64)
+        let head = match &self.head {
+            Head::Language { logits, .. } => B::linear_bytes(logits),
+            Head::Reward { weight, .. } => B::bytes(weight),
+        };
+        let embedding = self.embedding.as_ref().map_or(0, B::bytes);
+        (self.parameters, (self.layers.iter().map(layer).sum::<usize>() + head + embedding) as u64)
     }
 }
 
@@ -102,19 +107,18 @@ impl<E: Load> Values<E> {
     }
 }
 
-/// The parts on top of one another.
-fn linear<E: Load>(parts: &[Part<E>], inputs: usize) -> Result<Linear<E>> {
-    Ok(Linear::new(&parts.iter().map(Part::matrix).collect::<Vec<_>>(), inputs)?)
-}
+/// `[vocab_size, hidden_size]`.
+type Table<B> = <B as Backend>::Array<<B as Backend>::Element>;
 
 /// Takes tensors and counts them.
-struct Taker<'a> {
+struct Taker<'a, B> {
+    backend: &'a B,
     config: &'a Config,
     weights: &'a mut Weights,
     parameters: u64,
 }
 
-impl Taker<'_> {
+impl<B: Backend> Taker<'_, B> {
     fn vector<E: Load>(&mut self, name: &str, shape: &[usize]) -> Result<Vec<E>> {
         let tensor = self.weights.take(name, shape)?;
         self.parameters += tensor.elem_count() as u64;
@@ -122,44 +126,51 @@ impl Taker<'_> {
     }
 
     /// The weights `[outputs, inputs]` of the named layer, quantised if they are so in the checkpoint.
-    fn part<E: Load>(&mut self, name: &str, [outputs, inputs]: [usize; 2], bias: bool) -> Result<Part<E>> {
+    fn part(&mut self, name: &str, [outputs, inputs]: [usize; 2], bias: bool) -> Result<Part<B::Element>> {
         let weights = match self.weights.take_stored(&format!("{name}.weight"), &[outputs, inputs])? {
-            Stored::Plain(tensor) => Values::Plain(E::load(&tensor)?),
+            Stored::Plain(tensor) => Values::Plain(B::Element::load(&tensor)?),
             Stored::Quantised(rows) => Values::Quantised(rows),
         };
         self.parameters += (outputs * inputs) as u64;
-        refuse_beyond(self.parameters as usize * size_of::<E>())?;
+        refuse_beyond(self.parameters as usize * size_of::<B::Element>())?;
         let bias = if bias { Some(self.vector(&format!("{name}.bias"), &[outputs])?) } else { None };
         Ok(Part { weights, bias })
     }
 
     /// The embedding, unless the head holds the same numbers, and the head.
-    fn ends<E: Load>(&mut self, names: &Names) -> Result<(Option<Vec<E>>, Head<E>)> {
+    fn ends(&mut self, names: &Names) -> Result<(Option<Table<B>>, Head<B>)> {
         let Config { vocab_size, hidden_size, logit_softcap: softcap, tie_word_embeddings: tied, .. } = *self.config;
         let table = self.part(names.embedding, [vocab_size, hidden_size], false)?;
         Ok(match &self.config.head {
             config::Head::Language if tied => {
-                (None, Head::Language { logits: linear(&[table], hidden_size)?, softcap })
+                (None, Head::Language { logits: self.linear(&[table], hidden_size)?, softcap })
             }
             config::Head::Language => {
-                let table = table.weights.into_plain();
+                let table = self.backend.hold(table.weights.into_plain())?;
                 let head = self.part(names.language_head, [vocab_size, hidden_size], false)?;
-                (Some(table), Head::Language { logits: linear(&[head], hidden_size)?, softcap })
+                (Some(table), Head::Language { logits: self.linear(&[head], hidden_size)?, softcap })
             }
             config::Head::Reward(head) => {
                 let weight = self.vector(&head.weight, &[1, hidden_size])?;
+                let weight = self.backend.hold(weight)?;
                 let bias = match &head.bias {
                     Some(name) => self.vector::<f32>(name, &[1])?[0],
                     None => 0.0,
                 };
-                (Some(table.weights.into_plain()), Head::Reward { weight, bias, normalization: head.normalization })
+                let table = self.backend.hold(table.weights.into_plain())?;
+                (Some(table), Head::Reward { weight, bias, normalization: head.normalization })
             }
         })
     }
 
-    fn norm(&mut self, name: &str, width: usize) -> Result<Norm> {
+    /// The parts on top of one another.
+    fn linear(&self, parts: &[Part<B::Element>], inputs: usize) -> Result<B::Linear> {
+        self.backend.linear(&parts.iter().map(Part::matrix).collect::<Vec<_>>(), inputs)
+    }
+
+    fn norm(&mut self, name: &str, width: usize) -> Result<B::Norm> {
         let mut weight: Vec<f32> = self.vector(&format!("{name}.weight"), &[width])?;
-        Ok(match self.config.norm {
+        self.backend.norm(match self.config.norm {
             config::Norm::Rms { eps, offset } => {
                 weight.iter_mut().for_each(|w| *w += offset);
                 Norm::Rms { weight, eps }
@@ -171,13 +182,14 @@ impl Taker<'_> {
     }
 
     /// The named layers, on top of one another.
-    fn stacked<E: Load>(&mut self, names: &[(&String, usize)], inputs: usize, bias: bool) -> Result<Linear<E>> {
+    fn stacked(&mut self, names: &[(&String, usize)], inputs: usize, bias: bool) -> Result<B::Linear> {
         let parts = names.iter().map(|(name, outputs)| self.part(name, [*outputs, inputs], bias));
-        linear(&parts.collect::<Result<Vec<_>>>()?, inputs)
+        let parts = parts.collect::<Result<Vec<_>>>()?;
+        self.linear(&parts, inputs)
     }
 
     /// The first half of a feed-forward layer.
-    fn activated<E: Load>(&mut self, up: &str, gate: Option<&str>) -> Result<Activated<E>> {
+    fn activated(&mut self, up: &str, gate: Option<&str>) -> Result<B::Activated> {
         let Config { hidden_size: inputs, intermediate_size: outputs, mlp_bias, .. } = *self.config;
         let mut part = |name: &str| self.part(name, [outputs, inputs], mlp_bias);
         let (up, gate) = (part(up)?, gate.map(part).transpose()?);
@@ -186,10 +198,10 @@ impl Taker<'_> {
             config::Activation::Gelu => Activation::Gelu,
             config::Activation::GeluTanh => Activation::GeluTanh,
         };
-        Ok(Activated::new(activation, up.matrix(), inputs, gate.as_ref().map(Part::matrix))?)
+        self.backend.activated(activation, up.matrix(), inputs, gate.as_ref().map(Part::matrix))
     }
 
-    fn layer<E: Load>(&mut self, names: &LayerNames) -> Result<Layer<E>> {
+    fn layer(&mut self, names: &LayerNames) -> Result<Layer<B>> {
         let config = self.config;
         let (hidden, inner) = (config.hidden_size, config.intermediate_size);
         let (q, kv) = (config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim);
@@ -218,7 +230,7 @@ impl Taker<'_> {
     }
 
     /// GPT-NeoX stores q, k and v of head 0, then of head 1, and so on; the decoder wants all q, all k, all v.
-    fn interleaved_qkv<E: Load>(&mut self, name: &str) -> Result<Linear<E>> {
+    fn interleaved_qkv(&mut self, name: &str) -> Result<B::Linear> {
         let Config { hidden_size, num_heads, head_dim, qkv_bias, .. } = *self.config;
         let Part { weights, bias } = self.part(name, [3 * num_heads * head_dim, hidden_size], qkv_bias)?;
         let rows = weights.into_plain();
@@ -228,7 +240,7 @@ impl Taker<'_> {
                 bias: bias.as_ref().map(|bias| &bias[start..start + head_dim]),
             })
             .collect();
-        Ok(Linear::new(&parts, hidden_size)?)
+        self.backend.linear(&parts, hidden_size)
     }
 }
 

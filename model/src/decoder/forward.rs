@@ -3,128 +3,91 @@
 use std::ops::Range;
 
 use plumb_kernels::Element;
-use plumb_kernels::attention::{KvPages, PAGE, Prepare, Rule, Run, Span, Work, attention, padded, prepare};
-use plumb_kernels::element::round_all;
-use plumb_kernels::head::{dot, soft_cap, token_log_probs, top_log_probs};
-use plumb_kernels::linear::{Kept, Linear, Store};
-use plumb_kernels::norm::Norm;
+use plumb_kernels::attention::{PAGE, Rule, Run, Span};
 
-use super::build::Load;
+use super::backend::{Backend, Embedding, How, Stream, TapeMut, Vocabulary};
 use super::step::{Progress, Read, Step, StepSequence};
 use super::{Head, Layer, Stack};
 use crate::config::Block;
 use crate::{Error, Result};
 
-/// Rows that go through a linear layer together: what lies between two of them stays small and in the cache.
-pub(super) const CHUNK: usize = 384;
-
 /// Buffers of a step, kept from one to the next.
-#[derive(Debug, Default)]
-pub(super) struct Buffers<E> {
+#[derive(Debug)]
+pub(super) struct Buffers<B: Backend> {
     /// Counts layers.
     pub(super) progress: Progress,
     /// The residual stream, `[rows, hidden]`.
-    pub(super) x: Vec<f32>,
+    pub(super) x: B::Array<f32>,
     /// Normalised rows of a chunk, `[CHUNK, hidden]`.
-    normed: Vec<E>,
+    normed: B::Array<B::Element>,
     /// q, k and v of a chunk.
-    qkv: Vec<f32>,
+    qkv: B::Array<B::Sum>,
     /// A branch's result for a chunk before its norm, `[CHUNK, hidden]`.
-    branch: Vec<f32>,
+    branch: B::Array<f32>,
     /// The feed-forward's inner rows of a chunk, `[CHUNK, intermediate]`.
-    inner: Vec<E>,
+    inner: B::Array<B::Element>,
     /// `[rows, heads * padded_dim]`.
-    q: Vec<E>,
+    q: B::Array<B::Element>,
     /// `[rows, heads * head_dim]`.
-    attended: Vec<E>,
+    attended: B::Array<B::Element>,
     /// Input of a parallel feed-forward, `[rows, hidden]`.
-    parallel: Vec<E>,
-    /// Rows that the head sees, `[reads, hidden]`.
-    last: Vec<f32>,
-    /// `[reads, vocab_size]`.
-    logits: Vec<f32>,
+    parallel: B::Array<B::Element>,
+    pub(super) scratch: B::Scratch,
+    /// Of the last step.
+    used: Option<B::Used>,
 }
 
-/// How a step's rows are cut, the same for all layers.
-pub(super) struct Cut<'a> {
-    runs: Vec<Run>,
-    work: Work<'a>,
-}
+impl<B: Backend> Buffers<B> {
+    pub(super) fn new(backend: &B) -> Self {
+        Self {
+            progress: Progress::default(),
+            x: backend.array(),
+            normed: backend.array(),
+            qkv: backend.array(),
+            branch: backend.array(),
+            inner: backend.array(),
+            q: backend.array(),
+            attended: backend.array(),
+            parallel: backend.array(),
+            scratch: backend.scratch(),
+            used: None,
+        }
+    }
 
-/// What the gradient of a layer needs of its forward pass. A vector may be longer than its rows.
-#[derive(Debug, Default)]
-pub(super) struct Tape<E> {
-    /// The residual stream before the layer, `[rows, hidden]`.
-    pub(super) x: Vec<f32>,
-    /// The residual stream before the feed-forward, unless that is parallel.
-    pub(super) mid: Vec<f32>,
-    /// q, k and v before their norms, where there are norms.
-    pub(super) qkv: Vec<E>,
-    /// `[rows, heads * padded_dim]`.
-    pub(super) q: Vec<E>,
-    /// `[rows, heads * head_dim]`.
-    pub(super) attended: Vec<E>,
-    /// The attention's result before its norm, where there is one, `[rows, hidden]`.
-    pub(super) attention_branch: Vec<f32>,
-    /// What the non-linearity is given, `[rows, intermediate]`.
-    pub(super) gate: Vec<E>,
-    pub(super) up: Vec<E>,
-    /// The feed-forward's result before its norm, where there is one, `[rows, hidden]`.
-    pub(super) mlp_branch: Vec<f32>,
-}
-
-impl<E> Tape<E> {
     pub(super) fn bytes(&self) -> usize {
-        let Self { x, mid, qkv, q, attended, attention_branch, gate, up, mlp_branch } = self;
-        let elements = [qkv, q, attended, gate, up].map(Vec::capacity).iter().sum::<usize>();
-        let floats = [x, mid, attention_branch, mlp_branch].map(Vec::capacity).iter().sum::<usize>();
-        elements * size_of::<E>() + floats * size_of::<f32>()
+        let Self { progress: _, x, normed, qkv, branch, inner, q, attended, parallel, scratch, used: _ } = self;
+        let elements = [normed, inner, q, attended, parallel].map(B::bytes).iter().sum::<usize>();
+        elements + B::bytes(x) + B::bytes(qkv) + B::bytes(branch) + B::scratch_bytes(scratch)
     }
 }
 
-impl<E> Buffers<E> {
-    pub(super) fn bytes(&self) -> usize {
-        let Self { progress: _, x, normed, qkv, branch, inner, q, attended, parallel, last, logits } = self;
-        let elements = [normed, inner, q, attended, parallel].map(Vec::capacity).iter().sum::<usize>();
-        let floats = [x, qkv, branch, last, logits].map(Vec::capacity).iter().sum::<usize>();
-        elements * size_of::<E>() + floats * size_of::<f32>()
-    }
-}
-
-impl<E: Load> Stack<E> {
-    pub(super) fn step(&self, step: &Step<'_>, kv: &mut KvPages<E>, buffers: &mut Buffers<E>) -> Result<Vec<Vec<f32>>> {
+impl<B: Backend> Stack<B> {
+    pub(super) fn step(&self, step: &Step<'_>, kv: &mut B::KvPages, buffers: &mut Buffers<B>) -> Result<Vec<Vec<f32>>> {
         step.sequences.iter().try_for_each(|sequence| self.check(sequence))?;
-        let rows: usize = step.sequences.iter().map(|s| s.tokens.len()).sum();
-        if rows == 0 {
+        if step.sequences.is_empty() {
             return Ok(Vec::new());
         }
-        let cut = self.cut(step);
-        self.embed(step, resize(&mut buffers.x, rows * self.config.hidden_size));
+        let cut = self.backend.cut(&self.config, step, buffers.used.take())?;
+        self.embed(step, buffers)?;
         for layer in 0..self.layers.len() {
-            self.layer(layer, &cut, kv, buffers, None);
+            self.layer(layer, &cut, kv, buffers, None)?;
             buffers.progress.advance();
         }
+        buffers.used = Some(B::used(cut));
         self.read(step, buffers)
-    }
-
-    /// How the step's rows are cut, the same for all layers.
-    pub(super) fn cut<'a>(&self, step: &Step<'a>) -> Cut<'a> {
-        let config = &self.config;
-        let work = Work::new(&spans(step), config.num_heads / config.num_kv_heads, config.num_kv_heads);
-        Cut { runs: runs(step), work }
     }
 
     /// Runs a layer over the residual stream in `buffers.x`; what its gradient needs is kept where that is asked for.
     pub(super) fn layer(
         &self,
         index: usize,
-        cut: &Cut<'_>,
-        kv: &mut KvPages<E>,
-        buffers: &mut Buffers<E>,
-        mut tape: Option<&mut Tape<E>>,
-    ) {
-        self.attend(index, cut, kv, buffers, tape.as_deref_mut());
-        self.feed_forward(&self.layers[index], cut.work.rows(), buffers, tape);
+        cut: &B::Cut<'_>,
+        kv: &mut B::KvPages,
+        buffers: &mut Buffers<B>,
+        mut tape: TapeMut<'_, B>,
+    ) -> Result<()> {
+        self.attend(index, cut, kv, buffers, tape.as_deref_mut())?;
+        self.feed_forward(&self.layers[index], B::rows(cut), buffers, tape)
     }
 
     /// What the kernels would panic on.
@@ -134,8 +97,8 @@ impl<E: Load> Stack<E> {
         if sequence.tokens.is_empty() {
             return invalid("a sequence without tokens".into());
         }
-        if end > self.rotary.positions() {
-            return Err(Error::TooLong { tokens: end, limit: self.rotary.positions() });
+        if end > self.positions {
+            return Err(Error::TooLong { tokens: end, limit: self.positions });
         }
         if end > sequence.pages.len() * PAGE {
             return invalid(format!("{} pages for {end} positions", sequence.pages.len()));
@@ -169,89 +132,96 @@ impl<E: Load> Stack<E> {
         }
     }
 
-    pub(super) fn embed(&self, step: &Step<'_>, x: &mut [f32]) {
+    /// Fills the residual stream with the tokens' rows.
+    pub(super) fn embed(&self, step: &Step<'_>, buffers: &mut Buffers<B>) -> Result<()> {
         let hidden = self.config.hidden_size;
+        let ids: Vec<u32> = step.sequences.iter().flat_map(|s| s.tokens).copied().collect();
+        let table = match (&self.embedding, &self.head) {
+            (Some(table), _) => Embedding::Table(table),
+            (None, Head::Language { logits, .. }) => Embedding::Head(logits),
+            (None, Head::Reward { .. }) => return Err(Error::InvalidInput("the model has no embedding".into())),
+        };
         // Transformers holds the scale in the weights' type.
-        let scale = E::from_f32(self.config.embedding_scale).to_f32();
-        let ids = step.sequences.iter().flat_map(|s| s.tokens);
-        for (row, id) in x.chunks_exact_mut(hidden).zip(ids) {
-            match (&self.embedding, &self.head) {
-                (Some(table), _) => {
-                    for (x, e) in row.iter_mut().zip(&table[*id as usize * hidden..]) {
-                        *x = e.to_f32();
-                    }
-                }
-                (None, Head::Language { logits, .. }) => logits.row(*id as usize, row),
-                // A tied embedding exists only under a language head.
-                (None, Head::Reward { .. }) => row.fill(f32::NAN),
-            }
-            if scale != 1.0 {
-                row.iter_mut().for_each(|x| *x *= scale);
-            }
-        }
+        let scale = B::Element::from_f32(self.config.embedding_scale).to_f32();
+        let x = self.backend.resize(&mut buffers.x, ids.len() * hidden)?;
+        self.backend.embed(table, &ids, scale, hidden, x, &mut buffers.scratch)
     }
 
     /// `x += [post_norm] output(attention(qkv(norm(x))))`.
     fn attend(
         &self,
         index: usize,
-        cut: &Cut<'_>,
-        kv: &mut KvPages<E>,
-        buffers: &mut Buffers<E>,
-        mut tape: Option<&mut Tape<E>>,
-    ) {
-        let (config, layer) = (&self.config, &self.layers[index]);
+        cut: &B::Cut<'_>,
+        kv: &mut B::KvPages,
+        buffers: &mut Buffers<B>,
+        mut tape: TapeMut<'_, B>,
+    ) -> Result<()> {
+        let (config, layer, backend) = (&self.config, &self.layers[index], &self.backend);
         let (hidden, heads, dim) = (config.hidden_size, config.num_heads, config.head_dim);
-        let Cut { runs, work } = cut;
-        let rows = work.rows();
-        let how = self.prepare(index);
-        let (width, q_width) = (layer.qkv.outputs(), heads * padded(dim));
+        let rows = B::rows(cut);
+        let (width, q_width) = ((heads + 2 * config.num_kv_heads) * dim, B::q_width(config));
         if let Some(tape) = &mut tape {
-            resize(&mut tape.x, rows * hidden).copy_from_slice(&buffers.x[..rows * hidden]);
+            tape.keep_input(B::part(&buffers.x, 0..rows * hidden));
         }
-        let q = resize(&mut buffers.q, rows * q_width);
-        let mut next_run = 0;
-        for chunk in chunks(rows) {
-            let normed = resize(&mut buffers.normed, chunk.len() * hidden);
-            layer.attention_norm.forward(&buffers.x[chunk.start * hidden..chunk.end * hidden], normed);
-            let qkv = resize(&mut buffers.qkv, chunk.len() * width);
-            layer.qkv.forward(normed, qkv, Store::Set);
+        backend.resize(&mut buffers.q, rows * q_width)?;
+        for chunk in chunks(rows, B::CHUNK) {
+            let normed = backend.resize(&mut buffers.normed, chunk.len() * hidden)?;
+            backend.normed(&layer.attention_norm, B::part(&buffers.x, of(&chunk, hidden)), normed)?;
+            let normed = B::part(&buffers.normed, 0..chunk.len() * hidden);
+            let qkv = backend.resize(&mut buffers.qkv, chunk.len() * width)?;
+            backend.multiply(&layer.qkv, normed, qkv)?;
+            let qkv = B::part(&buffers.qkv, 0..chunk.len() * width);
             if let Some(tape) = &mut tape
                 && config.qk_norm
             {
-                round_all(qkv, &mut resize(&mut tape.qkv, rows * width)[chunk.start * width..chunk.end * width]);
+                tape.keep_qkv(qkv, chunk.clone(), rows);
             }
-            let first_run = next_run;
-            while runs.get(next_run).is_some_and(|run| run.row < chunk.end) {
-                next_run += 1;
-            }
-            let q = &mut q[chunk.start * q_width..chunk.end * q_width];
-            prepare(qkv, chunk.start, &runs[first_run..next_run], how, q, kv, index);
+            let q = B::part_mut(&mut buffers.q, of(&chunk, q_width));
+            backend.prepare(qkv, cut, chunk, self.how(index), q, kv, index)?;
         }
         if config.block == Block::Parallel {
-            layer.mlp_norm.forward(&buffers.x[..rows * hidden], resize(&mut buffers.parallel, rows * hidden));
+            let parallel = backend.resize(&mut buffers.parallel, rows * hidden)?;
+            backend.normed(&layer.mlp_norm, B::part(&buffers.x, 0..rows * hidden), parallel)?;
         }
-        let attended = resize(&mut buffers.attended, rows * heads * dim);
-        attention(q, kv, index, work, self.rule(index), attended);
-        for chunk in chunks(rows) {
-            let attended = &attended[chunk.start * heads * dim..chunk.end * heads * dim];
-            let range = chunk.start * hidden..chunk.end * hidden;
-            let kept = match (&mut tape, &layer.attention_post_norm) {
-                (Some(tape), Some(_)) => Some(&mut resize(&mut tape.attention_branch, rows * hidden)[range.clone()]),
-                _ => None,
-            };
-            let (norm, x) = (layer.attention_post_norm.as_ref(), &mut buffers.x[range]);
-            add_branch(&layer.output, attended, norm, &mut buffers.branch, x, kept);
+        let attended = backend.resize(&mut buffers.attended, rows * heads * dim)?;
+        backend.attention(B::part(&buffers.q, 0..rows * q_width), kv, index, cut, self.rule(index), attended)?;
+        for chunk in chunks(rows, B::CHUNK) {
+            let attended = B::part(&buffers.attended, of(&chunk, heads * dim));
+            let x = B::part_mut(&mut buffers.x, of(&chunk, hidden));
+            let norm = layer.attention_post_norm.as_ref();
+            self.add_branch(&layer.output, attended, norm, &mut buffers.branch, x, chunk.len())?;
+            if let (Some(tape), Some(_)) = (&mut tape, norm) {
+                tape.keep_attention_branch(B::part(&buffers.branch, 0..chunk.len() * hidden), chunk, rows);
+            }
         }
         if let Some(tape) = tape {
-            std::mem::swap(&mut tape.q, &mut buffers.q);
-            std::mem::swap(&mut tape.attended, &mut buffers.attended);
+            tape.keep_attention(&mut buffers.q, &mut buffers.attended);
+        }
+        Ok(())
+    }
+
+    /// `x += [norm](linear(input))`; what the norm is given is then in `branch`.
+    fn add_branch(
+        &self,
+        linear: &B::Linear,
+        input: B::Part<'_, B::Element>,
+        norm: Option<&B::Norm>,
+        branch: &mut B::Array<f32>,
+        x: B::PartMut<'_, f32>,
+        rows: usize,
+    ) -> Result<()> {
+        match norm {
+            None => self.backend.add(linear, input, x),
+            Some(norm) => {
+                let branch = self.backend.resize(branch, rows * self.config.hidden_size)?;
+                self.backend.add_normed(linear, input, norm, branch, x)
+            }
         }
     }
 
     /// How q, k and v of a layer are made ready.
-    pub(super) fn prepare(&self, layer: usize) -> Prepare<'_> {
-        Prepare {
+    pub(super) fn how(&self, layer: usize) -> How<'_, B> {
+        How {
             heads: self.config.num_heads,
             head_dim: self.config.head_dim,
             q_norm: self.layers[layer].q_norm.as_ref(),
@@ -272,174 +242,128 @@ impl<E: Load> Stack<E> {
     }
 
     /// `x += [post_norm] down(act(up(norm(x))))`.
-    fn feed_forward(&self, layer: &Layer<E>, rows: usize, buffers: &mut Buffers<E>, mut tape: Option<&mut Tape<E>>) {
-        let (hidden, outputs) = (self.config.hidden_size, layer.up.outputs());
+    fn feed_forward(
+        &self,
+        layer: &Layer<B>,
+        rows: usize,
+        buffers: &mut Buffers<B>,
+        mut tape: TapeMut<'_, B>,
+    ) -> Result<()> {
+        let backend = &self.backend;
+        let (hidden, width) = (self.config.hidden_size, self.config.intermediate_size);
         let parallel = self.config.block == Block::Parallel;
-        if let Some(tape) = &mut tape {
-            if !parallel {
-                resize(&mut tape.mid, rows * hidden).copy_from_slice(&buffers.x[..rows * hidden]);
-            }
-            resize(&mut tape.up, rows * outputs);
-            resize(&mut tape.gate, if self.config.gated { rows * outputs } else { 0 });
+        if let Some(tape) = &mut tape
+            && !parallel
+        {
+            tape.keep_middle(B::part(&buffers.x, 0..rows * hidden));
         }
-        for chunk in chunks(rows) {
-            let x = &mut buffers.x[chunk.start * hidden..chunk.end * hidden];
+        for chunk in chunks(rows, B::CHUNK) {
             let normed = if parallel {
-                &buffers.parallel[chunk.start * hidden..chunk.end * hidden]
+                B::part(&buffers.parallel, of(&chunk, hidden))
             } else {
-                let normed = resize(&mut buffers.normed, chunk.len() * hidden);
-                layer.mlp_norm.forward(x, normed);
-                normed
+                let normed = backend.resize(&mut buffers.normed, chunk.len() * hidden)?;
+                backend.normed(&layer.mlp_norm, B::part(&buffers.x, of(&chunk, hidden)), normed)?;
+                B::part(&buffers.normed, 0..chunk.len() * hidden)
             };
-            let inner = resize(&mut buffers.inner, chunk.len() * outputs);
-            let kept = chunk.start * outputs..chunk.end * outputs;
-            let keep = tape.as_deref_mut().map(|tape| Kept {
-                gate: if self.config.gated { &mut tape.gate[kept.clone()] } else { &mut [] },
-                up: &mut tape.up[kept],
-            });
-            layer.up.forward(normed, inner, keep);
-            let kept = match (&mut tape, &layer.mlp_post_norm) {
-                (Some(tape), Some(_)) => {
-                    Some(&mut resize(&mut tape.mlp_branch, rows * hidden)[chunk.start * hidden..chunk.end * hidden])
-                }
-                _ => None,
-            };
-            add_branch(&layer.down, inner, layer.mlp_post_norm.as_ref(), &mut buffers.branch, x, kept);
+            let inner = backend.resize(&mut buffers.inner, chunk.len() * width)?;
+            let kept = tape.as_deref_mut().map(|tape| tape.kept(chunk.clone(), rows, width, self.config.gated));
+            backend.activate(&layer.up, normed, inner, kept, &mut buffers.scratch)?;
+            let inner = B::part(&buffers.inner, 0..chunk.len() * width);
+            let x = B::part_mut(&mut buffers.x, of(&chunk, hidden));
+            let norm = layer.mlp_post_norm.as_ref();
+            self.add_branch(&layer.down, inner, norm, &mut buffers.branch, x, chunk.len())?;
+            if let (Some(tape), Some(_)) = (&mut tape, norm) {
+                tape.keep_mlp_branch(B::part(&buffers.branch, 0..chunk.len() * hidden), chunk, rows);
+            }
         }
+        Ok(())
     }
 
     /// Final norm and head for the rows that somebody asked for, in f32.
-    fn read(&self, step: &Step<'_>, buffers: &mut Buffers<E>) -> Result<Vec<Vec<f32>>> {
+    fn read(&self, step: &Step<'_>, buffers: &mut Buffers<B>) -> Result<Vec<Vec<f32>>> {
         let hidden = self.config.hidden_size;
-        let mut wanted = Vec::new();
-        let (mut first, mut scored_rows) = (0, 0);
-        for sequence in &step.sequences {
-            let rows = sequence.read.rows(sequence.tokens.len());
-            if let Read::LogProbs { .. } = sequence.read {
-                scored_rows += rows.len();
-            }
-            wanted.extend(rows.map(|row| first + row));
-            first += sequence.tokens.len();
-        }
-        let mut gathered = Vec::with_capacity(wanted.len() * hidden);
-        for row in &wanted {
-            gathered.extend_from_slice(&buffers.x[row * hidden..(row + 1) * hidden]);
-        }
-        let last = resize(&mut buffers.last, gathered.len());
-        self.final_norm.forward(&gathered, last);
-
+        let rows: usize = step.sequences.iter().map(|s| s.tokens.len()).sum();
+        let (x, scratch) = (B::part(&buffers.x, 0..rows * hidden), &mut buffers.scratch);
+        let stream = || Stream { x, width: hidden, norm: &self.final_norm };
+        // Rows of the step that a sequence reads.
+        let mut first = 0;
+        let wanted: Vec<Vec<u32>> = step
+            .sequences
+            .iter()
+            .map(|sequence| {
+                let rows = sequence.read.rows(sequence.tokens.len());
+                let rows = rows.map(|row| (first + row) as u32).collect();
+                first += sequence.tokens.len();
+                rows
+            })
+            .collect();
+        let sequences = || step.sequences.iter().zip(&wanted);
         match &self.head {
             Head::Reward { weight, bias, normalization } => {
-                let mut rewards = last.chunks_exact(hidden).map(|row| {
-                    let logit = dot(weight, row) + bias;
-                    normalization.map_or(logit, |(mean, std)| (logit - mean) / std)
-                });
-                let take = |s: &StepSequence<'_>| rewards.by_ref().take(s.read.rows(s.tokens.len()).len()).collect();
-                Ok(step.sequences.iter().map(take).collect())
+                let rewards = self.backend.rewards(stream(), &wanted.concat(), weight, *bias, scratch)?;
+                let mut rewards =
+                    rewards.into_iter().map(|logit| normalization.map_or(logit, |(mean, std)| (logit - mean) / std));
+                Ok(wanted.iter().map(|rows| rewards.by_ref().take(rows.len()).collect()).collect())
             }
             Head::Language { logits, softcap } => {
-                let mut first = 0;
-                let mut answers = Vec::with_capacity(step.sequences.len());
+                let vocabulary = || Vocabulary { logits, softcap: *softcap, size: self.config.vocab_size };
                 // As few passes over the vocabulary as may be: one for many log-probabilities, one for all logits.
-                let mut scored = (Vec::with_capacity(scored_rows * hidden), Vec::with_capacity(scored_rows));
-                let mut sampled = Vec::new();
-                for sequence in &step.sequences {
-                    let rows = sequence.read.rows(sequence.tokens.len()).len();
-                    let rows = &last[first * hidden..(first + rows) * hidden];
-                    first += rows.len() / hidden;
+                let (mut scored, mut targets, mut sampled) = (Vec::new(), Vec::new(), Vec::new());
+                for (sequence, rows) in sequences() {
                     match &sequence.read {
-                        Read::LogProbs { targets, .. } => {
-                            scored.0.extend_from_slice(rows);
-                            scored.1.extend_from_slice(targets);
+                        Read::LogProbs { targets: of_rows, .. } => {
+                            scored.extend_from_slice(rows);
+                            targets.extend_from_slice(of_rows);
                         }
                         Read::LastLogits => sampled.extend_from_slice(rows),
                         _ => {}
                     }
                 }
-                let mut log_probs = Vec::with_capacity(scored.1.len());
-                for (rows, targets) in scored.0.chunks(ROWS_AT_A_TIME * hidden).zip(scored.1.chunks(ROWS_AT_A_TIME)) {
-                    log_probs.extend(token_log_probs(logits, *softcap, rows, targets));
-                    buffers.progress.advance();
-                }
+                let log_probs =
+                    self.backend.log_probs(stream(), &scored, vocabulary(), &targets, scratch, &buffers.progress)?;
+                let all_logits = self.backend.logits(stream(), &sampled, vocabulary(), scratch)?;
                 let mut log_probs = log_probs.into_iter();
-                let all_logits = resize(&mut buffers.logits, sampled.len() / hidden * self.config.vocab_size);
-                logits.forward_f32(&sampled, all_logits, Store::Set);
-                if let Some(cap) = softcap {
-                    soft_cap(all_logits, *cap);
-                }
-                let mut rows = all_logits.chunks_exact(self.config.vocab_size);
-                let mut last_row = 0;
-                for sequence in &step.sequences {
-                    let first_row = last_row;
-                    last_row += sequence.read.rows(sequence.tokens.len()).len();
-                    answers.push(match &sequence.read {
-                        Read::TopLogProbs { count, .. } => {
-                            let rows = &last[first_row * hidden..last_row * hidden];
-                            let (ids, log_probs) = top_log_probs(logits, *softcap, rows, *count);
-                            let row = |(ids, log_probs): (&[u32], &[f32])| {
-                                ids.iter().map(|id| *id as f32).chain(log_probs.iter().copied()).collect::<Vec<_>>()
-                            };
-                            ids.chunks(*count).zip(log_probs.chunks(*count)).flat_map(row).collect()
-                        }
-                        Read::LogProbs { targets, .. } => log_probs.by_ref().take(targets.len()).collect(),
-                        Read::LastLogits => rows.next().map(<[f32]>::to_vec).unwrap_or_default(),
-                        _ => Vec::new(),
-                    });
-                }
-                Ok(answers)
+                let mut all_logits = all_logits.into_iter();
+                sequences()
+                    .map(|(sequence, rows)| {
+                        Ok(match &sequence.read {
+                            Read::TopLogProbs { count, .. } => {
+                                let (ids, log_probs) =
+                                    self.backend.top_log_probs(stream(), rows, vocabulary(), *count, scratch)?;
+                                let row = |(ids, log_probs): (&[u32], &[f32])| {
+                                    let ids = ids.iter().map(|id| *id as f32);
+                                    ids.chain(log_probs.iter().copied()).collect::<Vec<_>>()
+                                };
+                                ids.chunks(*count).zip(log_probs.chunks(*count)).flat_map(row).collect()
+                            }
+                            Read::LogProbs { targets, .. } => log_probs.by_ref().take(targets.len()).collect(),
+                            Read::LastLogits => all_logits.next().unwrap_or_default(),
+                            _ => Vec::new(),
+                        })
+                    })
+                    .collect()
             }
         }
     }
 }
 
-/// Rows whose log-probabilities are computed at a time: many, for whom the weights are read once, and not so many that
-/// nothing seems to happen meanwhile.
-const ROWS_AT_A_TIME: usize = 512;
-
-/// `x += [norm](linear(input))`; what the norm is given is kept where that is asked for.
-fn add_branch<E: Element>(
-    linear: &Linear<E>,
-    input: &[E],
-    norm: Option<&Norm>,
-    branch: &mut Vec<f32>,
-    x: &mut [f32],
-    kept: Option<&mut [f32]>,
-) {
-    match norm {
-        None => linear.forward(input, x, Store::Add),
-        Some(norm) => {
-            let branch = resize(branch, x.len());
-            linear.forward(input, branch, Store::Set);
-            norm.add_to(branch, x);
-            if let Some(kept) = kept {
-                kept.copy_from_slice(branch);
-            }
-        }
-    }
+/// Where rows of this width lie.
+fn of(rows: &Range<usize>, width: usize) -> Range<usize> {
+    rows.start * width..rows.end * width
 }
 
-/// The first `len` elements of the buffer, whose values are whatever they were.
-pub(super) fn resize<T: Default + Clone>(buffer: &mut Vec<T>, len: usize) -> &mut [T] {
-    if buffer.len() < len {
-        // What is foretold has no room for more.
-        buffer.reserve_exact(len - buffer.len());
-        buffer.resize(len, T::default());
-    }
-    &mut buffer[..len]
+pub(super) fn chunks(rows: usize, most: usize) -> impl Iterator<Item = Range<usize>> {
+    (0..rows).step_by(most).map(move |start| start..(start + most).min(rows))
 }
 
-pub(super) fn chunks(rows: usize) -> impl Iterator<Item = Range<usize>> {
-    (0..rows).step_by(CHUNK).map(move |start| start..(start + CHUNK).min(rows))
-}
-
-/// The step's rows cut at pages and chunks.
-fn runs(step: &Step<'_>) -> Vec<Run> {
+/// The step's rows cut at pages, and after every `most` rows.
+pub(super) fn runs(step: &Step<'_>, most: usize) -> Vec<Run> {
     let mut runs = Vec::new();
     let mut row = 0;
     for sequence in &step.sequences {
         let (mut position, end) = (sequence.position, sequence.position + sequence.tokens.len());
         while position < end {
-            let len = (PAGE - position % PAGE).min(end - position).min(CHUNK - row % CHUNK);
+            let len = (PAGE - position % PAGE).min(end - position).min(most - row % most);
             runs.push(Run { row, len, position, page: sequence.pages[position / PAGE] });
             position += len;
             row += len;

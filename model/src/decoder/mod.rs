@@ -4,21 +4,25 @@
 //! so a slice may continue what earlier steps, or other sequences with the same beginning, have computed. A row's
 //! result has the same bits whatever else the step holds and however a sequence was cut into steps.
 
+mod backend;
 mod build;
+mod cpu;
 mod forward;
+#[cfg(feature = "gpu")]
+mod gpu;
 pub mod gradient;
 mod names;
 mod plan;
 mod step;
 
+use std::any::Any;
+use std::fmt::Debug;
+
 use half::bf16;
 use plumb_kernels::Element;
-use plumb_kernels::attention::KvPages;
-use plumb_kernels::linear::{Activated, Linear};
+#[cfg(feature = "gpu")]
+use plumb_kernels::gpu::Gpu;
 use plumb_kernels::memory::OutOfMemory;
-use plumb_kernels::norm::Norm;
-use plumb_kernels::parallel::with_team;
-use plumb_kernels::rotary::Rotary;
 
 pub use plumb_kernels::head::log_sum_exp;
 pub use step::{Progress, Read, Step, StepSequence, StepSize};
@@ -27,6 +31,8 @@ use crate::checkpoint::Weights;
 use crate::config::Config;
 use crate::faults::{Fault, asked};
 use crate::{Error, Result};
+use backend::Backend;
+use forward::Buffers;
 
 /// Types in which weights and caches are held.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -45,122 +51,231 @@ impl DType {
             DType::Bf16 => bf16::NAME,
         }
     }
+
+    /// Bytes of an element.
+    pub(crate) fn bytes(self) -> usize {
+        match self {
+            DType::F32 => size_of::<f32>(),
+            DType::Bf16 => size_of::<bf16>(),
+        }
+    }
+}
+
+/// Where a decoder computes.
+#[derive(Clone, Debug, Default)]
+pub enum Device {
+    /// The threads of the current rayon pool.
+    #[default]
+    Cpu,
+    /// A GPU.
+    #[cfg(feature = "gpu")]
+    Gpu(Gpu),
+}
+
+impl Device {
+    /// The GPU of this number.
+    ///
+    /// # Errors
+    /// [`Error::Device`] if there is none, or no driver or cuBLAS for it.
+    #[cfg(feature = "cuda")]
+    pub fn cuda(number: usize) -> Result<Self> {
+        Ok(Self::Gpu(Gpu::cuda(number)?))
+    }
+
+    /// Whether it is the CPU.
+    pub fn is_cpu(&self) -> bool {
+        matches!(self, Self::Cpu)
+    }
+
+    /// What it calls itself.
+    pub fn name(&self) -> &str {
+        match self {
+            Self::Cpu => "CPU",
+            #[cfg(feature = "gpu")]
+            Self::Gpu(gpu) => gpu.name(),
+        }
+    }
+
+    /// Bytes of its own memory that are free; `None` if it has none of its own.
+    ///
+    /// # Errors
+    /// [`Error::Device`] if it is lost.
+    pub fn free_memory(&self) -> Result<Option<u64>> {
+        match self {
+            Self::Cpu => Ok(None),
+            #[cfg(feature = "gpu")]
+            Self::Gpu(gpu) => Ok(Some(gpu.memory()?.free as u64)),
+        }
+    }
+}
+
+/// An expression for the backend of a device and a type.
+macro_rules! on {
+    ($device:expr, $dtype:expr, $B:ident => $body:expr) => {
+        match ($device, $dtype) {
+            ($crate::decoder::Device::Cpu, $crate::decoder::DType::F32) => {
+                type $B = $crate::decoder::cpu::Cpu<f32>;
+                $body
+            }
+            ($crate::decoder::Device::Cpu, $crate::decoder::DType::Bf16) => {
+                type $B = $crate::decoder::cpu::Cpu<half::bf16>;
+                $body
+            }
+            #[cfg(feature = "gpu")]
+            ($crate::decoder::Device::Gpu(_), $crate::decoder::DType::F32) => {
+                type $B = $crate::decoder::gpu::OnGpu<f32>;
+                $body
+            }
+            #[cfg(feature = "gpu")]
+            ($crate::decoder::Device::Gpu(_), $crate::decoder::DType::Bf16) => {
+                type $B = $crate::decoder::gpu::OnGpu<half::bf16>;
+                $body
+            }
+        }
+    };
+}
+use on;
+
+/// A decoder with its weights, which never change.
+#[derive(Debug)]
+pub struct Decoder(Box<dyn Computes>);
+
+/// Keys and values of a decoder's sequences.
+#[derive(Debug)]
+pub struct KvStore(Box<dyn Pages>);
+
+/// Buffers that are kept from step to step.
+#[derive(Debug)]
+pub struct Workspace(Box<dyn Kept>);
+
+/// A decoder, whatever it computes on and in.
+trait Computes: Debug + Send + Sync {
+    fn config(&self) -> &Config;
+    fn dtype(&self) -> DType;
+    fn kv_store(&self, pages: usize) -> Result<KvStore>;
+    fn workspace(&self) -> Workspace;
+    fn size(&self) -> (u64, u64);
+    fn step(&self, step: &Step<'_>, kv: &mut KvStore, workspace: &mut Workspace) -> Result<Vec<Vec<f32>>>;
+}
+
+/// Pages of some backend.
+trait Pages: Any + Debug + Send + Sync {}
+
+impl<T: Any + Debug + Send + Sync> Pages for T {}
+
+/// Buffers of some backend.
+trait Kept: Any + Debug + Send + Sync {
+    fn count(&mut self, progress: Progress);
+    fn bytes(&self) -> usize;
+}
+
+impl<B: Backend> Kept for Buffers<B> {
+    fn count(&mut self, progress: Progress) {
+        self.progress = progress;
+    }
+
+    fn bytes(&self) -> usize {
+        Buffers::bytes(self)
+    }
+}
+
+impl<B: Backend> Computes for Stack<B> {
+    fn config(&self) -> &Config {
+        &self.config
+    }
+
+    fn dtype(&self) -> DType {
+        if size_of::<B::Element>() == DType::F32.bytes() { DType::F32 } else { DType::Bf16 }
+    }
+
+    fn kv_store(&self, pages: usize) -> Result<KvStore> {
+        refuse_beyond(B::page_bytes(&self.config).saturating_mul(pages))?;
+        Ok(KvStore(Box::new(self.backend.kv_pages(&self.config, pages)?)))
+    }
+
+    fn workspace(&self) -> Workspace {
+        Workspace(Box::new(Buffers::new(&self.backend)))
+    }
+
+    fn size(&self) -> (u64, u64) {
+        Stack::size(self)
+    }
+
+    fn step(&self, step: &Step<'_>, kv: &mut KvStore, workspace: &mut Workspace) -> Result<Vec<Vec<f32>>> {
+        let (kv, buffers): (&mut dyn Any, &mut dyn Any) = (&mut *kv.0, &mut *workspace.0);
+        match (kv.downcast_mut(), buffers.downcast_mut()) {
+            (Some(kv), Some(buffers)) => B::run(|| Stack::step(self, step, kv, buffers)),
+            _ => Err(Error::InvalidInput("the cache belongs to a model of another type".into())),
+        }
+    }
 }
 
 impl Workspace {
     /// Has the progress of all steps counted there.
     #[must_use]
     pub fn counted(mut self, progress: Progress) -> Self {
-        match &mut self.0 {
-            Typed::F32(buffers) => buffers.progress = progress,
-            Typed::Bf16(buffers) => buffers.progress = progress,
-        }
+        self.0.count(progress);
         self
     }
 
     /// Bytes that the buffers take, which grow with the largest step so far.
     pub fn bytes(&self) -> usize {
-        match &self.0 {
-            Typed::F32(buffers) => buffers.bytes(),
-            Typed::Bf16(buffers) => buffers.bytes(),
-        }
+        self.0.bytes()
     }
-}
-
-/// A decoder with its weights, which never change.
-#[derive(Debug)]
-pub struct Decoder(Typed<Stack<f32>, Stack<bf16>>);
-
-/// Keys and values of a decoder's sequences.
-#[derive(Debug)]
-pub struct KvStore(Typed<KvPages<f32>, KvPages<bf16>>);
-
-/// Buffers that are kept from step to step.
-#[derive(Debug)]
-pub struct Workspace(Typed<forward::Buffers<f32>, forward::Buffers<bf16>>);
-
-#[derive(Debug)]
-enum Typed<A, B> {
-    F32(A),
-    Bf16(B),
 }
 
 impl Decoder {
     /// Takes every weight that the configuration implies.
-    pub fn build(config: &Config, weights: &mut Weights, dtype: DType, positions: usize) -> Result<Self> {
-        Ok(Self(match dtype {
-            DType::F32 => Typed::F32(Stack::build(config, weights, positions)?),
-            DType::Bf16 => Typed::Bf16(Stack::build(config, weights, positions)?),
-        }))
+    pub fn build(
+        config: &Config,
+        weights: &mut Weights,
+        dtype: DType,
+        positions: usize,
+        device: &Device,
+    ) -> Result<Self> {
+        Ok(Self(on!(device, dtype, B => Box::new(Stack::<B>::build(B::on(device)?, config, weights, positions)?))))
     }
 
     /// What it is.
     pub fn config(&self) -> &Config {
-        match &self.0 {
-            Typed::F32(stack) => &stack.config,
-            Typed::Bf16(stack) => &stack.config,
-        }
+        self.0.config()
     }
 
     /// Type of its weights and caches.
     pub fn dtype(&self) -> DType {
-        match &self.0 {
-            Typed::F32(_) => DType::F32,
-            Typed::Bf16(_) => DType::Bf16,
-        }
+        self.0.dtype()
     }
 
     /// Bytes of one page of keys and values.
-    pub fn page_bytes(config: &Config, dtype: DType) -> usize {
-        let bytes = match dtype {
-            DType::F32 => KvPages::<f32>::page_bytes,
-            DType::Bf16 => KvPages::<bf16>::page_bytes,
-        };
-        bytes(config.num_layers, config.num_kv_heads, config.head_dim)
+    pub fn page_bytes(config: &Config, dtype: DType, device: &Device) -> usize {
+        on!(device, dtype, B => B::page_bytes(config))
     }
 
     /// Room for `pages` pages, whose memory is taken from the system: that takes up to a second for a GiB.
     ///
     /// # Errors
-    /// [`Error::OutOfMemory`] if the system has none.
+    /// [`Error::OutOfMemory`] if there is none.
     pub fn kv_store(&self, pages: usize) -> Result<KvStore> {
-        fn pages_of<E: Element>(stack: &Stack<E>, pages: usize) -> Result<KvPages<E>> {
-            let Config { num_layers, num_kv_heads, head_dim, .. } = stack.config;
-            refuse_beyond(KvPages::<E>::page_bytes(num_layers, num_kv_heads, head_dim).saturating_mul(pages))?;
-            Ok(KvPages::new(num_layers, num_kv_heads, head_dim, pages)?)
-        }
-        Ok(KvStore(match &self.0 {
-            Typed::F32(stack) => Typed::F32(pages_of(stack, pages)?),
-            Typed::Bf16(stack) => Typed::Bf16(pages_of(stack, pages)?),
-        }))
+        self.0.kv_store(pages)
     }
 
     /// Empty buffers.
     pub fn workspace(&self) -> Workspace {
-        Workspace(match &self.0 {
-            Typed::F32(_) => Typed::F32(forward::Buffers::default()),
-            Typed::Bf16(_) => Typed::Bf16(forward::Buffers::default()),
-        })
+        self.0.workspace()
     }
 
     /// Weights in number and in bytes.
     pub fn size(&self) -> (u64, u64) {
-        match &self.0 {
-            Typed::F32(stack) => stack.size(),
-            Typed::Bf16(stack) => stack.size(),
-        }
+        self.0.size()
     }
 
-    /// Runs a step on the current rayon pool and answers what each sequence asked for, in order.
+    /// Runs a step, on the current rayon pool where it computes on the CPU, and answers what each sequence asked for, in
+    /// order.
     ///
     /// Fails if a sequence does not fit the model (a token outside the vocabulary, a position beyond the context, a
     /// read that the head cannot serve) or if the store or workspace belongs to another model.
     pub fn step(&self, step: &Step<'_>, kv: &mut KvStore, workspace: &mut Workspace) -> Result<Vec<Vec<f32>>> {
-        with_team(|| match (&self.0, &mut kv.0, &mut workspace.0) {
-            (Typed::F32(stack), Typed::F32(kv), Typed::F32(buffers)) => stack.step(step, kv, buffers),
-            (Typed::Bf16(stack), Typed::Bf16(kv), Typed::Bf16(buffers)) => stack.step(step, kv, buffers),
-            _ => Err(Error::InvalidInput("the cache belongs to a model of another type".into())),
-        })
+        self.0.step(step, kv, workspace)
     }
 }
 
@@ -174,37 +289,40 @@ fn refuse_beyond(bytes: usize) -> Result<()> {
 
 /// Embedding, layers, final norm and head.
 #[derive(Debug)]
-struct Stack<E> {
+struct Stack<B: Backend> {
+    backend: B,
     config: Config,
     /// `[vocab_size, hidden_size]`; absent where the language head holds the same numbers.
-    embedding: Option<Vec<E>>,
-    layers: Vec<Layer<E>>,
-    final_norm: Norm,
-    head: Head<E>,
-    rotary: Rotary,
+    embedding: Option<B::Array<B::Element>>,
+    layers: Vec<Layer<B>>,
+    final_norm: B::Norm,
+    head: Head<B>,
+    rotary: B::Rotary,
+    /// The longest sequence.
+    positions: usize,
     parameters: u64,
 }
 
 #[derive(Debug)]
-struct Layer<E> {
-    attention_norm: Norm,
+struct Layer<B: Backend> {
+    attention_norm: B::Norm,
     /// q, k and v on top of one another.
-    qkv: Linear<E>,
-    q_norm: Option<Norm>,
-    k_norm: Option<Norm>,
-    output: Linear<E>,
+    qkv: B::Linear,
+    q_norm: Option<B::Norm>,
+    k_norm: Option<B::Norm>,
+    output: B::Linear,
     /// Over the attention's result, before it is added (sandwich norm).
-    attention_post_norm: Option<Norm>,
-    mlp_norm: Norm,
+    attention_post_norm: Option<B::Norm>,
+    mlp_norm: B::Norm,
     /// Up with its non-linearity, and with its gate if there is one.
-    up: Activated<E>,
-    down: Linear<E>,
+    up: B::Activated,
+    down: B::Linear,
     /// Over the feed-forward's result, before it is added (sandwich norm).
-    mlp_post_norm: Option<Norm>,
+    mlp_post_norm: Option<B::Norm>,
 }
 
 #[derive(Debug)]
-enum Head<E> {
-    Language { logits: Linear<E>, softcap: Option<f32> },
-    Reward { weight: Vec<f32>, bias: f32, normalization: Option<(f32, f32)> },
+enum Head<B: Backend> {
+    Language { logits: B::Linear, softcap: Option<f32> },
+    Reward { weight: B::Array<f32>, bias: f32, normalization: Option<(f32, f32)> },
 }

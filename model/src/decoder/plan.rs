@@ -2,17 +2,16 @@
 //!
 //! Follows [`super::build`] matrix by matrix; a test holds the two together.
 
-use half::bf16;
-use plumb_kernels::Element;
-use plumb_kernels::attention::padded;
+use std::marker::PhantomData;
+
 use plumb_kernels::linear::{Linear, PANEL};
 use plumb_kernels::quantised;
 
-use super::forward::CHUNK;
+use super::backend::Backend;
 use super::names::{LayerNames, Names, Qkv};
-use super::{DType, Decoder, StepSize};
+use super::{DType, Decoder, Device, StepSize, on};
 use crate::checkpoint::Weights;
-use crate::config::{Block, Config, Head, Norm};
+use crate::config::{Config, Head, Norm};
 
 /// Bytes that a decoder takes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -28,43 +27,23 @@ pub(crate) struct Plan {
 
 impl Decoder {
     /// What [`Decoder::build`] would take.
-    pub(crate) fn plan(config: &Config, weights: &Weights, dtype: DType, positions: usize) -> Plan {
-        match dtype {
-            DType::F32 => Planner::<f32>::plan(config, weights, positions),
-            DType::Bf16 => Planner::<bf16>::plan(config, weights, positions),
-        }
+    pub(crate) fn plan(config: &Config, weights: &Weights, dtype: DType, positions: usize, device: &Device) -> Plan {
+        on!(device, dtype, B => Planner::<B>::plan(config, weights, positions))
     }
 
     /// What steps up to the `largest` compute in: [`super::Workspace::bytes`], and the copies of the rows that are read.
-    pub(crate) fn workspace_bytes(config: &Config, dtype: DType, largest: StepSize) -> u64 {
-        const FLOAT: usize = size_of::<f32>();
-        let element = match dtype {
-            DType::F32 => size_of::<f32>(),
-            DType::Bf16 => size_of::<bf16>(),
-        };
-        let Config { hidden_size, intermediate_size, num_heads, num_kv_heads, head_dim, vocab_size, .. } = *config;
-        let attention = num_heads * (padded(head_dim) + head_dim);
-        let parallel = if config.block == Block::Parallel { hidden_size } else { 0 };
-        // The residual stream; and of rows that are read a copy, what its norm makes of it, and that again.
-        let row = (attention + parallel) * element + 4 * hidden_size * FLOAT;
-        let qkv = (num_heads + 2 * num_kv_heads) * head_dim;
-        let inner = intermediate_size.next_multiple_of(PANEL);
-        let chunk = (hidden_size + inner) * element + (hidden_size + qkv) * FLOAT;
-        // Computed, and handed out.
-        let logits = if config.head == Head::Language { 2 * vocab_size * FLOAT } else { 0 };
-        let of = |count: usize, bytes: usize| count.saturating_mul(bytes) as u64;
-        let parts = [of(largest.tokens, row), of(CHUNK.min(largest.tokens), chunk), of(largest.sequences, logits)];
-        parts.into_iter().fold(0, u64::saturating_add)
+    pub(crate) fn workspace_bytes(config: &Config, dtype: DType, largest: StepSize, device: &Device) -> u64 {
+        on!(device, dtype, B => B::workspace_bytes(config, largest))
     }
 }
 
-struct Planner<'a, E> {
+struct Planner<'a, B> {
     config: &'a Config,
     weights: &'a Weights,
     plan: Plan,
     /// The most at a time so far.
     peak: u64,
-    element: std::marker::PhantomData<E>,
+    backend: PhantomData<B>,
 }
 
 /// A matrix of a checkpoint on its way.
@@ -76,13 +55,13 @@ struct Part {
     quantised: Option<quantised::Described>,
 }
 
-impl<'a, E: Element> Planner<'a, E> {
+impl<'a, B: Backend> Planner<'a, B> {
     fn plan(config: &'a Config, weights: &'a Weights, positions: usize) -> Plan {
-        let mut planner = Self { config, weights, plan: Plan::default(), peak: 0, element: std::marker::PhantomData };
+        let mut planner = Self { config, weights, plan: Plan::default(), peak: 0, backend: PhantomData };
         planner.ends();
         (0..config.num_layers).for_each(|layer| planner.layer(&LayerNames::of(config, layer)));
         planner.norm(config.hidden_size);
-        planner.plan.reading = planner.peak.saturating_sub(planner.plan.weights);
+        planner.plan.reading = planner.peak.saturating_sub(planner.held());
         planner.plan.tables += (positions * config.rope.dim * size_of::<f32>()) as u64;
         planner.plan
     }
@@ -114,7 +93,7 @@ impl<'a, E: Element> Planner<'a, E> {
             // Cut into heads, for which it has to be expanded.
             Qkv::Interleaved(name) => {
                 let part = self.part(name, 3 * q * hidden);
-                self.reads(&[part], Linear::<E>::packed_bytes(3 * q, hidden), config.qkv_bias.then_some(3 * q));
+                self.reads(&[part], Self::bytes(3 * q, hidden), config.qkv_bias.then_some(3 * q));
             }
         }
         self.linear(&[(&names.output, hidden)], q, 1, config.attention_output_bias);
@@ -140,12 +119,13 @@ impl<'a, E: Element> Planner<'a, E> {
 
     /// Matrices that become one layer.
     fn linear(&mut self, parts: &[(impl AsRef<str>, usize)], inputs: usize, align: usize, bias: bool) {
+        let align = if B::PACKED { align } else { 1 };
         let outputs: usize = parts.iter().map(|(_, outputs)| outputs.next_multiple_of(align)).sum();
         let read: Vec<Part> = parts.iter().map(|(name, outputs)| self.part(name.as_ref(), outputs * inputs)).collect();
         let quantised: Vec<_> = read.iter().filter_map(|part| part.quantised).collect();
-        let bytes = match quantised.len() == read.len() {
+        let bytes = match B::PACKED && quantised.len() == read.len() {
             true => quantised::packed_bytes(&quantised, outputs, inputs),
-            false => Linear::<E>::packed_bytes(outputs, inputs),
+            false => Self::bytes(outputs, inputs),
         };
         self.reads(&read, bytes, bias.then_some(outputs));
     }
@@ -154,7 +134,7 @@ impl<'a, E: Element> Planner<'a, E> {
     fn embedding(&mut self, name: &str) {
         let len = self.config.vocab_size * self.config.hidden_size;
         let part = self.part(name, len);
-        let held = len * size_of::<E>();
+        let held = len * size_of::<B::Element>();
         let expanding = if part.quantised.is_some() { part.kept + held } else { held };
         self.takes(part.reading.max(expanding));
         self.plan.weights += held as u64;
@@ -167,8 +147,8 @@ impl<'a, E: Element> Planner<'a, E> {
             let kept = len + 2 * len / quantised.group * size_of::<f32>();
             return Part { reading: len * foreseen.reading, kept, quantised: Some(quantised) };
         }
-        let kept = len * size_of::<E>();
-        let converted = if foreseen.dtype.size_in_bytes() == size_of::<E>() { 0 } else { kept };
+        let kept = len * size_of::<B::Element>();
+        let converted = if foreseen.dtype.size_in_bytes() == size_of::<B::Element>() { 0 } else { kept };
         Part { reading: len * foreseen.reading + converted + kept, kept, quantised: None }
     }
 
@@ -180,15 +160,28 @@ impl<'a, E: Element> Planner<'a, E> {
             self.takes(kept + part.reading);
             kept += part.kept;
         }
-        let mixed = parts.iter().any(|part| part.quantised.is_none());
+        let mixed = !B::PACKED || parts.iter().any(|part| part.quantised.is_none());
         let expanded = parts.iter().filter(|part| mixed && part.quantised.is_some());
-        self.takes(kept + packed + expanded.map(|part| part.kept * size_of::<E>()).max().unwrap_or(0));
+        self.takes(kept + packed + expanded.map(|part| part.kept * size_of::<B::Element>()).max().unwrap_or(0));
         self.plan.weights += (packed + bias.unwrap_or(0) * size_of::<f32>()) as u64;
     }
 
     /// For a moment, beside what is held already.
     fn takes(&mut self, bytes: usize) {
-        self.peak = self.peak.max(self.plan.weights + bytes as u64);
+        self.peak = self.peak.max(self.held() + bytes as u64);
+    }
+
+    /// Of the weights so far, what is in the process's own memory.
+    fn held(&self) -> u64 {
+        if B::PACKED { self.plan.weights } else { 0 }
+    }
+
+    /// Of weights that are not quantised.
+    fn bytes(outputs: usize, inputs: usize) -> usize {
+        match B::PACKED {
+            true => Linear::<B::Element>::packed_bytes(outputs, inputs),
+            false => outputs * inputs * size_of::<B::Element>(),
+        }
     }
 
     fn norm(&mut self, width: usize) {

@@ -271,7 +271,7 @@ fn serve() -> io::Result<()> {
         set(Duration::ZERO)?;
         match reply.unwrap_or_else(|_| Err("the chat template fails on this conversation".to_owned())) {
             Ok(text) => send(&mut socket, 0, text.as_bytes())?,
-            Err(reason) => send(&mut socket, 1, reason[..reason.floor_char_boundary(MAX_REASON_BYTES)].as_bytes())?,
+            Err(reason) => send(&mut socket, 1, &reason.as_bytes()[..reason.floor_char_boundary(MAX_REASON_BYTES)])?,
         }
     }
 }

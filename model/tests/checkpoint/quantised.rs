@@ -103,6 +103,7 @@ fn foretold(source: &Source, dtype: DType) -> u64 {
         hhh: Default::default(),
         max_input_tokens: None,
         kv_cache_bytes: 1 << 24,
+        device: Default::default(),
         background: Background::default(),
     };
     LoadedModel::footprint(source, &options, StepSize { tokens: 1, sequences: 1 }).unwrap().weights
@@ -111,7 +112,7 @@ fn foretold(source: &Source, dtype: DType) -> u64 {
 /// The bits of all that a model answers, and the number and bytes of its weights.
 fn run(mut checkpoint: Checkpoint, dtype: DType) -> (Vec<u32>, (u64, u64)) {
     let config = &checkpoint.config;
-    let decoder = Decoder::build(config, &mut checkpoint.weights, dtype, 128).unwrap();
+    let decoder = Decoder::build(config, &mut checkpoint.weights, dtype, 128, &Default::default()).unwrap();
     checkpoint.weights.finish().unwrap();
     let tokens: Vec<u32> = (0..99).map(|i| i * 37 % config.vocab_size as u32).collect();
     let pages: Vec<u32> = (0..8).collect();

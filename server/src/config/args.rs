@@ -114,6 +114,10 @@ pub(crate) struct ModelFlags {
     /// Splits calls that name neither version nor label, by a hash of the request: pm:stable=95,pm:canary=5.
     #[arg(long, env = "PLUMB_TRAFFIC", value_name = "MODEL:LABEL=WEIGHT", value_delimiter = ',')]
     pub(crate) traffic: Vec<String>,
+    /// Where models compute: cpu, cuda:N, or auto, which takes the first GPU if there is one and the server was built
+    /// with CUDA.
+    #[arg(long, env = "PLUMB_DEVICE", default_value = "auto", value_parser = device, value_name = "DEVICE")]
+    pub(crate) device: DeviceChoice,
     /// Type in which weights are held; auto takes the checkpoint's.
     #[arg(long, env = "PLUMB_DTYPE", default_value = "auto")]
     pub(crate) dtype: DType,
@@ -126,6 +130,18 @@ pub(crate) struct ModelFlags {
     /// Replaces the built-in HHH prompt: conversations separated by lines of dashes.
     #[arg(long, env = "PLUMB_HHH_PROMPT_FILE", value_name = "FILE")]
     pub(crate) hhh_prompt_file: Option<PathBuf>,
+}
+
+/// Where models compute.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum DeviceChoice {
+    /// The first GPU, or the CPU where there is none.
+    #[default]
+    Auto,
+    /// The CPU.
+    Cpu,
+    /// The GPU of this number.
+    Cuda(usize),
 }
 
 /// Type in which weights are held.
@@ -376,6 +392,17 @@ pub(crate) struct TelemetryFlags {
     /// Name of this service in traces.
     #[arg(long, env = "PLUMB_OTLP_SERVICE_NAME", default_value = "plumb-server", value_name = "NAME")]
     pub(crate) otlp_service_name: String,
+}
+
+/// The name of a device.
+fn device(text: &str) -> Result<DeviceChoice, String> {
+    match text.strip_prefix("cuda:").map(str::parse) {
+        None if text == "auto" => Ok(DeviceChoice::Auto),
+        None if text == "cpu" => Ok(DeviceChoice::Cpu),
+        None if text == "cuda" => Ok(DeviceChoice::Cuda(0)),
+        Some(Ok(number)) => Ok(DeviceChoice::Cuda(number)),
+        _ => Err("not auto, cpu or cuda:N".to_owned()),
+    }
 }
 
 /// A number of things, at least one.

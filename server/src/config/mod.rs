@@ -18,8 +18,8 @@ use std::time::Duration;
 use clap::parser::ValueSource;
 use clap::{ArgMatches, Command, CommandFactory as _, FromArgMatches as _};
 
-pub use self::args::DType;
 use self::args::{ClientAuth, Flags};
+pub use self::args::{DType, DeviceChoice};
 use self::file::FileValues;
 pub use self::models::ModelConfig;
 pub(crate) use self::models::check_name;
@@ -37,6 +37,8 @@ pub struct Config {
     pub versions: Versions,
     /// Which models an empty name means.
     pub defaults: Defaults,
+    /// Where models compute.
+    pub device: DeviceChoice,
     /// Type in which weights are held.
     pub dtype: DType,
     /// Replaces the built-in HHH prompt.
@@ -371,6 +373,7 @@ impl Config {
             models: served,
             versions,
             defaults,
+            device: models.device,
             dtype: models.dtype,
             hhh_prompt_file: models.hhh_prompt_file,
             engine: EngineSizes {

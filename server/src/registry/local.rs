@@ -39,9 +39,7 @@ impl Local {
     /// If there is not, or what is wrong with its files.
     pub(super) fn load(self, options: &LoadOptions, largest: StepSize) -> Result<LoadedModel> {
         let footprint = LoadedModel::footprint(&self.files, options, largest)?;
-        if let Some(free) = memory::available() {
-            footprint.check(free)?;
-        }
+        footprint.check(memory::available(), options.device.free_memory()?)?;
         let mut model = LoadedModel::load(&self.files, options)?;
         model.info.source = self.asked.model;
         model.info.adapter = self.asked.adapter;
@@ -62,6 +60,7 @@ mod tests {
             hhh: Default::default(),
             max_input_tokens: None,
             kv_cache_bytes: 1 << 24,
+            device: Default::default(),
             background: Default::default(),
         };
         let load = |name: &str| {

@@ -52,6 +52,7 @@ fn load(source: &Source) {
             hhh,
             max_input_tokens: Some(64),
             kv_cache_bytes: 1 << 20,
+            device: Default::default(),
             background: Default::default(),
         },
     );

@@ -17,7 +17,8 @@ fn main() {
 
 fn every_input(target: &Target) -> Result<(), Failed> {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("corpus").join(target.name);
-    let mut inputs: Vec<_> = std::fs::read_dir(&folder)?.map(|entry| entry.unwrap().path()).collect();
+    let mut inputs: Vec<_> =
+        std::fs::read_dir(&folder)?.map(|entry| Ok(entry?.path())).collect::<std::io::Result<_>>()?;
     inputs.sort();
     assert!(!inputs.is_empty(), "{} is empty", folder.display());
     for input in inputs {

@@ -88,6 +88,7 @@ impl Checkpoint {
             hhh: Arc::new(hhh),
             max_input_tokens: None,
             kv_cache_bytes: options.kv_cache_mib.saturating_mul(1 << 20),
+            device: Default::default(),
             background: Background::default(),
         };
         let threads = options.threads.unwrap_or_else(num_cpus::get_physical);

@@ -9,7 +9,8 @@ use plumb_kernels::linear::{Linear, Store};
 use plumb_kernels::norm::Norm;
 
 use super::super::build::{Load, interleaved};
-use super::super::forward::{Tape, chunks, resize};
+use super::super::cpu::{CHUNK, Cpu, Kepts, resize};
+use super::super::forward::chunks;
 use super::{LayerRanges, Stack};
 use crate::config::{Block, Config};
 
@@ -108,8 +109,8 @@ impl<E: Load> Scratch<E> {
 }
 
 /// The way back through one layer.
-pub(super) struct Backward<'a, E> {
-    pub(super) stack: &'a Stack<E>,
+pub(super) struct Backward<'a, E: Load> {
+    pub(super) stack: &'a Stack<Cpu<E>>,
     pub(super) index: usize,
     pub(super) transposed: &'a Transposed<E>,
     pub(super) ranges: &'a LayerRanges,
@@ -120,7 +121,7 @@ pub(super) struct Backward<'a, E> {
 impl<E: Load> Backward<'_, E> {
     /// Turns the gradient of what the layer leaves in the residual stream, `scratch.dx`, into that of what it found there,
     /// and adds those of its weights to the list. The tape is used up.
-    pub(super) fn run(&self, tape: &mut Tape<E>, scratch: &mut Scratch<E>, gradient: &mut [f32]) {
+    pub(super) fn run(&self, tape: &mut Kepts<E>, scratch: &mut Scratch<E>, gradient: &mut [f32]) {
         let layer = &self.stack.layers[self.index];
         let norm = layer.mlp_post_norm.as_ref();
         self.branch(norm, &tape.mlp_branch, &self.ranges.mlp_post_norm, scratch, gradient);
@@ -156,7 +157,7 @@ impl<E: Load> Backward<'_, E> {
         }
     }
 
-    fn feed_forward(&self, tape: &mut Tape<E>, scratch: &mut Scratch<E>, gradient: &mut [f32]) {
+    fn feed_forward(&self, tape: &mut Kepts<E>, scratch: &mut Scratch<E>, gradient: &mut [f32]) {
         let Self { ranges, transposed, .. } = self;
         let layer = &self.stack.layers[self.index];
         let (rows, hidden) = (self.keys.rows(), self.stack.config.hidden_size);
@@ -171,7 +172,7 @@ impl<E: Load> Backward<'_, E> {
         layer.mlp_norm.forward(before, normed);
         let inner = resize(inner, rows * width);
         let (gate, up) = (&mut tape.gate, &mut tape.up[..rows * width]);
-        for chunk in chunks(rows) {
+        for chunk in chunks(rows, CHUNK) {
             let narrow = chunk.start * hidden..chunk.end * hidden;
             let wide = chunk.start * width..chunk.end * width;
             let d_inner = resize(d_inner, wide.len());
@@ -199,7 +200,7 @@ impl<E: Load> Backward<'_, E> {
         }
     }
 
-    fn attend(&self, tape: &mut Tape<E>, scratch: &mut Scratch<E>, gradient: &mut [f32]) {
+    fn attend(&self, tape: &mut Kepts<E>, scratch: &mut Scratch<E>, gradient: &mut [f32]) {
         let Self { stack, index, ranges, transposed, keys, kv } = self;
         let (config, layer) = (&stack.config, &stack.layers[*index]);
         let (rows, hidden, heads) = (keys.rows(), config.hidden_size, config.num_heads * config.head_dim);
@@ -210,7 +211,7 @@ impl<E: Load> Backward<'_, E> {
         outer.add(dy, &mut gradient[ranges.output.clone()]);
         add_bias(dy, &mut gradient[ranges.output_bias.clone()]);
         let attended = resize(attended, rows * heads);
-        for chunk in chunks(rows) {
+        for chunk in chunks(rows, CHUNK) {
             let d_attended = resize(d_attended, chunk.len() * heads);
             transposed.output.forward(&dy[chunk.start * hidden..chunk.end * hidden], d_attended, Store::Set);
             round_all(d_attended, &mut attended[chunk.start * heads..chunk.end * heads]);
@@ -222,7 +223,7 @@ impl<E: Load> Backward<'_, E> {
         let before = tape.qkv.get(..rows * width).unwrap_or(&[]);
         // The norms of q and k are neighbours in the list.
         let (d_q_norm, d_k_norm) = gradient[ranges.q_norm.start..ranges.k_norm.end].split_at_mut(ranges.q_norm.len());
-        unprepare(dqkv, before, keys, stack.prepare(*index), d_q_norm, d_k_norm, qkv);
+        unprepare(dqkv, before, keys, stack.how(*index).into(), d_q_norm, d_k_norm, qkv);
 
         let normed = resize(normed, rows * hidden);
         layer.attention_norm.forward(&tape.x[..rows * hidden], normed);
@@ -252,7 +253,7 @@ impl<E: Load> Backward<'_, E> {
                 }
             }
         }
-        for chunk in chunks(rows) {
+        for chunk in chunks(rows, CHUNK) {
             let range = chunk.start * hidden..chunk.end * hidden;
             let d_normed = resize(d_normed, range.len());
             transposed.qkv.forward(&qkv[chunk.start * width..chunk.end * width], d_normed, Store::Set);

@@ -4,7 +4,7 @@ use plumb_kernels::gradient::{TopK, add_rows, cross_entropy, distillation};
 use plumb_kernels::head::dot;
 use plumb_kernels::linear::Store;
 
-use super::super::forward::resize;
+use super::super::cpu::resize;
 use super::batch::Plan;
 use super::{Head, Inner, Language, Load, Outcome, Outer, RewardSlopes};
 use crate::Result;

@@ -23,9 +23,11 @@ use plumb_kernels::parallel::with_team;
 pub use batch::{Group, Language, Outcome, Sequence};
 pub use parameters::{Parameter, Parameters};
 
+use super::backend::{Backend, Tape};
 use super::build::{Load, interleaved};
-use super::forward::{Buffers, Tape, resize, spans};
-use super::{DType, Head, Stack, Typed};
+use super::cpu::{Cpu, Kepts, resize};
+use super::forward::{Buffers, spans};
+use super::{DType, Head, Stack};
 use crate::checkpoint::Weights;
 use crate::config::{self, Config};
 use crate::{Error, Result};
@@ -33,6 +35,12 @@ use backward::{Backward, Scratch, Transposed};
 use batch::Plan;
 use heads::HeadBuffers;
 use parameters::LayerRanges;
+
+#[derive(Debug)]
+enum Typed<A, B> {
+    F32(A),
+    Bf16(B),
+}
 
 /// A decoder whose weights change.
 #[derive(Debug)]
@@ -124,8 +132,8 @@ impl Trainable {
 
 /// A decoder of one type.
 #[derive(Debug)]
-struct Inner<E> {
-    stack: Stack<E>,
+struct Inner<E: Load> {
+    stack: Stack<Cpu<E>>,
     parameters: Parameters,
     transposed: Vec<Transposed<E>>,
     /// The vocabulary head of a reward model.
@@ -134,9 +142,9 @@ struct Inner<E> {
     transposed_head: Linear<E>,
     checkpointing: bool,
     kv: KvPages<E>,
-    buffers: Buffers<E>,
+    buffers: Buffers<Cpu<E>>,
     /// One for every layer, or one for all with checkpointing.
-    tapes: Vec<Tape<E>>,
+    tapes: Vec<Kepts<E>>,
     /// With checkpointing, the residual stream before each layer.
     inputs: Vec<Vec<f32>>,
     heads: HeadBuffers<E>,
@@ -154,7 +162,7 @@ impl<E: Load> Inner<E> {
             Ok((parameter.name.clone(), Tensor::from_slice(values, &parameter.shape[..], &Device::Cpu)?))
         });
         let tensors: BTreeMap<String, Tensor> = tensors.collect::<Result<_>>()?;
-        let stack = Stack::build(config, &mut Weights::from_tensors(tensors), positions)?;
+        let stack = Stack::build(Cpu::default(), config, &mut Weights::from_tensors(tensors), positions)?;
         let hidden = config.hidden_size;
         let language_head = match config.head {
             config::Head::Reward(_) if options.language_head => {
@@ -170,7 +178,7 @@ impl<E: Load> Inner<E> {
             transposed_head: Linear::empty(),
             checkpointing: options.checkpointing,
             kv: KvPages::new(config.num_layers, config.num_kv_heads, config.head_dim, 0)?,
-            buffers: Buffers::default(),
+            buffers: Buffers::new(&Cpu::default()),
             tapes: Vec::new(),
             inputs: Vec::new(),
             heads: HeadBuffers::default(),
@@ -283,16 +291,16 @@ impl<E: Load> Inner<E> {
         if self.kv.pages() < plan.pages() {
             self.kv = KvPages::new(layers, config.num_kv_heads, config.head_dim, plan.pages())?;
         }
-        let cut = self.stack.cut(&step);
-        self.stack.embed(&step, resize(&mut self.buffers.x, rows * hidden));
+        let cut = self.stack.backend.cut(config, &step, None)?;
+        self.stack.embed(&step, &mut self.buffers)?;
         let backwards = gradient.is_some();
         if backwards {
-            self.tapes.resize_with(if self.checkpointing { 1 } else { layers }, Tape::default);
+            self.tapes.resize_with(if self.checkpointing { 1 } else { layers }, Kepts::default);
             self.inputs.resize_with(if self.checkpointing { layers } else { 0 }, Vec::new);
         }
         for layer in 0..layers {
             let tape = match self.checkpointing {
-                false if backwards => Some(&mut self.tapes[layer]),
+                false if backwards => Some(&mut self.tapes[layer] as &mut dyn Tape<Cpu<E>>),
                 true if backwards => {
                     let x = &self.buffers.x[..rows * hidden];
                     resize(&mut self.inputs[layer], rows * hidden).copy_from_slice(x);
@@ -300,7 +308,7 @@ impl<E: Load> Inner<E> {
                 }
                 _ => None,
             };
-            self.stack.layer(layer, &cut, &mut self.kv, &mut self.buffers, tape);
+            self.stack.layer(layer, &cut, &mut self.kv, &mut self.buffers, tape)?;
         }
 
         let Some((slopes, gradient)) = gradient else { return self.heads(&plan, None) };
@@ -313,7 +321,8 @@ impl<E: Load> Inner<E> {
             if self.checkpointing {
                 let x = &self.inputs[layer][..rows * hidden];
                 self.buffers.x[..rows * hidden].copy_from_slice(x);
-                self.stack.layer(layer, &cut, &mut self.kv, &mut self.buffers, Some(&mut self.tapes[0]));
+                let tape: &mut dyn Tape<Cpu<E>> = &mut self.tapes[0];
+                self.stack.layer(layer, &cut, &mut self.kv, &mut self.buffers, Some(tape))?;
             }
             let tape = &mut self.tapes[if self.checkpointing { 0 } else { layer }];
             let back = Backward {
@@ -375,7 +384,7 @@ impl<E: Load> Inner<E> {
             + head
             + self.kv.pages() * page
             + self.buffers.bytes()
-            + self.tapes.iter().map(Tape::bytes).sum::<usize>()
+            + self.tapes.iter().map(Kepts::bytes).sum::<usize>()
             + self.inputs.iter().map(|x| x.capacity() * 4).sum::<usize>()
             + self.heads.bytes()
             + self.scratch.bytes()

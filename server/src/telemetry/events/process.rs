@@ -4,6 +4,7 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use metrics::gauge;
+use plumb_model::decoder::Device;
 use plumb_proto::v1;
 use tracing::{debug, error, info, warn};
 
@@ -27,6 +28,21 @@ impl ConfigLoaded<'_> {
                 _ => info!(target: "plumb::config", option, value, origin, "option"),
             }
         }
+    }
+}
+
+/// The device is there.
+pub struct Computing<'a> {
+    /// Where models compute.
+    pub device: &'a Device,
+    /// Why not on a GPU, where one would have been taken.
+    pub reason: Option<String>,
+}
+
+impl Computing<'_> {
+    /// Logs its name.
+    pub fn emit(self) {
+        info!(target: "plumb", device = self.device.name(), reason = self.reason, "computing");
     }
 }
 

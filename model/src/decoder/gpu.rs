@@ -1,0 +1,403 @@
+//! A GPU as a backend: arrays are in its memory, and the kernels are asked for in order.
+//!
+//! Weights that are quantised in the checkpoint are expanded when they are read. What two operations of a row pass on to
+//! one another is in the weights' type, the residual stream and what is read in the end are f32, but for the rows that
+//! meet a vocabulary, which are in the weights' type too, as in Transformers.
+
+use std::marker::PhantomData;
+use std::ops::Range;
+
+use plumb_kernels::activation::Activation;
+use plumb_kernels::attention::Rule;
+use plumb_kernels::gpu::{
+    self, Buffer, Gpu, KvPages, Linear, Norm, Output, Pieces, View, ViewMut, Vocabulary as Sweep,
+};
+use plumb_kernels::linear::{Matrix, Rows};
+use plumb_kernels::{norm, rotary};
+
+use super::Device;
+use super::backend::{Backend, Embedding, How, Number, Stream, Vocabulary};
+use super::build::Load;
+use super::forward::{runs, spans};
+use super::step::{Progress, Step, StepSize};
+use crate::config::{Config, Head};
+use crate::{Error, Result};
+
+/// Rows that go through a linear layer together: enough to fill any GPU, and so few that what lies between two layers is
+/// small beside the weights.
+const CHUNK: usize = 8192;
+
+/// A GPU, with weights of one type.
+#[derive(Clone, Debug)]
+pub(super) struct OnGpu<E> {
+    gpu: Gpu,
+    element: PhantomData<E>,
+}
+
+/// A linear layer, its gate before it where it has one, and its non-linearity.
+#[derive(Debug)]
+pub(super) struct Activated<E> {
+    linear: Linear<E>,
+    activation: Activation,
+    gated: bool,
+}
+
+/// Cosines and sines.
+#[derive(Debug)]
+pub(super) struct Rotary {
+    table: Buffer<f32>,
+    dim: usize,
+}
+
+/// Kept from step to step.
+#[derive(Debug)]
+pub(super) struct Scratch<E> {
+    ids: Buffer<u32>,
+    /// What a non-linearity is given, `[CHUNK, 2 * intermediate]`.
+    sums: Buffer<E>,
+    /// Which rows are read, and what the norm makes of them.
+    rows: Buffer<u32>,
+    normed: Buffer<f32>,
+    narrow: Buffer<E>,
+    rewards: Buffer<f32>,
+    /// `[reads, vocab_size]`.
+    logits: Buffer<f32>,
+    sweep: Sweep,
+}
+
+impl<E: Load + Number + Output<E>> Backend for OnGpu<E>
+where
+    f32: Output<E>,
+{
+    type Element = E;
+    type Sum = E;
+    type Array<T: Number> = Buffer<T>;
+    type Part<'a, T: Number> = View<'a, T>;
+    type PartMut<'a, T: Number> = ViewMut<'a, T>;
+    type Linear = Linear<E>;
+    type Activated = Activated<E>;
+    type Norm = Norm;
+    type Rotary = Rotary;
+    type KvPages = KvPages<E>;
+    type Cut<'a> = Pieces;
+    type Used = Pieces;
+    // There is no gradient here yet, and so nothing that could be kept.
+    type Kept<'a> = std::convert::Infallible;
+    type Scratch = Scratch<E>;
+
+    const CHUNK: usize = CHUNK;
+    const PACKED: bool = false;
+
+    fn on(device: &Device) -> Result<Self> {
+        match device {
+            Device::Gpu(gpu) => Ok(Self { gpu: gpu.clone(), element: PhantomData }),
+            Device::Cpu => Err(Error::Device("the CPU is no GPU".to_owned())),
+        }
+    }
+
+    fn array<T: Number>(&self) -> Buffer<T> {
+        self.gpu.empty()
+    }
+
+    fn hold<T: Number>(&self, values: Vec<T>) -> Result<Buffer<T>> {
+        Ok(self.gpu.upload(&values)?)
+    }
+
+    fn resize<'a, T: Number>(&self, array: &'a mut Buffer<T>, len: usize) -> Result<ViewMut<'a, T>> {
+        array.grow(len)?;
+        Ok(array.view_mut(0..len))
+    }
+
+    fn part<T: Number>(array: &Buffer<T>, range: Range<usize>) -> View<'_, T> {
+        array.view(range)
+    }
+
+    fn part_mut<T: Number>(array: &mut Buffer<T>, range: Range<usize>) -> ViewMut<'_, T> {
+        array.view_mut(range)
+    }
+
+    fn bytes<T: Number>(array: &Buffer<T>) -> usize {
+        array.bytes()
+    }
+
+    fn linear(&self, parts: &[Matrix<'_, E>], inputs: usize) -> Result<Linear<E>> {
+        let mut rows: Vec<E> = Vec::new();
+        let mut bias = Vec::new();
+        for part in parts {
+            let before = rows.len();
+            match part.weights {
+                Rows::Plain(values) => rows.extend_from_slice(values),
+                Rows::Quantised(quantised) => rows.extend(quantised.expand::<E>()),
+            }
+            bias.extend_from_slice(part.bias.unwrap_or_default());
+            bias.resize(bias.len() + if part.bias.is_none() { (rows.len() - before) / inputs } else { 0 }, 0.0);
+        }
+        let bias = parts.iter().any(|part| part.bias.is_some()).then_some(&bias[..]);
+        Ok(Linear::new(&self.gpu, &rows, bias, inputs)?)
+    }
+
+    fn linear_bytes(linear: &Linear<E>) -> usize {
+        linear.bytes()
+    }
+
+    fn activated(
+        &self,
+        activation: Activation,
+        up: Matrix<'_, E>,
+        inputs: usize,
+        gate: Option<Matrix<'_, E>>,
+    ) -> Result<Activated<E>> {
+        let parts: Vec<_> = gate.into_iter().chain([up]).collect();
+        Ok(Activated { linear: self.linear(&parts, inputs)?, activation, gated: gate.is_some() })
+    }
+
+    fn activated_bytes(activated: &Activated<E>) -> usize {
+        activated.linear.bytes()
+    }
+
+    fn norm(&self, norm: norm::Norm) -> Result<Norm> {
+        Ok(Norm::new(&self.gpu, &norm)?)
+    }
+
+    fn rotary(&self, rotary: rotary::Rotary) -> Result<Rotary> {
+        Ok(Rotary { table: self.gpu.upload(rotary.table())?, dim: rotary.dim() })
+    }
+
+    fn kv_pages(&self, config: &Config, pages: usize) -> Result<KvPages<E>> {
+        Ok(KvPages::new(&self.gpu, config.num_layers, config.num_kv_heads, config.head_dim, pages)?)
+    }
+
+    fn page_bytes(config: &Config) -> usize {
+        KvPages::<E>::page_bytes(config.num_layers, config.num_kv_heads, config.head_dim)
+    }
+
+    fn workspace_bytes(config: &Config, largest: StepSize) -> u64 {
+        const FLOAT: usize = size_of::<f32>();
+        let Config { hidden_size, intermediate_size, num_heads, num_kv_heads, head_dim, vocab_size, .. } = *config;
+        // The residual stream, q, what attention makes of it, and what a parallel feed-forward is given; of rows that are
+        // read what the norm makes of them, twice.
+        let row = hidden_size * (2 * FLOAT + 2 * size_of::<E>()) + 2 * Self::q_width(config) * size_of::<E>();
+        let qkv = (num_heads + 2 * num_kv_heads) * head_dim;
+        let chunk = (hidden_size + qkv + 3 * intermediate_size) * size_of::<E>() + hidden_size * FLOAT;
+        let of = |count: usize, bytes: usize| count.saturating_mul(bytes) as u64;
+        let logits = match config.head {
+            Head::Language => of(largest.sequences, vocab_size * FLOAT) + Sweep::most_bytes(vocab_size) as u64,
+            Head::Reward(_) => 0,
+        };
+        [of(largest.tokens, row), of(CHUNK.min(largest.tokens), chunk), logits].into_iter().fold(0, u64::saturating_add)
+    }
+
+    fn scratch(&self) -> Scratch<E> {
+        let gpu = &self.gpu;
+        Scratch {
+            ids: gpu.empty(),
+            sums: gpu.empty(),
+            rows: gpu.empty(),
+            normed: gpu.empty(),
+            narrow: gpu.empty(),
+            rewards: gpu.empty(),
+            logits: gpu.empty(),
+            sweep: Sweep::new(gpu),
+        }
+    }
+
+    fn scratch_bytes(scratch: &Scratch<E>) -> usize {
+        let Scratch { ids, sums, rows, normed, narrow, rewards, logits, sweep } = scratch;
+        let floats = [normed, rewards, logits].map(Buffer::bytes).iter().sum::<usize>();
+        ids.bytes() + sums.bytes() + rows.bytes() + narrow.bytes() + floats + sweep.bytes()
+    }
+
+    fn cut<'a>(&self, config: &Config, step: &Step<'a>, used: Option<Pieces>) -> Result<Pieces> {
+        let mut pieces = used.unwrap_or_else(|| Pieces::new(&self.gpu));
+        pieces.set(&spans(step), &runs(step, usize::MAX), config.num_heads / config.num_kv_heads)?;
+        Ok(pieces)
+    }
+
+    fn used(cut: Pieces) -> Pieces {
+        cut
+    }
+
+    fn rows(cut: &Pieces) -> usize {
+        cut.rows()
+    }
+
+    fn q_width(config: &Config) -> usize {
+        config.num_heads * gpu::padded(config.head_dim)
+    }
+
+    fn embed(
+        &self,
+        table: Embedding<'_, Self>,
+        ids: &[u32],
+        scale: f32,
+        width: usize,
+        x: ViewMut<'_, f32>,
+        scratch: &mut Scratch<E>,
+    ) -> Result<()> {
+        scratch.ids.grow(ids.len())?;
+        scratch.ids.write(0, ids)?;
+        let table = match table {
+            Embedding::Table(table) => table.all(),
+            Embedding::Head(head) => head.weights(),
+        };
+        Ok(self.gpu.embed(table, scratch.ids.view(0..ids.len()), scale, width, x)?)
+    }
+
+    fn normed(&self, norm: &Norm, x: View<'_, f32>, out: ViewMut<'_, E>) -> Result<()> {
+        Ok(norm.forward(&self.gpu, x, None, out)?)
+    }
+
+    fn multiply(&self, linear: &Linear<E>, x: View<'_, E>, out: ViewMut<'_, E>) -> Result<()> {
+        Ok(linear.forward(&self.gpu, x, out)?)
+    }
+
+    fn add(&self, linear: &Linear<E>, input: View<'_, E>, x: ViewMut<'_, f32>) -> Result<()> {
+        Ok(linear.add_to(&self.gpu, input, x)?)
+    }
+
+    fn add_normed(
+        &self,
+        linear: &Linear<E>,
+        input: View<'_, E>,
+        norm: &Norm,
+        mut branch: ViewMut<'_, f32>,
+        x: ViewMut<'_, f32>,
+    ) -> Result<()> {
+        linear.forward(&self.gpu, input, branch.reborrow())?;
+        Ok(norm.add_to(&self.gpu, branch.as_view(), x)?)
+    }
+
+    fn prepare(
+        &self,
+        qkv: View<'_, E>,
+        cut: &Pieces,
+        rows: Range<usize>,
+        how: How<'_, Self>,
+        q: ViewMut<'_, E>,
+        kv: &mut KvPages<E>,
+        layer: usize,
+    ) -> Result<()> {
+        let how = gpu::Prepare {
+            heads: how.heads,
+            q_norm: how.q_norm,
+            k_norm: how.k_norm,
+            table: how.rotary.table.all(),
+            rotated: how.rotary.dim,
+        };
+        Ok(self.gpu.prepare(qkv, cut, rows.start, how, q, kv, layer)?)
+    }
+
+    fn attention(
+        &self,
+        q: View<'_, E>,
+        kv: &KvPages<E>,
+        layer: usize,
+        cut: &Pieces,
+        rule: Rule,
+        out: ViewMut<'_, E>,
+    ) -> Result<()> {
+        Ok(self.gpu.attention(q, kv, layer, cut, rule, out)?)
+    }
+
+    fn activate(
+        &self,
+        activated: &Activated<E>,
+        x: View<'_, E>,
+        out: ViewMut<'_, E>,
+        _: Option<std::convert::Infallible>,
+        scratch: &mut Scratch<E>,
+    ) -> Result<()> {
+        let Activated { linear, activation, gated } = activated;
+        let rows = x.len() / linear.inputs();
+        let width = linear.outputs() / if *gated { 2 } else { 1 };
+        let sums = self.resize(&mut scratch.sums, rows * linear.outputs())?;
+        linear.forward(&self.gpu, x, sums)?;
+        let sums = scratch.sums.view(0..rows * linear.outputs());
+        Ok(self.gpu.activate(*activation, *gated, sums, width, out)?)
+    }
+
+    fn rewards(
+        &self,
+        from: Stream<'_, Self>,
+        rows: &[u32],
+        weight: &Buffer<f32>,
+        bias: f32,
+        scratch: &mut Scratch<E>,
+    ) -> Result<Vec<f32>> {
+        scratch.set_rows(rows)?;
+        let normed = self.resize(&mut scratch.normed, rows.len() * from.width)?;
+        from.norm.forward(&self.gpu, from.x, Some(scratch.rows.view(0..rows.len())), normed)?;
+        let normed = scratch.normed.view(0..rows.len() * from.width);
+        let rewards = self.resize(&mut scratch.rewards, rows.len())?;
+        self.gpu.rewards(normed, weight.all(), bias, rewards)?;
+        let mut result = vec![0.0; rows.len()];
+        scratch.rewards.read(0, &mut result)?;
+        Ok(result)
+    }
+
+    fn log_probs(
+        &self,
+        from: Stream<'_, Self>,
+        rows: &[u32],
+        head: Vocabulary<'_, Self>,
+        targets: &[u32],
+        scratch: &mut Scratch<E>,
+        progress: &Progress,
+    ) -> Result<Vec<f32>> {
+        self.gather(&from, rows, scratch)?;
+        let log_probs = scratch.sweep.token_log_probs(head.logits, head.softcap, &scratch.narrow, targets)?;
+        progress.advance();
+        Ok(log_probs)
+    }
+
+    fn top_log_probs(
+        &self,
+        from: Stream<'_, Self>,
+        rows: &[u32],
+        head: Vocabulary<'_, Self>,
+        count: usize,
+        scratch: &mut Scratch<E>,
+    ) -> Result<(Vec<u32>, Vec<f32>)> {
+        self.gather(&from, rows, scratch)?;
+        Ok(scratch.sweep.top_log_probs(head.logits, head.softcap, &scratch.narrow, rows.len(), count)?)
+    }
+
+    fn logits(
+        &self,
+        from: Stream<'_, Self>,
+        rows: &[u32],
+        head: Vocabulary<'_, Self>,
+        scratch: &mut Scratch<E>,
+    ) -> Result<Vec<Vec<f32>>> {
+        self.gather(&from, rows, scratch)?;
+        let logits = self.resize(&mut scratch.logits, rows.len() * head.size)?;
+        head.logits.forward(&self.gpu, scratch.narrow.view(0..rows.len() * from.width), logits)?;
+        if let Some(cap) = head.softcap {
+            self.gpu.soft_cap(scratch.logits.view_mut(0..rows.len() * head.size), cap)?;
+        }
+        let mut result = vec![vec![0.0; head.size]; rows.len()];
+        for (row, logits) in result.iter_mut().enumerate() {
+            scratch.logits.read(row * head.size, logits)?;
+        }
+        Ok(result)
+    }
+}
+
+impl<E: Load + Number + Output<E>> OnGpu<E>
+where
+    f32: Output<E>,
+{
+    /// Rows after the norm, as a vocabulary is given them.
+    fn gather(&self, from: &Stream<'_, Self>, rows: &[u32], scratch: &mut Scratch<E>) -> Result<()> {
+        scratch.set_rows(rows)?;
+        let narrow = self.resize(&mut scratch.narrow, rows.len() * from.width)?;
+        Ok(from.norm.forward(&self.gpu, from.x, Some(scratch.rows.view(0..rows.len())), narrow)?)
+    }
+}
+
+impl<E> Scratch<E> {
+    fn set_rows(&mut self, rows: &[u32]) -> Result<()> {
+        self.rows.grow(rows.len())?;
+        Ok(self.rows.write(0, rows)?)
+    }
+}
