@@ -1,12 +1,12 @@
 # syntax=docker/dockerfile:1
 #
 #   docker build -t plumb .                        for any x86-64 machine; kernels are chosen when it starts
-#   docker build -t plumb:cuda --target cuda .     the same on a CUDA runtime
+#   docker build -t plumb:cuda --target cuda .     for NVIDIA GPUs too, with driver 580 or later
 #
 #   docker run --rm -p 50051:50051 -p 9000:9000 -v plumb-data:/data plumb --model-id org/reward-model
 
 ARG RUST=1.95
-ARG CUDA=12.8.1
+ARG CUDA=13.0.2
 
 # ---- building for the CPU ----
 FROM rust:${RUST}-bookworm AS rust
@@ -31,7 +31,6 @@ COPY --from=rust /usr/local/cargo /usr/local/cargo
 COPY --from=rust /usr/local/rustup /usr/local/rustup
 WORKDIR /src
 COPY --from=plan /recipe.json /recipe.json
-# The feature exists and adds no device code yet: this image computes on the CPU until it does.
 RUN cargo chef cook --release --locked --features plumb-server/cuda --recipe-path /recipe.json
 COPY . .
 RUN cargo build --release --locked --bins --features plumb-server/cuda

@@ -27,8 +27,10 @@ struct Case {
     greedy: Option<Vec<u32>>,
 }
 
+/// Beside the sources, or where `PLUMB_FIXTURES` says, as on a machine that has only the program.
 fn fixtures() -> PathBuf {
-    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures")
+    let there = std::env::var_os("PLUMB_FIXTURES").map(PathBuf::from);
+    there.unwrap_or_else(|| PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures"))
 }
 
 struct Model {

@@ -1,0 +1,53 @@
+#!/usr/bin/env bash
+# Everything that takes a GPU, in one command:
+#
+#     tests/gpu.sh build FOLDER        on a machine with CUDA's compiler: packs programs and fixtures into FOLDER
+#     FOLDER/gpu.sh run [SECONDS]      on a machine with a GPU, its driver and cuBLAS of CUDA 13, and nothing else
+#
+# `run` prints the device's name, then runs the kernels against their reference, all architectures against Transformers'
+# values in f32 and bf16, and, where there is compute-sanitizer, the kernels under it. Exit code 1 if anything failed.
+set -euo pipefail
+
+build() {
+    local folder=$1
+    cd "$(dirname "$0")/.."
+    # Feature by feature the same programs as `cargo test --workspace` makes, and the GPU.
+    local log
+    log=$(cargo test --release --no-run --locked --workspace --features plumb-model/cuda --test gpu --test golden 2>&1) ||
+        { echo "$log" && exit 1; }
+    mkdir -p "$folder/tests"
+    for test in gpu golden; do
+        local program
+        program=$(sed -nE "s|.*Executable tests/$test\.rs \((.*)\)|\1|p" <<<"$log")
+        cp "$program" "$folder/$test"
+        strip "$folder/$test"
+    done
+    cp -r tests/fixtures "$folder/tests/"
+    cp tests/gpu.sh "$folder/"
+}
+
+run() {
+    local seconds=${1:-480} failed=0
+    cd "$(dirname "$0")"
+    # Fixtures are found beside the programs.
+    export PLUMB_FIXTURES=$PWD/tests/fixtures
+    nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
+    step() { echo "== $1" && shift && { timeout "$seconds" "$@" || failed=1; }; }
+    step kernels ./gpu --test-threads 1
+    step 'golden models' ./golden --test-threads 1 --nocapture
+    local sanitizer
+    sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda*/bin/compute-sanitizer 2>/dev/null | tail -1 || true)
+    if [ -n "$sanitizer" ]; then
+        for tool in memcheck racecheck synccheck; do
+            step "$tool" "$sanitizer" --tool "$tool" --error-exitcode 1 ./gpu --test-threads 1
+        done
+    else
+        echo 'skipped: there is no compute-sanitizer'
+    fi
+    return "$failed"
+}
+
+case ${1:-} in
+build | run) "$@" ;;
+*) sed -n '2,9s/^# \{0,1\}//p' "$0" && exit 64 ;;
+esac
