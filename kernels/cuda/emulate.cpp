@@ -7,6 +7,7 @@
 #include <ucontext.h>
 
 #include <algorithm>
+#include <deque>
 #include <memory>
 #include <random>
 #include <vector>
@@ -24,6 +25,12 @@ struct Barrier {
     uint64_t passed = 0;
 };
 
+struct Copy {
+    void* to;
+    const void* from;
+    bool valid;
+};
+
 struct Fiber {
     uint3 index;
     unsigned number;
@@ -32,6 +39,9 @@ struct Fiber {
     Barrier* barrier = nullptr;
     uint64_t came = 0;
     bool begun = false;
+    // Those that were asked for since the last group ended, and groups that are waited for in turn.
+    std::vector<Copy> copies;
+    std::deque<std::vector<Copy>> groups;
     jmp_buf where;
     std::unique_ptr<char[]> stack = std::make_unique_for_overwrite<char[]>(STACK);
 };
@@ -106,6 +116,8 @@ void run_block(std::minstd_rand& random) {
         fiber.number = i;
         fiber.ended = fiber.begun = false;
         fiber.barrier = nullptr;
+        fiber.copies.clear();
+        fiber.groups.clear();
         ++warps[i / 32].living;
     }
     barrier = {};
@@ -133,6 +145,18 @@ void wait_for_warp() { wait(warp().barrier, warp().living); }
 uint64_t* lanes() { return warp().lanes; }
 unsigned lane() { return current->number % 32; }
 void* dynamic_shared() { return shared.data(); }
+
+void copy_later(void* to, const void* from, bool valid) { current->copies.push_back({to, from, valid}); }
+
+void end_group_of_copies() { current->groups.push_back(std::exchange(current->copies, {})); }
+
+void wait_for_copies(unsigned left) {
+    for (; current->groups.size() > left; current->groups.pop_front())
+        for (const Copy& copy : current->groups.front()) {
+            if (copy.valid) memcpy(copy.to, copy.from, 16);
+            else memset(copy.to, 0, 16);
+        }
+}
 
 }  // namespace emulated
 

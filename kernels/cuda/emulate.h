@@ -81,6 +81,11 @@ unsigned lane();
 
 void* dynamic_shared();
 
+// Copies of 16 bytes that are made only when somebody waits for them, all but those of the last groups.
+void copy_later(void* to, const void* from, bool valid);
+void end_group_of_copies();
+void wait_for_copies(unsigned left);
+
 template <class T>
 T from_lane(T value, unsigned source) {
     static_assert(sizeof(T) <= sizeof(uint64_t));

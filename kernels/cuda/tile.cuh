@@ -15,7 +15,7 @@ __device__ __forceinline__ void copy16(void* to, const void* from, bool valid) {
     unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(to));
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(address), "l"(from), "r"(valid ? 16 : 0));
 #else
-    valid ? memcpy(to, from, 16) : memset(to, 0, 16);
+    emulated::copy_later(to, from, valid);
 #endif
 }
 
@@ -23,6 +23,8 @@ __device__ __forceinline__ void copy16(void* to, const void* from, bool valid) {
 __device__ __forceinline__ void end_group_of_copies() {
 #ifdef __CUDACC__
     asm volatile("cp.async.commit_group;\n" ::);
+#else
+    emulated::end_group_of_copies();
 #endif
 }
 
@@ -31,6 +33,8 @@ template <int LEFT>
 __device__ __forceinline__ void wait_for_copies() {
 #ifdef __CUDACC__
     asm volatile("cp.async.wait_group %0;\n" ::"n"(LEFT));
+#else
+    emulated::wait_for_copies(LEFT);
 #endif
 }
 

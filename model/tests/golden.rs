@@ -137,7 +137,9 @@ fn check_on(device: &Device, model: &str, adapter: Option<&str>, expected: &str,
             let better = expected.iter().filter(|logit| **logit - log_sum > top[2 * count - 1] + tolerance).count();
             assert!(better < count, "{model} {}: {better} tokens are likelier", case.name);
         }
-        if let (Some(greedy), DType::F32) = (&case.greedy, dtype) {
+        // What an emulated one takes long for, and others show as well.
+        let greedy = case.greedy.as_ref().filter(|_| device.name() != "emulated");
+        if let (Some(greedy), DType::F32) = (greedy, dtype) {
             let mut ids = ids.to_vec();
             for token in greedy {
                 let logits = &run(&loaded, &[(&ids, ids.len() / 2, Read::LastLogits)])[0];
