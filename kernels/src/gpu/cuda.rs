@@ -147,7 +147,7 @@ impl Cuda {
         if bias != 0 {
             let epilogue = blas_sys::cublasLtEpilogue_t::CUBLASLT_EPILOGUE_BIAS as i32;
             set(Attribute::CUBLASLT_MATMUL_DESC_EPILOGUE, &epilogue)?;
-            set(Attribute::CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE, &(blas_sys::cudaDataType::CUDA_R_32F as i32))?;
+            set(Attribute::CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE, &(kind(outputs_are) as i32))?;
         }
         let layouts = [
             blas::create_matrix_layout(kind(inputs_are), inputs, outputs, inputs as i64)?,

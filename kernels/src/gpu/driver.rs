@@ -92,7 +92,7 @@ pub(super) struct Product {
     pub(super) w: u64,
     pub(super) x: u64,
     pub(super) y: u64,
-    /// `[outputs]` of f32, or 0.
+    /// `[outputs]` of the type of `y`, or 0.
     pub(super) bias: u64,
     pub(super) rows: usize,
     pub(super) inputs: usize,

@@ -118,7 +118,7 @@ impl Driver for Emulated {
         // SAFETY: as much memory is there.
         let (w, x) = unsafe { (numbers(inputs_are, w, outputs * inputs), numbers(inputs_are, x, rows * inputs)) };
         // SAFETY: as before.
-        let bias = (bias != 0).then(|| unsafe { numbers(Number::F32, bias, outputs) });
+        let bias = (bias != 0).then(|| unsafe { numbers(outputs_are, bias, outputs) });
         for row in 0..rows {
             for output in 0..outputs {
                 let pairs = x[row * inputs..][..inputs].iter().zip(&w[output * inputs..][..inputs]);

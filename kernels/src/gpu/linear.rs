@@ -10,9 +10,31 @@ use crate::Element;
 #[derive(Debug)]
 pub struct Linear<E> {
     weights: Buffer<E>,
-    bias: Option<Buffer<f32>>,
+    bias: Option<Bias<E>>,
     inputs: usize,
     outputs: usize,
+}
+
+/// As cuBLASLt wants it: in the type of the result.
+#[derive(Debug)]
+struct Bias<E> {
+    wide: Buffer<f32>,
+    narrow: Buffer<E>,
+}
+
+impl<E: Element> Bias<E> {
+    fn new(gpu: &Gpu, values: &[f32]) -> Result<Self> {
+        let narrow: Vec<E> = values.iter().map(|value| E::from_f32(*value)).collect();
+        Ok(Self { wide: gpu.upload(values)?, narrow: gpu.upload(&narrow)? })
+    }
+
+    /// Where that of the outputs from `first` on is, for results of this type.
+    fn address<O: Element>(&self, first: usize, count: usize) -> u64 {
+        match number::<O>() {
+            Number::F32 => self.wide.view(first..first + count).address,
+            Number::Bf16 => self.narrow.view(first..first + count).address,
+        }
+    }
 }
 
 /// Types that a layer's result may have: f32, or that of its weights.
@@ -38,7 +60,7 @@ impl<E: Element> Linear<E> {
         let outputs = rows.len() / inputs;
         assert_eq!(rows.len(), outputs * inputs, "rows of a linear layer");
         assert!(bias.is_none_or(|bias| bias.len() == outputs), "a bias of the wrong length");
-        let bias = bias.map(|bias| gpu.upload(bias)).transpose()?;
+        let bias = bias.map(|bias| Bias::new(gpu, bias)).transpose()?;
         Ok(Self { weights: gpu.upload(rows)?, bias, inputs, outputs })
     }
 
@@ -54,7 +76,7 @@ impl<E: Element> Linear<E> {
 
     /// Bytes that it takes.
     pub fn bytes(&self) -> usize {
-        self.weights.bytes() + self.bias.as_ref().map_or(0, Buffer::bytes)
+        self.weights.bytes() + self.bias.as_ref().map_or(0, |bias| bias.wide.bytes() + bias.narrow.bytes())
     }
 
     /// The weights `[outputs, inputs]`: an embedding, where the layer is a tied language head.
@@ -126,7 +148,7 @@ impl<E: Element> Linear<E> {
             w: weights.address,
             x: x.address,
             y: y.address,
-            bias: self.bias.as_ref().map_or(0, |bias| bias.view(first..first + count).address),
+            bias: self.bias.as_ref().map_or(0, |bias| bias.address::<O>(first, count)),
             rows,
             inputs: self.inputs,
             outputs: count,

@@ -163,7 +163,9 @@ impl<'a, B: Backend> Planner<'a, B> {
         let mixed = !B::PACKED || parts.iter().any(|part| part.quantised.is_none());
         let expanded = parts.iter().filter(|part| mixed && part.quantised.is_some());
         self.takes(kept + packed + expanded.map(|part| part.kept * size_of::<B::Element>()).max().unwrap_or(0));
-        self.plan.weights += (packed + bias.unwrap_or(0) * size_of::<f32>()) as u64;
+        // Where it is not packed, it is there for results of both types.
+        let of_bias = size_of::<f32>() + if B::PACKED { 0 } else { size_of::<B::Element>() };
+        self.plan.weights += (packed + bias.unwrap_or(0) * of_bias) as u64;
     }
 
     /// For a moment, beside what is held already.

@@ -45,6 +45,26 @@ fn weights_are_foretold_to_the_byte() {
 }
 
 #[test]
+#[cfg(feature = "emulated")]
+fn weights_on_a_gpu_are_foretold_to_the_byte() {
+    let device = plumb_model::decoder::Device::Gpu(plumb_kernels::gpu::Gpu::emulated());
+    for name in FOLDERS.into_iter().chain(["gguf/llama-lm.gguf", "gguf/qwen2-lm.gguf"]) {
+        for dtype in [DTypeChoice::F32, DTypeChoice::Bf16] {
+            let options = LoadOptions { device: device.clone(), ..options(dtype) };
+            let footprint = LoadedModel::footprint(&source(&fixture(name)), &options, LARGEST).unwrap();
+            let before = device.free_memory().unwrap().unwrap();
+            let model = LoadedModel::load(&source(&fixture(name)), &options).unwrap();
+            assert_eq!(footprint.weights, model.info.weight_bytes, "{name} {dtype:?}");
+            // Nothing else stays there but norms and tables.
+            let taken = before - device.free_memory().unwrap().unwrap();
+            assert_eq!(footprint.weights + footprint.tables, taken, "{name} {dtype:?}");
+            // What is read is not held here.
+            assert!(footprint.peak() > 0 && footprint.device_peak() > footprint.weights + footprint.cache, "{name}");
+        }
+    }
+}
+
+#[test]
 fn the_largest_step_computes_in_what_is_foretold() {
     for name in FOLDERS {
         let (footprint, _) = both(&source(&fixture(name)), DTypeChoice::Auto);
