@@ -60,7 +60,7 @@ fn compile_for_gpus(sources: &[PathBuf]) -> Result<(), String> {
         command.args(["-Xptxas=-warn-spills,-Werror", "-o"]).arg(&module).arg(source);
         command.args(TARGETS.map(|target| format!("-gencode={target}")));
         match command.status() {
-            Ok(status) if status.success() => modules.push(format!("include_bytes!({module:?})")),
+            Ok(status) if status.success() => modules.push(format!("module!({module:?})")),
             Ok(status) => return Err(format!("{} {}: {status}", nvcc.display(), source.display())),
             Err(error) => {
                 return Err(format!(

@@ -106,7 +106,7 @@ __device__ __forceinline__ void attend(const E* q, const E* keys, const E* value
                 float score = s[j][c] * rule.scale;
                 if (rule.softcap != 0) score = rule.softcap * tanhf(score / rule.softcap);
                 unsigned key = tile * TILE + 8 * j + 2 * (lane() % 4) + c % 2, query = queries[c / 2];
-                bool seen = key <= query && (rule.window == 0 || key + rule.window > query);
+                bool seen = key <= query && (rule.window == 0 || query - key < rule.window);
                 s[j][c] = seen ? score * LOG2E : -INFINITY;
                 largest[c / 2] = fmaxf(largest[c / 2], s[j][c]);
             }

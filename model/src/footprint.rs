@@ -11,6 +11,10 @@ use crate::{Error, Result};
 /// Bytes of memory for a byte of `tokenizer.json`: 9 were measured for a vocabulary of 49 thousand (SmolLM2).
 const TOKENIZER: u64 = 10;
 
+/// Bytes of a device for rounding arrays up to its pages, for kernels that are loaded when they are first used, and for
+/// the lists of a step.
+const DRIVER: u64 = 512 << 20;
+
 /// Bytes of memory that a model takes: of the process, or, where there is a device with memory of its own, of that but
 /// for the tokenizer and the copies while weights are read.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -41,10 +45,10 @@ impl Footprint {
         (self.weights + self.tables + self.tokenizer).saturating_add(self.reading.max(served))
     }
 
-    /// The most of the device's own memory.
+    /// The most of the device's own memory, with what its driver takes beside it.
     pub fn device_peak(&self) -> u64 {
         match self.on_device {
-            true => (self.weights + self.tables).saturating_add(self.cache).saturating_add(self.workspace),
+            true => (self.weights + self.tables + DRIVER).saturating_add(self.cache).saturating_add(self.workspace),
             false => 0,
         }
     }
@@ -141,7 +145,7 @@ mod tests {
         footprint.check(Some(footprint.peak()), None).unwrap();
         footprint.check(None, None).unwrap();
         let there = Footprint { on_device: true, ..footprint };
-        assert_eq!((there.peak(), there.device_peak()), (203 << 20, (4 << 30) + (102 << 20)));
+        assert_eq!((there.peak(), there.device_peak()), (203 << 20, (4 << 30) + (102 << 20) + DRIVER));
         there.check(Some(203 << 20), Some(5 << 30)).unwrap();
         assert!(there.check(Some(5 << 30), Some(4 << 30)).unwrap_err().to_string().contains("a larger GPU"));
         let error = footprint.check(Some(700 << 20), None).unwrap_err().to_string();

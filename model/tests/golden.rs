@@ -47,7 +47,10 @@ fn devices() -> Vec<Device> {
     #[cfg(feature = "cuda")]
     match plumb_kernels::gpu::Gpu::cuda(0) {
         Ok(gpu) => devices.push(Device::Gpu(gpu)),
-        Err(error) => eprintln!("skipped: {error}"),
+        Err(error) => {
+            assert!(std::env::var_os("PLUMB_REQUIRE_GPU").is_none(), "{error}");
+            eprintln!("skipped: {error}");
+        }
     }
     devices
 }

@@ -19,7 +19,9 @@ fn main() {
     render_templates_apart();
     let trials = vec![
         Trial::test("time_is_bounded", time_is_bounded),
+        Trial::test("time_is_bounded_where_its_signal_is_blocked", time_is_bounded_where_its_signal_is_blocked),
         Trial::test("memory_is_bounded", memory_is_bounded),
+        Trial::test("what_one_rendering_leaves_is_not_there_for_the_next", what_one_rendering_leaves),
         Trial::test("a_deep_value_is_taken_apart_elsewhere", a_deep_value_is_taken_apart_elsewhere),
         Trial::test("a_process_that_was_ended_is_replaced", a_process_that_was_ended_is_replaced),
         Trial::test("callers_share_a_few_processes", callers_share_a_few_processes),
@@ -93,6 +95,27 @@ fn time_is_bounded() -> Result<(), Failed> {
         format!("{twice}{{{{ n.x in [other] }}}}"),
     ] {
         check(&body, "the chat template takes more")?;
+    }
+    Ok(())
+}
+
+/// Masks are inherited, by this program and by its processes.
+fn time_is_bounded_where_its_signal_is_blocked() -> Result<(), Failed> {
+    let mut again = std::process::Command::new("env");
+    again.arg("--block-signal=ALRM").arg(std::env::current_exe()?).args(["--exact", "time_is_bounded"]);
+    let output = again.output()?;
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stdout));
+    assert!(String::from_utf8_lossy(&output.stdout).contains("1 passed"));
+    Ok(())
+}
+
+/// Values that hold one another in a circle are never freed.
+fn what_one_rendering_leaves() -> Result<(), Failed> {
+    let pipeline = pipeline(
+        "{% set n = namespace() %}{% set n.own = n %}{% set n.text = 'x' * 2000000 %}{{ messages[0].content }}",
+    )?;
+    for i in 0..200 {
+        assert_eq!(render(&pipeline, &i.to_string())?, i.to_string());
     }
     Ok(())
 }

@@ -9,6 +9,8 @@
 # `target/fuzz`; with --own it is that of the workspace's own crates, beside the other crates as `cargo test` has built
 # them, which is quick. --asan adds AddressSanitizer, in `target/asan`, by what stable Rust calls unstable.
 #
+# Templates are rendered in processes of their own, as a server does: their limits are tried, their coverage is not seen.
+#
 # What is new stays in `target/fuzz-corpus`, from which the next run goes on. Exit code 1 if an input ends a target, takes
 # longer than a second (ten with --own) or more memory than it may have: the input is in `target/fuzz-findings`, beside
 # what the program said. The programs are named in `build.log` there: one runs an input that it is given, and makes it

@@ -11,6 +11,17 @@ use cudarc::driver::{CudaContext, sys};
 use super::driver::{Argument, Driver, Number, Product};
 use super::{GpuError, Memory, Result};
 
+/// Bytes at an address that is a multiple of 16.
+#[repr(C, align(16))]
+struct Aligned<T: ?Sized>(T);
+
+macro_rules! module {
+    ($path:expr) => {{
+        static MODULE: &Aligned<[u8]> = &Aligned(*include_bytes!($path));
+        &MODULE.0
+    }};
+}
+
 /// The kernels, a module for each file.
 static MODULES: &[&[u8]] = include!(concat!(env!("OUT_DIR"), "/modules.rs"));
 
@@ -208,12 +219,20 @@ impl Driver for Cuda {
     }
 
     unsafe fn write(&self, address: u64, bytes: &[u8]) -> Result<()> {
+        if bytes.is_empty() {
+            return Ok(());
+        }
         self.bind()?;
-        // SAFETY: so many bytes are there. They are in pageable memory, from which the driver takes them at once.
-        unsafe { result::memcpy_htod_async(address, bytes, self.handles.stream) }.map_err(failed)
+        // SAFETY: so many bytes are there, and here until it is waited for.
+        unsafe { result::memcpy_htod_async(address, bytes, self.handles.stream) }.map_err(failed)?;
+        // A device that reads the memory of the process by itself may not have taken them yet.
+        self.synchronize()
     }
 
     unsafe fn read(&self, address: u64, bytes: &mut [u8]) -> Result<()> {
+        if bytes.is_empty() {
+            return self.synchronize();
+        }
         self.bind()?;
         // SAFETY: so many bytes are there, and here until it is waited for.
         unsafe { result::memcpy_dtoh_async(bytes, address, self.handles.stream) }.map_err(failed)?;

@@ -9,10 +9,11 @@
 //! ends when the socket is closed, so it never outlives the program.
 
 use std::borrow::Cow;
-use std::ffi::OsStr;
+use std::ffi::{CStr, OsStr};
 use std::fs::File;
 use std::io::{self, ErrorKind, Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -24,7 +25,10 @@ use std::time::Duration;
 use nix::sys::signal::{SigEvent, SigSet, SigevNotify, Signal};
 use nix::sys::timer::{Expiration, Timer, TimerSetTimeFlags};
 use nix::time::ClockId;
-use rustix::process::{DumpableBehavior, Resource, Rlimit, getpriority_process, set_dumpable_behavior, setrlimit};
+use rustix::process::{
+    DumpableBehavior, Resource, Rlimit, getpriority_process, getrlimit, set_dumpable_behavior, setrlimit,
+};
+use rustix::thread::set_name;
 use serde::{Deserialize, Serialize};
 
 use super::Message;
@@ -32,15 +36,20 @@ use super::template::{Failure, MAX_RENDERED_BYTES, Template};
 use crate::checkpoint::SpecialTokens;
 
 /// The process's name, by which the program knows what it was started for.
-const NAME: &str = "plumb-chat-template";
+const NAME: &CStr = c"plumb-template";
 
-/// Processor time for any rendering, and for each byte of its request. Usual ones take some 20 microseconds, and a
+/// Processor time for any rendering, and for each byte of its request, as JSON. Usual ones take some 20 microseconds, and a
 /// conversation of four megabytes a fifth of what it gets.
 const TIME: Duration = Duration::from_millis(250);
 const TIME_FOR_A_BYTE: Duration = Duration::from_nanos(500);
+/// After which it ends even where the signal for that is ignored, as programs inherit it.
+const GRACE: Duration = Duration::from_millis(250);
 /// Memory beyond that with which the process begins.
 const MEMORY: u64 = 256 << 20;
-/// Longest wait for a reply, however little of the processor there is.
+/// Memory that it may keep: with more it ends after its reply, so that nothing of what one rendering left, and be it by
+/// a circle of values that hold one another, is there for the next one.
+const KEPT: u64 = 32 << 20;
+/// Longest wait for a process to take, or give, the next bytes, however little of the processor there is.
 const PATIENCE: Duration = Duration::from_secs(20);
 /// Processes for one template. Each renders ten megabytes a second, more than a model reads.
 const MAX_PROCESSES: usize = 4;
@@ -58,7 +67,7 @@ static NICENESS: OnceLock<i32> = OnceLock::new();
 /// Without it they are rendered by who asks, on the stack that there is, bounded in steps and output only: good for
 /// templates that are known.
 pub fn render_templates_apart() {
-    if std::env::args_os().next().as_deref() == Some(OsStr::new(NAME)) {
+    if std::env::args_os().next().as_deref() == Some(OsStr::from_bytes(NAME.to_bytes())) {
         std::process::exit(i32::from(serve().is_err()));
     }
     NICENESS.get_or_init(niceness);
@@ -117,7 +126,11 @@ impl Renderers {
             processes: Mutex::default(),
             freed: Condvar::new(),
         };
-        renderers.take().process = Some(Renderer::start(&renderers.parse)?);
+        let first = match Renderer::start(&renderers.parse) {
+            Err(Failure::Lost(_)) => Renderer::start(&renderers.parse),
+            first => first,
+        };
+        renderers.take().process = Some(first?);
         Ok(renderers)
     }
 
@@ -194,7 +207,7 @@ impl Renderer {
             ours.set_write_timeout(Some(PATIENCE))?;
             // The program that runs, even if its file was replaced.
             let process = Command::new("/proc/self/exe")
-                .arg0(NAME)
+                .arg0(OsStr::from_bytes(NAME.to_bytes()))
                 .stdin(OwnedFd::from(theirs))
                 .stdout(Stdio::null())
                 .stderr(Stdio::null())
@@ -202,7 +215,8 @@ impl Renderer {
             let background = NICENESS.get().is_some_and(|of_program| niceness() > *of_program);
             Ok(Self { process, socket: ours, background })
         };
-        let mut renderer = start().map_err(|error: io::Error| Failure::Lost(format!("it does not start: {error}")))?;
+        let mut renderer =
+            start().map_err(|error: io::Error| Failure::Lost(format!("/proc/self/exe does not start: {error}")))?;
         match renderer.ask(parse) {
             Ok(Ok(_)) => Ok(renderer),
             Ok(Err(reason)) => Err(Failure::Refused(reason)),
@@ -252,26 +266,34 @@ impl Drop for Renderer {
 /// What the process does.
 fn serve() -> io::Result<()> {
     let mut socket = UnixStream::from(io::stdin().as_fd().try_clone_to_owned()?);
-    confine()?;
-    let mut clock = Timer::new(
-        ClockId::CLOCK_PROCESS_CPUTIME_ID,
-        SigEvent::new(SigevNotify::SigevSignal { signal: OUT_OF_TIME, si_value: 0 }),
-    )?;
-    let mut set = |time: Duration| clock.set(Expiration::OneShot(time.into()), TimerSetTimeFlags::empty());
+    let begins_with = address_space()?;
+    confine(begins_with)?;
+    let timer = |signal| {
+        let event = SigEvent::new(SigevNotify::SigevSignal { signal, si_value: 0 });
+        Timer::new(ClockId::CLOCK_PROCESS_CPUTIME_ID, event)
+    };
+    let (mut ends, mut kills) = (timer(OUT_OF_TIME)?, timer(Signal::SIGKILL)?);
+    let once = |time: Duration| Expiration::OneShot(time.into());
     let mut template = None;
     loop {
         let (_, request) = match receive(&mut socket, usize::MAX) {
             Err(error) if error.kind() == ErrorKind::UnexpectedEof => return Ok(()),
             request => request?,
         };
-        let bytes = u32::try_from(request.len()).unwrap_or(u32::MAX);
-        set(TIME + TIME_FOR_A_BYTE * bytes)?;
+        let time = TIME + TIME_FOR_A_BYTE * u32::try_from(request.len()).unwrap_or(u32::MAX);
+        ends.set(once(time), TimerSetTimeFlags::empty())?;
+        kills.set(once(time + GRACE), TimerSetTimeFlags::empty())?;
         let reply = catch_unwind(AssertUnwindSafe(|| reply(&mut template, &request)));
         // Off.
-        set(Duration::ZERO)?;
+        ends.set(once(Duration::ZERO), TimerSetTimeFlags::empty())?;
+        kills.set(once(Duration::ZERO), TimerSetTimeFlags::empty())?;
         match reply.unwrap_or_else(|_| Err("the chat template fails on this conversation".to_owned())) {
             Ok(text) => send(&mut socket, 0, text.as_bytes())?,
             Err(reason) => send(&mut socket, 1, &reason.as_bytes()[..reason.floor_char_boundary(MAX_REASON_BYTES)])?,
+        }
+        drop(request);
+        if address_space()? > begins_with + KEPT {
+            return Ok(());
         }
     }
 }
@@ -289,20 +311,28 @@ fn reply(template: &mut Option<Template>, request: &[u8]) -> Reply {
     }
 }
 
-/// Bounds this process.
-fn confine() -> io::Result<()> {
+/// Bounds this process, which has so many bytes of addresses.
+fn confine(begins_with: u64) -> io::Result<()> {
+    set_name(NAME)?;
     // Who stops the program, and with it all its group, lets it finish what it has begun.
     SigSet::from_iter([Signal::SIGHUP, Signal::SIGINT, Signal::SIGTERM]).thread_block()?;
+    // Masks are inherited.
+    SigSet::from(OUT_OF_TIME).thread_unblock()?;
     // Of the system's memory, too, it is the first to give.
     let _ = File::create("/proc/self/oom_score_adj").and_then(|mut file| file.write_all(b"1000"));
-    let sizes = std::fs::read_to_string("/proc/self/statm")?;
-    let pages: Option<u64> = sizes.split(' ').next().and_then(|pages| pages.parse().ok());
-    let pages = pages.ok_or(ErrorKind::InvalidData)?;
-    let most = pages * rustix::param::page_size() as u64 + MEMORY;
+    // Not more than there may be anyway.
+    let most = (begins_with + MEMORY).min(getrlimit(Resource::As).maximum.unwrap_or(u64::MAX));
     setrlimit(Resource::As, Rlimit { current: Some(most), maximum: Some(most) })?;
     // An end is no accident: no file of its memory.
     set_dumpable_behavior(DumpableBehavior::NotDumpable)?;
     Ok(())
+}
+
+/// Bytes of addresses of this process.
+fn address_space() -> io::Result<u64> {
+    let sizes = std::fs::read_to_string("/proc/self/statm")?;
+    let pages: Option<u64> = sizes.split(' ').next().and_then(|pages| pages.parse().ok());
+    Ok(pages.ok_or(ErrorKind::InvalidData)? * rustix::param::page_size() as u64)
 }
 
 fn send(socket: &mut UnixStream, tag: u8, bytes: &[u8]) -> io::Result<()> {

@@ -117,7 +117,11 @@ async fn warm(engine: &Engine, model: &ModelHandle, usage: &Usage) -> Result<()>
 /// If a score is another one: the files are as they were published, but what they compute here is not.
 async fn probe(engine: &Engine, model: &ModelHandle) -> Result<()> {
     for (i, probe) in model.probes.iter().enumerate() {
-        let rendered = match probe.render(&model.text) {
+        // A template takes as long as it may.
+        let (probe, of) = (probe.clone(), model.clone());
+        let rendered = tokio::task::spawn_blocking(move || (probe.render(&of.text), probe)).await;
+        let (rendered, probe) = rendered.map_err(|error| Error::internal(error.to_string()))?;
+        let rendered = match rendered {
             // This server takes shorter inputs than the one that published.
             Err(plumb_model::Error::TooLong { .. }) => continue,
             rendered => rendered?,

@@ -62,9 +62,10 @@ pub fn allocated() -> usize {
 
 /// To be called first thing in a program of targets.
 pub fn start() {
+    // There too, a panic of our own is not one more refusal.
+    panic::set_hook(Box::new(report));
     #[cfg(target_os = "linux")]
     plumb_model::text::render_templates_apart();
-    panic::set_hook(Box::new(report));
 }
 
 /// A panic of a crate that reads for us is caught, and its input refused; one of our own code is a bug, caught or not.
@@ -73,7 +74,8 @@ fn report(panic: &panic::PanicHookInfo<'_>) {
     // Not by a macro, whose output a test would keep to itself.
     if own {
         let _ = writeln!(io::stderr(), "{panic}\n{}", Backtrace::capture());
-        std::process::abort();
+        // Not by a signal, which from a process that renders would say that it had no memory.
+        std::process::exit(1);
     }
     let _ = writeln!(io::stderr(), "in a dependency: {panic}");
 }

@@ -4,8 +4,11 @@ use std::fmt::Debug;
 use std::path::PathBuf;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use plumb_client::{ApiKey, Client, ClientIdentity, ClientOptions, Code, Error, RetryPolicy, conversation, text, v1};
+use plumb_client::{
+    ApiKey, Client, ClientIdentity, ClientOptions, Code, Error, RetryPolicy, conversation, reward, text, v1,
+};
 use plumb_tests::call::{self, candidate, items, named, refused};
+use plumb_tests::fixture::Copied;
 use plumb_tests::{Exposition, Launch, Server};
 use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair};
 use tempfile::TempDir;
@@ -343,4 +346,23 @@ async fn no_text_of_a_caller_is_logged() {
         assert!(line.is_none(), "at {log}: {line:?}");
         assert!(log == "info" || text.contains("item failed"), "nothing is logged at {log}");
     }
+}
+
+/// Few steps and a number without end: only a process with limits ends it.
+#[tokio::test]
+#[cfg(target_os = "linux")]
+async fn a_template_that_means_harm_costs_its_own_item_only() {
+    let pm = Copied::of("llama-pm");
+    let harm = "{% if messages[0].content == 'harm' %}{{ ([0] * 99999999) ~ bos_token }}{% endif %}";
+    let template = format!("{harm}{{% for m in messages %}}{{{{ m.content }}}}{{% endfor %}}");
+    std::fs::write(pm.path().join("chat_template.jinja"), template).unwrap();
+    let server = Launch::new().model("pm", pm.path()).start().await;
+    let client = server.client().await;
+    let said = ["good", "harm", "good"].map(|said| conversation([("user", said)]));
+    let results = client.score(items(named("pm"), said.into())).await.unwrap().results;
+    let [first, harm, second] = results.try_into().unwrap();
+    assert_eq!(reward(&first).unwrap(), reward(&second).unwrap());
+    let error = reward(&harm).unwrap_err();
+    assert_eq!(error.code, Code::InvalidArgument);
+    assert!(error.message.contains("the chat template takes more"), "{}", error.message);
 }
