@@ -1,8 +1,8 @@
 //! The CPU pool: rendering and tokenizing, which may take milliseconds, away from the threads that do input and output.
 //!
-//! What a computation takes is bounded by its input: a text has at most 4 MiB, and templates are rendered
-//! in processes with limits. Nothing can stop a tokenizer in the middle of a text; a call whose deadline passes is answered all the same,
-//! and if it was still waiting for a thread, it takes none.
+//! What a computation takes is bounded by its input: a text has at most 4 MiB, and templates are rendered in processes
+//! with limits. Nothing can stop a tokenizer in the middle of a text; a call whose deadline passes is answered all the
+//! same, and if it was still waiting for a thread, it takes none.
 
 use rayon::{ThreadPool, ThreadPoolBuilder};
 use tokio::sync::oneshot;

@@ -126,11 +126,8 @@ impl Renderers {
             processes: Mutex::default(),
             freed: Condvar::new(),
         };
-        let first = match Renderer::start(&renderers.parse) {
-            Err(Failure::Lost(_)) => Renderer::start(&renderers.parse),
-            first => first,
-        };
-        renderers.take().process = Some(first?);
+        let first = again_if_lost(|| Renderer::start(&renderers.parse))?;
+        renderers.take().process = Some(first);
         Ok(renderers)
     }
 
@@ -138,9 +135,7 @@ impl Renderers {
     pub(super) fn render(&self, messages: &[Message], add_generation_prompt: bool) -> Result<String, Failure> {
         let request = Request::Render { messages: messages.into(), add_generation_prompt }.to_bytes()?;
         let mut place = self.take();
-        let first = place.ask(&request);
-        // Whoever ends processes that are not its own may have ended that one, even before it was asked.
-        if let Err(Failure::Lost(_)) = first { place.ask(&request) } else { first }
+        again_if_lost(|| place.ask(&request))
     }
 
     fn processes(&self) -> MutexGuard<'_, Processes> {
@@ -154,6 +149,14 @@ impl Renderers {
         }
         processes.busy += 1;
         Place { renderers: self, process: processes.idle.pop() }
+    }
+}
+
+/// Whoever ends processes that are not its own may have ended that one, even before it was asked.
+fn again_if_lost<T>(mut ask: impl FnMut() -> Result<T, Failure>) -> Result<T, Failure> {
+    match ask() {
+        Err(Failure::Lost(_)) => ask(),
+        first => first,
     }
 }
 
