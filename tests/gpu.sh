@@ -5,7 +5,8 @@
 #     FOLDER/gpu.sh run [SECONDS]      on a machine with a GPU, its driver and cuBLAS of CUDA 13, and nothing else
 #
 # `run` prints the device's name, then runs the kernels against their reference, all architectures against Transformers'
-# values in f32 and bf16, and, where there is compute-sanitizer, the kernels under it. Exit code 1 if anything failed.
+# values in f32 and bf16, where there is NCCL also as parts of a model on all GPUs, and, where there is compute-sanitizer,
+# the kernels under it. Exit code 1 if anything failed.
 set -euo pipefail
 
 build() {

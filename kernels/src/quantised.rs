@@ -61,6 +61,23 @@ impl QuantRows {
         }
     }
 
+    /// The given inputs of all rows.
+    ///
+    /// # Panics
+    /// If they are not whole groups.
+    pub fn columns(&self, inputs: Range<usize>) -> Self {
+        assert!(inputs.start.is_multiple_of(self.group) && inputs.end.is_multiple_of(self.group), "whole groups");
+        let groups = inputs.start / self.group..inputs.end / self.group;
+        let of_groups = |from: &[f32]| columns(from, self.inputs / self.group, groups.clone());
+        Self {
+            inputs: inputs.len(),
+            group: self.group,
+            codes: columns(&self.codes, self.inputs, inputs.clone()),
+            scales: of_groups(&self.scales),
+            offsets: of_groups(&self.offsets),
+        }
+    }
+
     /// All weights, `[rows, inputs]`.
     pub fn expand<E: Element>(&self) -> Vec<E> {
         let weight = |(i, code): (usize, &i8)| {
@@ -76,6 +93,11 @@ impl QuantRows {
         assert!(self.codes.len().is_multiple_of(self.inputs) && self.scales.len() == groups, "quantised weights");
         assert!(self.offsets.is_empty() || self.offsets.len() == groups, "offsets of quantised weights");
     }
+}
+
+/// The given columns of a matrix `[_, width]` in row order.
+pub fn columns<T: Copy>(from: &[T], width: usize, columns: Range<usize>) -> Vec<T> {
+    from.chunks_exact(width).flat_map(|row| &row[columns.clone()]).copied().collect()
 }
 
 /// What is known of rows of quantised weights before they are read.

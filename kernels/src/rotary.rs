@@ -4,7 +4,7 @@
 use crate::simd::vectorised;
 
 /// Cosines and sines for every position of a model's context.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Rotary {
     dim: usize,
     positions: usize,

@@ -505,3 +505,45 @@ fn memory_that_is_not_there_is_refused() {
         gpu.synchronize().unwrap();
     });
 }
+
+/// A sum over a group of these, each of which has numbers of its own.
+fn sums(gpus: &[Gpu], len: usize) {
+    let group = match gpu::Group::new(gpus) {
+        // On a machine without NCCL.
+        Err(gpu::GpuError::Missing(reason)) => return eprintln!("skipped: {reason}"),
+        group => group.unwrap(),
+    };
+    let values: Vec<Vec<f32>> = (0..gpus.len()).map(|i| numbers(len, i)).collect();
+    let mut buffers: Vec<_> = gpus.iter().zip(&values).map(|(gpu, values)| gpu.upload(values).unwrap()).collect();
+    // The first and the last number stay.
+    let parts = |buffers: &mut [gpu::Buffer<f32>]| {
+        let mut parts: Vec<_> = buffers.iter_mut().map(|buffer| buffer.view_mut(1..len - 1)).collect();
+        group.all_reduce(&mut parts).unwrap();
+    };
+    parts(&mut buffers);
+    let sum = |i: usize| values.iter().map(|values| values[i]).sum::<f32>();
+    for (buffer, own) in buffers.iter().zip(&values) {
+        let found = buffer.to_vec().unwrap();
+        assert_eq!((found[0], found[len - 1]), (own[0], own[len - 1]));
+        (1..len - 1).for_each(|i| assert!((found[i] - sum(i)).abs() < 1e-6, "{i}: {} {}", found[i], sum(i)));
+        assert_eq!(found[1..len - 1], buffers[0].to_vec().unwrap()[1..len - 1], "all have the same bits");
+    }
+    group.all_reduce(&mut buffers.iter_mut().map(|buffer| buffer.view_mut(3..3)).collect::<Vec<_>>()).unwrap();
+}
+
+#[test]
+fn groups_add_up_what_each_has() {
+    on_each(|gpu| sums(std::slice::from_ref(gpu), 1000));
+    #[cfg(feature = "emulated")]
+    for size in 2..5 {
+        sums(&(0..size).map(|_| Gpu::emulated()).collect::<Vec<_>>(), 1000);
+    }
+    #[cfg(feature = "cuda")]
+    {
+        let all: Vec<_> = (0..16).map_while(|number| Gpu::cuda(number).ok()).collect();
+        if all.len() > 1 {
+            sums(&all, 1000);
+        }
+    }
+    assert!(matches!(gpu::Group::new(&[]), Err(gpu::GpuError::Missing(_))));
+}

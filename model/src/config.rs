@@ -1,5 +1,7 @@
 //! A decoder as data: what differs between architectures is a field here, not a copy of the decoder.
 
+use crate::{Error, Result};
+
 /// Everything that the decoder has to know about a checkpoint.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Config {
@@ -55,6 +57,41 @@ pub struct Config {
     pub tie_word_embeddings: bool,
     /// What is on top.
     pub head: Head,
+}
+
+impl Config {
+    /// That of one of so many shards, each of which has whole heads with their key heads, and an equal part of the
+    /// feed-forward layer.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] if they cannot be shared out evenly.
+    pub(crate) fn share(&self, shards: usize) -> Result<Self> {
+        let Self { num_heads, num_kv_heads, intermediate_size, .. } = *self;
+        let fits = |shards: &usize| {
+            // Kernels take feed-forward layers of multiples of four.
+            let divides = |count: usize| count.is_multiple_of(*shards);
+            divides(num_heads)
+                && divides(num_kv_heads)
+                && (*shards == 1 || intermediate_size.is_multiple_of(4 * shards))
+        };
+        if !fits(&shards) {
+            let possible = (2..=num_kv_heads).filter(fits).map(|count| count.to_string()).collect::<Vec<_>>();
+            let advice = match &possible[..] {
+                [] => "give the model one device".to_owned(),
+                counts => format!("split it over {}", counts.join(" or ")),
+            };
+            return Err(Error::Unsupported(format!(
+                "{num_heads} heads, {num_kv_heads} key-value heads and a feed-forward layer of {intermediate_size} cannot \
+                 be shared out between {shards} devices; {advice} (--device)"
+            )));
+        }
+        Ok(Self {
+            num_heads: num_heads / shards,
+            num_kv_heads: num_kv_heads / shards,
+            intermediate_size: intermediate_size / shards,
+            ..self.clone()
+        })
+    }
 }
 
 /// Naming scheme of a checkpoint's tensors.

@@ -16,10 +16,11 @@ const TOKENIZER: u64 = 10;
 const DRIVER: u64 = 512 << 20;
 
 /// Bytes of memory that a model takes: of the process, or, where there is a device with memory of its own, of that but
-/// for the tokenizer and the copies while weights are read.
+/// for the tokenizer and the copies while weights are read. Where several such devices share the model, they are those of
+/// the one that holds most.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Footprint {
-    /// Weights, as [`ModelInfo::weight_bytes`](crate::loaded::ModelInfo::weight_bytes) will say.
+    /// Weights, as [`ModelInfo::weight_bytes`](crate::loaded::ModelInfo::weight_bytes) will say where all are there.
     pub weights: u64,
     /// Pages of keys and values, which are taken when the weights are there.
     pub cache: u64,
@@ -45,7 +46,7 @@ impl Footprint {
         (self.weights + self.tables + self.tokenizer).saturating_add(self.reading.max(served))
     }
 
-    /// The most of the device's own memory, with what its driver takes beside it.
+    /// The most of a device's own memory, with what its driver takes beside it.
     pub fn device_peak(&self) -> u64 {
         match self.on_device {
             true => (self.weights + self.tables + DRIVER).saturating_add(self.cache).saturating_add(self.workspace),
@@ -63,9 +64,10 @@ impl Footprint {
     /// # Errors
     /// [`Error::OutOfMemory`] with what is needed and what there is.
     pub fn check(&self, free: Option<u64>, on_device: Option<u64>) -> Result<()> {
-        for (needed, free, whose) in
-            [(self.peak(), free, "give the process more memory"), (self.device_peak(), on_device, "take a larger GPU")]
-        {
+        for (needed, free, whose) in [
+            (self.peak(), free, "give the process more memory"),
+            (self.device_peak(), on_device, "take a larger GPU, or several (--device)"),
+        ] {
             if let Some(free) = free.filter(|free| needed > *free) {
                 return Err(Error::OutOfMemory(format!(
                     "{self}, {} are free; unload another version first, lower --kv-cache-mib, or {whose}",
@@ -116,10 +118,10 @@ impl LoadedModel {
         let plan = Decoder::plan(&config, &weights, sizes.dtype, sizes.max_input_tokens, &options.device);
         Ok(Footprint {
             weights: plan.weights,
-            cache: sizes.kv_pages as u64 * sizes.page_bytes as u64,
+            cache: sizes.kv_pages as u64 * options.device.share_of(sizes.page_bytes) as u64,
             tables: plan.tables,
             tokenizer: TOKENIZER * tokenizer_bytes,
-            workspace: Decoder::workspace_bytes(&config, sizes.dtype, largest, &options.device),
+            workspace: Decoder::workspace_bytes(&config, sizes.dtype, largest, &options.device)?,
             reading: plan.reading,
             on_device: !options.device.is_cpu(),
         })

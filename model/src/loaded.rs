@@ -119,7 +119,7 @@ impl Sizes {
             (DTypeChoice::Bf16, _) | (DTypeChoice::Auto, TensorType::BF16) => DType::Bf16,
             (DTypeChoice::Auto, _) => DType::F32,
         };
-        let page_bytes = Decoder::page_bytes(config, dtype, &options.device);
+        let page_bytes = Decoder::page_bytes(config, dtype, &options.device)?;
         let useful = config.max_position_embeddings.saturating_mul(MOST_SEQUENCES).div_ceil(PAGE);
         let kv_pages = (options.kv_cache_bytes / page_bytes).min(useful);
         let limit = options.max_input_tokens.unwrap_or(usize::MAX);

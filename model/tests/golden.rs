@@ -55,6 +55,27 @@ fn devices() -> Vec<Device> {
     devices
 }
 
+/// So many CPUs, and as many emulated GPUs; and as many GPUs, or one in a group of its own where there are fewer.
+#[cfg_attr(not(feature = "gpu"), expect(unused_mut, reason = "there is only one kind"))]
+fn groups(size: usize) -> Vec<Device> {
+    let mut groups = vec![Device::split(vec![Device::Cpu; size]).unwrap()];
+    #[cfg(feature = "emulated")]
+    {
+        let gpus = (0..size).map(|_| Device::Gpu(plumb_kernels::gpu::Gpu::emulated()));
+        groups.push(Device::split(gpus.collect()).unwrap());
+    }
+    #[cfg(feature = "cuda")]
+    {
+        let mut gpus: Vec<_> = (0..size).map_while(|number| plumb_kernels::gpu::Gpu::cuda(number).ok()).collect();
+        gpus.truncate(if gpus.len() < size { 1 } else { size });
+        match plumb_kernels::gpu::Group::new(&gpus) {
+            Ok(_) => groups.push(Device::split(gpus.into_iter().map(Device::Gpu).collect()).unwrap()),
+            Err(error) => eprintln!("skipped: {error}"),
+        }
+    }
+    groups
+}
+
 fn load(model: &str, adapter: Option<&str>, dtype: DType, device: &Device) -> Model {
     let path = |name: &str| fixtures().join(name).to_string_lossy().into_owned();
     let source = Source { model: path(model), adapter: adapter.map(path), revision: None };
@@ -100,14 +121,12 @@ fn worst(found: &[f32], expected: &[f32]) -> f32 {
 }
 
 fn check(model: &str, adapter: Option<&str>, expected: &str, dtype: DType, tolerance: f32) {
-    for device in devices() {
-        // A GPU rounds to bf16 between any two operations, as Transformers does where it computes in bf16.
-        let coarser = if matches!(device, Device::Cpu) || dtype == DType::F32 { 1.0 } else { 1.5 };
-        check_on(&device, model, adapter, expected, dtype, tolerance * coarser);
-    }
+    devices().iter().for_each(|device| check_on(device, model, adapter, expected, dtype, tolerance));
 }
 
 fn check_on(device: &Device, model: &str, adapter: Option<&str>, expected: &str, dtype: DType, tolerance: f32) {
+    // A GPU rounds to bf16 between any two operations, as Transformers does where it computes in bf16.
+    let tolerance = tolerance * if device.is_cpu() || dtype == DType::F32 { 1.0 } else { 1.5 };
     let text = std::fs::read_to_string(fixtures().join(expected)).unwrap();
     let expected: Expected = serde_json::from_str(&text).unwrap();
     let loaded = load(model, adapter, dtype, device);
@@ -141,7 +160,7 @@ fn check_on(device: &Device, model: &str, adapter: Option<&str>, expected: &str,
             assert!(better < count, "{model} {}: {better} tokens are likelier", case.name);
         }
         // What an emulated one takes long for, and others show as well.
-        let greedy = case.greedy.as_ref().filter(|_| device.name() != "emulated");
+        let greedy = case.greedy.as_ref().filter(|_| !device.name().contains("emulated"));
         if let (Some(greedy), DType::F32) = (greedy, dtype) {
             let mut ids = ids.to_vec();
             for token in greedy {
@@ -199,4 +218,72 @@ fn adapters_are_merged() {
 fn gguf_files_equal_their_folders() {
     check("gguf/llama-lm.gguf", None, "gguf/llama-lm.expected.json", DType::F32, 1e-4);
     check("gguf/qwen2-lm.gguf", None, "gguf/qwen2-lm.expected.json", DType::F32, 1e-4);
+}
+
+#[test]
+fn split_models_equal_transformers() {
+    let one_of_each = ["llama-pm", "qwen2-lm", "qwen3-pm", "mistral-lm", "gemma2-pm", "neox-lm"];
+    for group in groups(2) {
+        // An emulated one takes long.
+        let folders: &[&str] = if group.is_cpu() { &FOLDERS } else { &one_of_each };
+        for folder in folders {
+            check_on(&group, folder, None, &format!("{folder}/expected.json"), DType::F32, 1e-4);
+        }
+        for folder in ["gemma2-pm", "qwen2-lm", "neox-lm"] {
+            check_on(&group, folder, None, &format!("{folder}/expected.json"), DType::Bf16, 2e-2);
+        }
+        check_on(&group, "llama-lm", Some("lora-pm"), "lora-pm/expected.json", DType::F32, 1e-4);
+        check_on(&group, "gguf/qwen2-lm.gguf", None, "gguf/qwen2-lm.expected.json", DType::F32, 1e-4);
+    }
+    for group in groups(4) {
+        for folder in ["neox-lm", "neox-pm", "neox-lm-sequential"] {
+            check_on(&group, folder, None, &format!("{folder}/expected.json"), DType::F32, 1e-4);
+        }
+    }
+}
+
+#[test]
+fn split_models_compute_what_the_whole_computes() {
+    for folder in FOLDERS {
+        let whole = load(folder, None, DType::F32, &Device::Cpu);
+        let config = whole.decoder.config();
+        let tokens: Vec<u32> = (0..90).map(|i| i * 37 % config.vocab_size as u32).collect();
+        let language = config.head == Head::Language;
+        let all = if language { Read::LogProbs { rows: 0..39, targets: &tokens[51..] } } else { Read::Rewards };
+        let last = if language { Read::LastLogits } else { Read::LastReward };
+        // Beside one another, one of them cut into two steps.
+        let sequences = [(&tokens[..], 50, all), (&tokens[..33], 0, last)];
+        let expected = run(&whole, &sequences);
+        for size in [1, 2, 4].into_iter().filter(|size| config.num_kv_heads.is_multiple_of(*size)) {
+            let split = load(folder, None, DType::F32, &Device::split(vec![Device::Cpu; size]).unwrap());
+            assert_eq!(split.decoder.config(), config, "{folder}");
+            for (found, expected) in run(&split, &sequences).iter().zip(&expected) {
+                let largest = worst(found, expected);
+                assert!(largest < 1e-5 && (size > 1 || largest == 0.0), "{folder} in {size}: {largest}");
+            }
+        }
+    }
+}
+
+#[test]
+fn what_cannot_be_split_evenly_is_refused_with_what_can() {
+    let refused = |folder: &str, size: usize| {
+        let path = fixtures().join(folder).to_string_lossy().into_owned();
+        let mut checkpoint = Checkpoint::open(&Source { model: path, ..Source::default() }).unwrap();
+        let device = Device::split(vec![Device::Cpu; size]).unwrap();
+        let built = Decoder::build(&checkpoint.config, &mut checkpoint.weights, DType::F32, 512, &device);
+        built.unwrap_err().to_string()
+    };
+    for (folder, size, words) in [
+        ("llama-pm", 3, "4 heads, 2 key-value heads and a feed-forward layer of 48"),
+        ("llama-pm", 3, "between 3 devices; split it over 2 (--device)"),
+        ("llama-pm", 4, "between 4 devices; split it over 2 (--device)"),
+        ("neox-pm", 8, "split it over 2 or 4 (--device)"),
+    ] {
+        let error = refused(folder, size);
+        assert!(error.contains(words), "{error}");
+    }
+    assert!(Device::split(Vec::new()).is_err());
+    #[cfg(feature = "emulated")]
+    Device::split(vec![Device::Cpu, Device::Gpu(plumb_kernels::gpu::Gpu::emulated())]).unwrap_err();
 }

@@ -25,8 +25,8 @@ use crate::admission::{Admission, AdmissionLimits, Estimator};
 use crate::config::{Config, ConfigError, DType};
 use crate::connections::tls::Tls;
 use crate::connections::{self, Incoming, Kind};
-use crate::device;
-use crate::engine::{Engine, EngineOptions, Loss};
+use crate::device::Places;
+use crate::engine::{EngineOptions, Loss};
 use crate::error::{Error, Result};
 use crate::health::{Health, Phase};
 use crate::layers;
@@ -220,26 +220,23 @@ impl Server {
         let (grpc, metrics) = (address(&listener)?, address(&metrics_listener)?);
         let admin = admin_listener.as_ref().map(address).transpose()?;
 
-        let device = device::open(config.device)?;
-        let engine = Engine::start(EngineOptions {
-            max_batch_tokens: config.engine.max_batch_tokens,
-            max_batch_sequences: config.engine.max_batch_sequences,
-            max_prefill_beside_decode: config.engine.max_prefill_beside_decode,
-            decode_share: config.engine.decode_share,
-            prefix_cache: config.engine.prefix_cache,
-            // A GPU is asked by one.
-            threads: if device.is_cpu() { config.engine.threads } else { 1 },
-            stall_timeout: config.engine.stall_timeout,
-        })?;
+        let places = Places::open(
+            &config.devices,
+            EngineOptions {
+                max_batch_tokens: config.engine.max_batch_tokens,
+                max_batch_sequences: config.engine.max_batch_sequences,
+                max_prefill_beside_decode: config.engine.max_prefill_beside_decode,
+                decode_share: config.engine.decode_share,
+                prefix_cache: config.engine.prefix_cache,
+                threads: config.engine.threads,
+                stall_timeout: config.engine.stall_timeout,
+            },
+        )?;
+        let lost = places.lost();
         let largest_step =
             StepSize { tokens: config.engine.max_batch_tokens, sequences: config.engine.max_batch_sequences };
-        let registry = Registry::new(
-            engine.clone(),
-            load_options(&config, hhh, device),
-            largest_step,
-            config.defaults.clone(),
-            &config.versions,
-        );
+        let registry =
+            Registry::new(places, load_options(&config, hhh), largest_step, config.defaults.clone(), &config.versions);
         let (reporter, health_service) = tonic_health::server::health_reporter();
         let health = Health::new(reporter).await;
         let gate = Gate::new(config.limits.max_concurrent_requests);
@@ -247,7 +244,6 @@ impl Server {
         let recorder = Arc::new(Recorder::start(config.recording.as_ref())?);
         let context = Arc::new(Context {
             registry: Arc::clone(&registry),
-            engine: engine.clone(),
             pool: CpuPool::new(config.engine.tokenization_workers)?,
             admission: Admission::new(AdmissionLimits {
                 max_queue_tokens: config.limits.max_queue_tokens,
@@ -287,13 +283,13 @@ impl Server {
 
         let probes = exporter::Probes { alive: health.alive(), ready: health.ready() };
         let exporter = exporter::serve(metrics_listener, exporter::routes(exposition.clone(), probes));
-        let (follower, kinds, lost) = (Arc::clone(&health), registry.kinds(), engine.lost());
+        let (follower, kinds, followed) = (Arc::clone(&health), registry.kinds(), lost.clone());
         let background = vec![
             AbortOnDropHandle::new(tokio::spawn(exporter)),
             AbortOnDropHandle::new(tokio::spawn(async move { access.follow().await })),
             AbortOnDropHandle::new(tokio::spawn(follow(tls))),
             AbortOnDropHandle::new(tokio::spawn(metrics::upkeep(exposition))),
-            AbortOnDropHandle::new(tokio::spawn(async move { follower.follow(kinds, lost).await })),
+            AbortOnDropHandle::new(tokio::spawn(async move { follower.follow(kinds, followed).await })),
         ];
 
         Listening { grpc, admin, metrics }.emit();
@@ -302,7 +298,6 @@ impl Server {
             write_ports(path, grpc, admin, metrics)?;
         }
         let shutdown = Shutdown { health, gate, accepting, draining, connections };
-        let lost = engine.lost();
         Ok(Self { background, config, grpc, admin, metrics, registry, lost, recorder, shutdown })
     }
 
@@ -468,7 +463,7 @@ fn warn_if_open(config: &Config, grpc: SocketAddr, admin: Option<SocketAddr>) {
     }
 }
 
-fn load_options(config: &Config, hhh: HhhPrompts, device: Device) -> LoadOptions {
+fn load_options(config: &Config, hhh: HhhPrompts) -> LoadOptions {
     LoadOptions {
         dtype: match config.dtype {
             DType::Auto => DTypeChoice::Auto,
@@ -478,7 +473,7 @@ fn load_options(config: &Config, hhh: HhhPrompts, device: Device) -> LoadOptions
         hhh: Arc::new(hhh),
         max_input_tokens: config.limits.max_input_tokens,
         kv_cache_bytes: config.engine.kv_cache_bytes,
-        device,
+        device: Device::default(),
         background: Background {
             threads: Some(config.engine.load_threads),
             bytes_per_second: config.engine.load_bytes_per_second,

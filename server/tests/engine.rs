@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use futures::future::join_all;
 use plumb_model::cache::PAGE;
 use plumb_model::checkpoint::Source;
+use plumb_model::decoder::Device;
 use plumb_model::loaded::{Background, DTypeChoice, LoadOptions, LoadedModel, ModelKind};
 use plumb_server::engine::sampling::{Sampler, SamplingParams};
 use plumb_server::engine::{
@@ -19,19 +20,19 @@ use plumb_server::error::Error;
 use proptest::prelude::*;
 use proptest::test_runner::TestRunner;
 
-/// Between them: both kinds of head, windows, soft caps, grouped heads, biases.
-const MODELS: [(&str, DTypeChoice); 4] = [
-    ("gemma2-pm", DTypeChoice::Bf16),
-    ("llama-pm", DTypeChoice::F32),
-    ("llama-lm", DTypeChoice::Bf16),
-    ("qwen2-lm", DTypeChoice::F32),
+/// Between them: both kinds of head, windows, soft caps, grouped heads, biases; and how many shards each is split into.
+const MODELS: [(&str, DTypeChoice, usize); 4] = [
+    ("gemma2-pm", DTypeChoice::Bf16, 2),
+    ("llama-pm", DTypeChoice::F32, 1),
+    ("llama-lm", DTypeChoice::Bf16, 1),
+    ("qwen2-lm", DTypeChoice::F32, 2),
 ];
 /// In no vocabulary: a step that holds it fails as a whole.
 const UNKNOWN: u32 = 1_000_000;
 /// Longest sequence: a prefix, what follows it, and what is generated.
 const LONGEST: usize = 200 + 60 + 8;
 
-fn load((name, dtype): (&str, DTypeChoice), kv_cache_bytes: usize) -> Arc<LoadedModel> {
+fn load((name, dtype, shards): (&str, DTypeChoice, usize), kv_cache_bytes: usize) -> Arc<LoadedModel> {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures").join(name);
     let source = Source { model: folder.to_str().unwrap().to_owned(), ..Source::default() };
     let options = LoadOptions {
@@ -39,7 +40,7 @@ fn load((name, dtype): (&str, DTypeChoice), kv_cache_bytes: usize) -> Arc<Loaded
         hhh: Arc::default(),
         max_input_tokens: None,
         kv_cache_bytes,
-        device: Default::default(),
+        device: if shards > 1 { Device::split(vec![Device::Cpu; shards]).unwrap() } else { Device::Cpu },
         background: Background::default(),
     };
     Arc::new(LoadedModel::load(&source, &options).unwrap())
@@ -128,7 +129,7 @@ fn options() -> impl Strategy<Value = (EngineOptions, bool)> {
 }
 
 /// The bits of everything that is answered, or `None` for a request that was cancelled.
-async fn answer(engine: &Engine, model: ModelHandle, request: &Request) -> Option<Result<Vec<u32>, Error>> {
+async fn answer(model: ModelHandle, request: &Request) -> Option<Result<Vec<u32>, Error>> {
     let Request { goal, tokens, priority, pinned_prefix, .. } = request.clone();
     let meta = JobMeta { priority, deadline: None, arrived: Instant::now(), pinned_prefix, permit: None };
     let language = model.info.kind == ModelKind::Language;
@@ -137,7 +138,7 @@ async fn answer(engine: &Engine, model: ModelHandle, request: &Request) -> Optio
             let params = SamplingParams { temperature, seed: 3, ..SamplingParams::default() };
             let sampler = Sampler::new(params, &tokens, model.clone()).unwrap();
             let job = GenerateJob { model, tokens, sampler, max_new_tokens: 8, stop_at_eos: false, meta };
-            let mut events = engine.generate(job).unwrap();
+            let mut events = job.start().unwrap();
             let mut bits = Vec::new();
             loop {
                 if request.cancelled == Cancelled::AtOnce || (request.cancelled == Cancelled::Later && bits.len() > 4) {
@@ -160,7 +161,7 @@ async fn answer(engine: &Engine, model: ModelHandle, request: &Request) -> Optio
     if matches!(&want, Want::LogProbs(range) if range.is_empty() || range.start == 0) {
         return None;
     }
-    let pending = engine.submit(Sequence { model, tokens, want, meta }).unwrap();
+    let pending = Sequence { model, tokens, want, meta }.submit().unwrap();
     match request.cancelled {
         Cancelled::No => {
             let output = pending.await.unwrap();
@@ -192,7 +193,7 @@ async fn alone(request: &Request) -> Option<Result<Vec<u32>, Error>> {
     };
     let engine = Engine::start(options).unwrap();
     let model = attach(&engine, &ROOMY[request.model..=request.model]).await.remove(0);
-    answer(&engine, model, request).await
+    answer(model, request).await
 }
 
 #[test]
@@ -207,7 +208,7 @@ fn every_result_has_the_bits_of_the_request_alone_on_a_fresh_engine() {
             let models = attach(&engine, if tight { &TIGHT } else { &ROOMY }).await;
             // Twice: at first nothing is cached, then whatever is left.
             for round in 0..2 {
-                let answers = requests.iter().map(|request| answer(&engine, models[request.model].clone(), request));
+                let answers = requests.iter().map(|request| answer(models[request.model].clone(), request));
                 for (request, found) in requests.iter().zip(join_all(answers).await) {
                     if let Some(found) = &found {
                         let is_poisoned = request.tokens.contains(&UNKNOWN);
@@ -220,4 +221,39 @@ fn every_result_has_the_bits_of_the_request_alone_on_a_fresh_engine() {
         })
     });
     checked.unwrap();
+}
+
+#[tokio::test]
+async fn models_of_two_engines_are_asked_in_their_own_and_one_loss_is_that_of_both() {
+    let options = EngineOptions {
+        max_batch_tokens: 4096,
+        max_batch_sequences: 4,
+        max_prefill_beside_decode: 4096,
+        decode_share: 0.0,
+        prefix_cache: true,
+        threads: 1,
+        stall_timeout: Duration::from_secs(60),
+    };
+    let first = Engine::start(options).unwrap();
+    let second = first.start_beside(options).unwrap();
+    let request = Request {
+        model: 1,
+        goal: Goal::All,
+        tokens: (0..70).collect(),
+        pinned_prefix: 0,
+        priority: Priority::Normal,
+        cancelled: Cancelled::No,
+    };
+    let expected = alone(&request).await;
+    let mut models = Vec::new();
+    for engine in [&first, &second] {
+        models.extend(attach(engine, &ROOMY[1..2]).await);
+    }
+    let answers = join_all(models.iter().map(|model| answer(model.clone(), &request))).await;
+    assert_eq!(answers, [expected.clone(), expected]);
+    let mut lost = first.lost();
+    assert_eq!(*lost.borrow(), None);
+    models.truncate(1);
+    drop(second);
+    lost.wait_for(Option::is_some).await.unwrap();
 }

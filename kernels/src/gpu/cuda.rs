@@ -8,8 +8,9 @@ use cudarc::cublaslt::{result as blas, sys as blas_sys};
 use cudarc::driver::result::{self, DriverError};
 use cudarc::driver::{CudaContext, sys};
 
-use super::driver::{Argument, Driver, Number, Product};
-use super::{GpuError, Memory, Result};
+use super::driver::{Argument, Collective, Driver, Number, Product, all_of};
+use super::nccl::Communicators;
+use super::{Gpu, GpuError, Memory, Result};
 
 /// Bytes at an address that is a multiple of 16.
 #[repr(C, align(16))]
@@ -100,6 +101,16 @@ impl Cuda {
             Self { context, name, handles, workspace: 0, functions: Mutex::default(), plans: Mutex::default() };
         cuda.workspace = cuda.allocate(WORKSPACE)?;
         Ok(cuda)
+    }
+
+    /// Number of the device, as CUDA counts.
+    pub(super) fn number(&self) -> usize {
+        self.context.ordinal()
+    }
+
+    /// On which everything happens.
+    pub(super) fn stream(&self) -> *mut c_void {
+        self.handles.stream.cast()
     }
 
     /// Makes the context current on this thread.
@@ -292,6 +303,10 @@ impl Driver for Cuda {
             })
         }
         .map_err(|error| blas_failed(product, error))
+    }
+
+    fn group(&self, gpus: &[Gpu]) -> Result<Arc<dyn Collective>> {
+        Ok(Arc::new(Communicators::new(all_of(gpus)?)?))
     }
 }
 

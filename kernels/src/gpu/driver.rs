@@ -1,11 +1,13 @@
 //! What is asked of a device: memory, copies, kernels by their names, and products of matrices.
 
+use std::any::Any;
 use std::ffi::c_void;
+use std::sync::Arc;
 
-use super::{Memory, Result};
+use super::{Gpu, GpuError, Memory, Result};
 
 /// A device. Addresses are the device's own.
-pub(super) trait Driver: Send + Sync {
+pub(super) trait Driver: Any + Send + Sync {
     fn name(&self) -> &str;
 
     fn memory(&self) -> Result<Memory>;
@@ -49,6 +51,30 @@ pub(super) trait Driver: Send + Sync {
     /// # Safety
     /// The addresses are those of as much memory.
     unsafe fn multiply(&self, product: &Product) -> Result<()>;
+
+    /// A group of these, which are all devices of this kind.
+    fn group(&self, gpus: &[Gpu]) -> Result<Arc<dyn Collective>>;
+}
+
+/// What the devices of a group do together.
+pub(super) trait Collective: Send + Sync {
+    /// Number of devices.
+    fn len(&self) -> usize;
+
+    /// The numbers at the addresses, one of each device in the group's order, all become their sum.
+    ///
+    /// # Safety
+    /// So many f32 are allocated at each address, on its device.
+    unsafe fn all_reduce(&self, addresses: &[u64], len: usize) -> Result<()>;
+}
+
+/// The devices themselves, if all are of this kind.
+pub(super) fn all_of<D: Driver>(gpus: &[Gpu]) -> Result<Vec<Arc<D>>> {
+    let of = |gpu: &Gpu| {
+        let driver: Arc<dyn Any + Send + Sync> = gpu.0.clone();
+        driver.downcast().map_err(|_| GpuError::Missing("a group takes GPUs of one kind".to_owned()))
+    };
+    gpus.iter().map(of).collect()
 }
 
 /// An argument of a kernel.

@@ -3,12 +3,12 @@
 use std::alloc::{Layout, alloc_zeroed, dealloc};
 use std::collections::HashMap;
 use std::ffi::{CStr, CString, c_char, c_void};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use half::bf16;
 
-use super::driver::{Argument, Driver, Number, Product};
-use super::{GpuError, Memory, Result};
+use super::driver::{Argument, Collective, Driver, Number, Product, all_of};
+use super::{Gpu, GpuError, Memory, Result};
 
 unsafe extern "C" {
     /// See `cuda/emulate.cpp`.
@@ -135,6 +135,32 @@ impl Driver for Emulated {
                         Number::Bf16 => *pointer::<bf16>(y).add(at) = bf16::from_f32(sum),
                     }
                 }
+            }
+        }
+        Ok(())
+    }
+
+    fn group(&self, gpus: &[Gpu]) -> Result<Arc<dyn Collective>> {
+        Ok(Arc::new(EmulatedGroup { size: all_of::<Self>(gpus)?.len() }))
+    }
+}
+
+/// Devices that all have the memory of this process.
+struct EmulatedGroup {
+    size: usize,
+}
+
+impl Collective for EmulatedGroup {
+    fn len(&self) -> usize {
+        self.size
+    }
+
+    unsafe fn all_reduce(&self, addresses: &[u64], len: usize) -> Result<()> {
+        for i in 0..len {
+            // SAFETY: so many are there, and no kernel is running.
+            unsafe {
+                let sum: f32 = addresses.iter().map(|address| *pointer::<f32>(*address).add(i)).sum();
+                addresses.iter().for_each(|address| *pointer::<f32>(*address).add(i) = sum);
             }
         }
         Ok(())

@@ -13,15 +13,19 @@ mod cuda;
 mod driver;
 #[cfg(feature = "emulated")]
 mod emulated;
+mod group;
 mod head;
 mod linear;
 mod memory;
+#[cfg(feature = "cuda")]
+mod nccl;
 mod rows;
 
 use std::fmt;
 use std::sync::Arc;
 
 pub use attention::{KvPages, Pieces, Prepare, padded};
+pub use group::Group;
 pub use head::{MAX_TOP, Vocabulary};
 pub use linear::{Linear, Output};
 pub use memory::{Buffer, View, ViewMut};

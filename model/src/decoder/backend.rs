@@ -60,6 +60,11 @@ pub(super) trait Backend: Clone + Debug + Send + Sync + Sized + 'static {
     /// That of a device.
     fn on(device: &Device) -> Result<Self>;
 
+    /// Between how many a model is split. What belongs to a part of a model has the sizes of a shard's.
+    fn shards(&self) -> usize {
+        1
+    }
+
     // ---- memory ----
 
     /// An empty array.
@@ -77,8 +82,21 @@ pub(super) trait Backend: Clone + Debug + Send + Sync + Sized + 'static {
 
     /// Matrices on top of one another.
     fn linear(&self, parts: &[Matrix<'_, Self::Element>], inputs: usize) -> Result<Self::Linear>;
+    /// The same of lists of matrices, where each shard gets an equal part of the outputs of every list.
+    fn split_outputs(&self, lists: &[Vec<Matrix<'_, Self::Element>>], inputs: usize) -> Result<Self::Linear> {
+        self.linear(&lists.concat(), inputs)
+    }
+    /// A matrix of which each shard gets an equal part of the inputs, and whose products are the sum over all shards.
+    fn split_inputs(&self, matrix: Matrix<'_, Self::Element>, inputs: usize) -> Result<Self::Linear> {
+        self.linear(&[matrix], inputs)
+    }
+    /// A matrix that is for what is read in the end only.
+    fn head(&self, rows: Matrix<'_, Self::Element>, inputs: usize) -> Result<Self::Linear> {
+        self.linear(&[rows], inputs)
+    }
     /// Bytes that it takes.
     fn linear_bytes(linear: &Self::Linear) -> usize;
+    /// Up and gate, each shard with an equal part of their outputs.
     fn activated(
         &self,
         activation: Activation,
@@ -139,15 +157,16 @@ pub(super) trait Backend: Clone + Debug + Send + Sync + Sized + 'static {
     fn add(&self, linear: &Self::Linear, input: Self::Part<'_, Self::Element>, x: Self::PartMut<'_, f32>)
     -> Result<()>;
 
-    /// `branch = linear(input)`, then `x += norm(branch)`.
-    fn add_normed(
+    /// `branch = linear(input)`, in f32 as the residual stream is.
+    fn project(
         &self,
         linear: &Self::Linear,
         input: Self::Part<'_, Self::Element>,
-        norm: &Self::Norm,
         branch: Self::PartMut<'_, f32>,
-        x: Self::PartMut<'_, f32>,
     ) -> Result<()>;
+
+    /// `x += norm(branch)` for every row.
+    fn add_normed(&self, norm: &Self::Norm, branch: Self::Part<'_, f32>, x: Self::PartMut<'_, f32>) -> Result<()>;
 
     /// Splits q, k and v of the step's `rows`, norms and rotates them, writes k and v to their pages and q to `q`.
     #[expect(clippy::too_many_arguments, reason = "what it reads, how, and what it writes")]

@@ -37,7 +37,8 @@ impl Load for bf16 {
 impl<B: Backend> Stack<B> {
     /// Takes the weights; `positions` is the longest sequence that will be run.
     pub(super) fn build(backend: B, config: &Config, weights: &mut Weights, positions: usize) -> Result<Self> {
-        if config.hidden_size % 2 + config.intermediate_size % 2 + config.head_dim % 2 != 0 {
+        let share = config.share(backend.shards())?;
+        if config.hidden_size % 2 + share.intermediate_size % 2 + config.head_dim % 2 != 0 {
             return Err(Error::Unsupported("hidden_size, intermediate_size and head_dim must be even".into()));
         }
         let mut taker = Taker { backend: &backend, config, weights, parameters: 0 };
@@ -55,7 +56,7 @@ impl<B: Backend> Stack<B> {
             rotary: backend.rotary(Rotary::new(&inverse_frequencies(&config.rope), positions))?,
             positions,
             parameters,
-            config: config.clone(),
+            config: share,
             backend,
         })
     }
@@ -143,12 +144,12 @@ impl<B: Backend> Taker<'_, B> {
         let table = self.part(names.embedding, [vocab_size, hidden_size], false)?;
         Ok(match &self.config.head {
             config::Head::Language if tied => {
-                (None, Head::Language { logits: self.linear(&[table], hidden_size)?, softcap })
+                (None, Head::Language { logits: self.backend.linear(&[table.matrix()], hidden_size)?, softcap })
             }
             config::Head::Language => {
                 let table = self.backend.hold(table.weights.into_plain())?;
                 let head = self.part(names.language_head, [vocab_size, hidden_size], false)?;
-                (Some(table), Head::Language { logits: self.linear(&[head], hidden_size)?, softcap })
+                (Some(table), Head::Language { logits: self.backend.head(head.matrix(), hidden_size)?, softcap })
             }
             config::Head::Reward(head) => {
                 let weight = self.vector(&head.weight, &[1, hidden_size])?;
@@ -161,11 +162,6 @@ impl<B: Backend> Taker<'_, B> {
                 (Some(table), Head::Reward { weight, bias, normalization: head.normalization })
             }
         })
-    }
-
-    /// The parts on top of one another.
-    fn linear(&self, parts: &[Part<B::Element>], inputs: usize) -> Result<B::Linear> {
-        self.backend.linear(&parts.iter().map(Part::matrix).collect::<Vec<_>>(), inputs)
     }
 
     fn norm(&mut self, name: &str, width: usize) -> Result<B::Norm> {
@@ -181,11 +177,18 @@ impl<B: Backend> Taker<'_, B> {
         })
     }
 
-    /// The named layers, on top of one another.
-    fn stacked(&mut self, names: &[(&String, usize)], inputs: usize, bias: bool) -> Result<B::Linear> {
-        let parts = names.iter().map(|(name, outputs)| self.part(name, [*outputs, inputs], bias));
+    /// q, k and v, on top of one another.
+    fn stacked_qkv(&mut self, names: &[String; 3], outputs: [usize; 3]) -> Result<B::Linear> {
+        let Config { hidden_size, qkv_bias, .. } = *self.config;
+        let parts = names.iter().zip(outputs).map(|(name, outputs)| self.part(name, [outputs, hidden_size], qkv_bias));
         let parts = parts.collect::<Result<Vec<_>>>()?;
-        self.linear(&parts, inputs)
+        self.backend.split_outputs(&parts.iter().map(|part| vec![part.matrix()]).collect::<Vec<_>>(), hidden_size)
+    }
+
+    /// What leads back to the residual stream.
+    fn back(&mut self, name: &str, inputs: usize, bias: bool) -> Result<B::Linear> {
+        let part = self.part(name, [self.config.hidden_size, inputs], bias)?;
+        self.backend.split_inputs(part.matrix(), inputs)
     }
 
     /// The first half of a feed-forward layer.
@@ -213,18 +216,16 @@ impl<B: Backend> Taker<'_, B> {
         Ok(Layer {
             attention_norm: self.norm(&names.attention_norm, hidden)?,
             qkv: match &names.qkv {
-                Qkv::Separate([q_name, k_name, v_name]) => {
-                    self.stacked(&[(q_name, q), (k_name, kv), (v_name, kv)], hidden, config.qkv_bias)?
-                }
+                Qkv::Separate(names) => self.stacked_qkv(names, [q, kv, kv])?,
                 Qkv::Interleaved(name) => self.interleaved_qkv(name)?,
             },
             q_norm,
             k_norm,
-            output: self.stacked(&[(&names.output, hidden)], q, config.attention_output_bias)?,
+            output: self.back(&names.output, q, config.attention_output_bias)?,
             attention_post_norm,
             mlp_norm: self.norm(&names.mlp_norm, hidden)?,
             up: self.activated(&names.up, names.gate.as_deref())?,
-            down: self.stacked(&[(&names.down, hidden)], inner, config.mlp_bias)?,
+            down: self.back(&names.down, inner, config.mlp_bias)?,
             mlp_post_norm,
         })
     }
@@ -234,13 +235,13 @@ impl<B: Backend> Taker<'_, B> {
         let Config { hidden_size, num_heads, head_dim, qkv_bias, .. } = *self.config;
         let Part { weights, bias } = self.part(name, [3 * num_heads * head_dim, hidden_size], qkv_bias)?;
         let rows = weights.into_plain();
-        let parts: Vec<_> = interleaved(num_heads, head_dim)
+        let heads: Vec<_> = interleaved(num_heads, head_dim)
             .map(|start| Matrix {
                 weights: Rows::Plain(&rows[start * hidden_size..(start + head_dim) * hidden_size]),
                 bias: bias.as_ref().map(|bias| &bias[start..start + head_dim]),
             })
             .collect();
-        self.backend.linear(&parts, hidden_size)
+        self.backend.split_outputs(&heads.chunks(num_heads).map(<[_]>::to_vec).collect::<Vec<_>>(), hidden_size)
     }
 }
 

@@ -12,11 +12,12 @@ use plumb_kernels::norm::Norm;
 use plumb_kernels::parallel::with_team;
 use plumb_kernels::rotary::Rotary;
 
-use super::Device;
 use super::backend::{Backend, Embedding, How, Number, Stream, Tape, Vocabulary};
 use super::build::Load;
 use super::forward::{runs, spans};
+use super::shards::Joined;
 use super::step::{Progress, Step, StepSize};
+use super::{Device, Split};
 use crate::Result;
 use crate::config::{Block, Config, Head};
 
@@ -222,15 +223,12 @@ impl<E: Load + Number> Backend for Cpu<E> {
         Ok(())
     }
 
-    fn add_normed(
-        &self,
-        linear: &Linear<E>,
-        input: &[E],
-        norm: &Norm,
-        branch: &mut [f32],
-        x: &mut [f32],
-    ) -> Result<()> {
+    fn project(&self, linear: &Linear<E>, input: &[E], branch: &mut [f32]) -> Result<()> {
         linear.forward(input, branch, Store::Set);
+        Ok(())
+    }
+
+    fn add_normed(&self, norm: &Norm, branch: &[f32], x: &mut [f32]) -> Result<()> {
         norm.add_to(branch, x);
         Ok(())
     }
@@ -332,6 +330,24 @@ impl<E: Load + Number> Backend for Cpu<E> {
             soft_cap(out, cap);
         }
         Ok(out.chunks_exact(size).map(<[f32]>::to_vec).collect())
+    }
+}
+
+impl<E: Load + Number> Joined for Cpu<E> {
+    type Group = ();
+
+    fn group(_: &Split) -> Result<()> {
+        Ok(())
+    }
+
+    fn all_reduce((): &(), mut parts: Vec<&mut [f32]>) -> Result<()> {
+        if let Some((sum, others)) = parts.split_first_mut() {
+            for other in others.iter() {
+                sum.iter_mut().zip(other.iter()).for_each(|(sum, x)| *sum += x);
+            }
+            others.iter_mut().for_each(|other| other.copy_from_slice(sum));
+        }
+        Ok(())
     }
 }
 

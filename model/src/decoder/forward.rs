@@ -213,8 +213,9 @@ impl<B: Backend> Stack<B> {
         match norm {
             None => self.backend.add(linear, input, x),
             Some(norm) => {
-                let branch = self.backend.resize(branch, rows * self.config.hidden_size)?;
-                self.backend.add_normed(linear, input, norm, branch, x)
+                let len = rows * self.config.hidden_size;
+                self.backend.project(linear, input, self.backend.resize(branch, len)?)?;
+                self.backend.add_normed(norm, B::part(branch, 0..len), x)
             }
         }
     }

@@ -10,16 +10,17 @@ use std::ops::Range;
 use plumb_kernels::activation::Activation;
 use plumb_kernels::attention::Rule;
 use plumb_kernels::gpu::{
-    self, Buffer, Gpu, KvPages, Linear, Norm, Output, Pieces, View, ViewMut, Vocabulary as Sweep,
+    self, Buffer, Gpu, Group, KvPages, Linear, Norm, Output, Pieces, View, ViewMut, Vocabulary as Sweep,
 };
 use plumb_kernels::linear::{Matrix, Rows};
 use plumb_kernels::{norm, rotary};
 
-use super::Device;
 use super::backend::{Backend, Embedding, How, Number, Stream, Vocabulary};
 use super::build::Load;
 use super::forward::{runs, spans};
+use super::shards::Joined;
 use super::step::{Progress, Step, StepSize};
+use super::{Device, Split};
 use crate::config::{Config, Head};
 use crate::{Error, Result};
 
@@ -91,7 +92,7 @@ where
     fn on(device: &Device) -> Result<Self> {
         match device {
             Device::Gpu(gpu) => Ok(Self { gpu: gpu.clone(), element: PhantomData }),
-            Device::Cpu => Err(Error::Device("the CPU is no GPU".to_owned())),
+            _ => Err(Error::Device(format!("{} is no GPU", device.name()))),
         }
     }
 
@@ -255,16 +256,12 @@ where
         Ok(linear.add_to(&self.gpu, input, x)?)
     }
 
-    fn add_normed(
-        &self,
-        linear: &Linear<E>,
-        input: View<'_, E>,
-        norm: &Norm,
-        mut branch: ViewMut<'_, f32>,
-        x: ViewMut<'_, f32>,
-    ) -> Result<()> {
-        linear.forward(&self.gpu, input, branch.reborrow())?;
-        Ok(norm.add_to(&self.gpu, branch.as_view(), x)?)
+    fn project(&self, linear: &Linear<E>, input: View<'_, E>, branch: ViewMut<'_, f32>) -> Result<()> {
+        Ok(linear.forward(&self.gpu, input, branch)?)
+    }
+
+    fn add_normed(&self, norm: &Norm, branch: View<'_, f32>, x: ViewMut<'_, f32>) -> Result<()> {
+        Ok(norm.add_to(&self.gpu, branch, x)?)
     }
 
     fn prepare(
@@ -380,6 +377,21 @@ where
             scratch.logits.read(row * head.size, logits)?;
         }
         Ok(result)
+    }
+}
+
+impl<E: Load + Number + Output<E>> Joined for OnGpu<E>
+where
+    f32: Output<E>,
+{
+    type Group = Group;
+
+    fn group(split: &Split) -> Result<Group> {
+        split.group.clone().ok_or_else(|| Error::Device(format!("{} are no GPUs", split.name)))
+    }
+
+    fn all_reduce(group: &Group, mut parts: Vec<ViewMut<'_, f32>>) -> Result<()> {
+        Ok(group.all_reduce(&mut parts)?)
     }
 }
 

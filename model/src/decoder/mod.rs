@@ -7,12 +7,15 @@
 mod backend;
 mod build;
 mod cpu;
+mod device;
 mod forward;
 #[cfg(feature = "gpu")]
 mod gpu;
 pub mod gradient;
 mod names;
 mod plan;
+mod shards;
+mod slices;
 mod step;
 
 use std::any::Any;
@@ -20,10 +23,9 @@ use std::fmt::Debug;
 
 use half::bf16;
 use plumb_kernels::Element;
-#[cfg(feature = "gpu")]
-use plumb_kernels::gpu::Gpu;
 use plumb_kernels::memory::OutOfMemory;
 
+pub use device::{Device, Split};
 pub use plumb_kernels::head::log_sum_exp;
 pub use step::{Progress, Read, Step, StepSequence, StepSize};
 
@@ -33,6 +35,7 @@ use crate::faults::{Fault, asked};
 use crate::{Error, Result};
 use backend::Backend;
 use forward::Buffers;
+use shards::Shards;
 
 /// Types in which weights and caches are held.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -61,73 +64,25 @@ impl DType {
     }
 }
 
-/// Where a decoder computes.
-#[derive(Clone, Debug, Default)]
-pub enum Device {
-    /// The threads of the current rayon pool.
-    #[default]
-    Cpu,
-    /// A GPU.
-    #[cfg(feature = "gpu")]
-    Gpu(Gpu),
-}
-
-impl Device {
-    /// The GPU of this number.
-    ///
-    /// # Errors
-    /// [`Error::Device`] if there is none, or no driver or cuBLAS for it.
-    #[cfg(feature = "cuda")]
-    pub fn cuda(number: usize) -> Result<Self> {
-        Ok(Self::Gpu(Gpu::cuda(number)?))
-    }
-
-    /// Whether it is the CPU.
-    pub fn is_cpu(&self) -> bool {
-        matches!(self, Self::Cpu)
-    }
-
-    /// What it calls itself.
-    pub fn name(&self) -> &str {
-        match self {
-            Self::Cpu => "CPU",
-            #[cfg(feature = "gpu")]
-            Self::Gpu(gpu) => gpu.name(),
-        }
-    }
-
-    /// Bytes of its own memory that are free; `None` if it has none of its own.
-    ///
-    /// # Errors
-    /// [`Error::Device`] if it is lost.
-    pub fn free_memory(&self) -> Result<Option<u64>> {
-        match self {
-            Self::Cpu => Ok(None),
-            #[cfg(feature = "gpu")]
-            Self::Gpu(gpu) => Ok(Some(gpu.memory()?.free as u64)),
-        }
-    }
-}
-
-/// An expression for the backend of a device and a type.
+/// An expression for the backend of a device and a type; where several share a model, that of a single one.
 macro_rules! on {
     ($device:expr, $dtype:expr, $B:ident => $body:expr) => {
-        match ($device, $dtype) {
-            ($crate::decoder::Device::Cpu, $crate::decoder::DType::F32) => {
+        match ($device.kind(), $dtype) {
+            ($crate::decoder::device::Kind::Cpu, $crate::decoder::DType::F32) => {
                 type $B = $crate::decoder::cpu::Cpu<f32>;
                 $body
             }
-            ($crate::decoder::Device::Cpu, $crate::decoder::DType::Bf16) => {
+            ($crate::decoder::device::Kind::Cpu, $crate::decoder::DType::Bf16) => {
                 type $B = $crate::decoder::cpu::Cpu<half::bf16>;
                 $body
             }
             #[cfg(feature = "gpu")]
-            ($crate::decoder::Device::Gpu(_), $crate::decoder::DType::F32) => {
+            ($crate::decoder::device::Kind::Gpu, $crate::decoder::DType::F32) => {
                 type $B = $crate::decoder::gpu::OnGpu<f32>;
                 $body
             }
             #[cfg(feature = "gpu")]
-            ($crate::decoder::Device::Gpu(_), $crate::decoder::DType::Bf16) => {
+            ($crate::decoder::device::Kind::Gpu, $crate::decoder::DType::Bf16) => {
                 type $B = $crate::decoder::gpu::OnGpu<half::bf16>;
                 $body
             }
@@ -138,7 +93,10 @@ use on;
 
 /// A decoder with its weights, which never change.
 #[derive(Debug)]
-pub struct Decoder(Box<dyn Computes>);
+pub struct Decoder {
+    config: Config,
+    computes: Box<dyn Computes>,
+}
 
 /// Keys and values of a decoder's sequences.
 #[derive(Debug)]
@@ -150,7 +108,6 @@ pub struct Workspace(Box<dyn Kept>);
 
 /// A decoder, whatever it computes on and in.
 trait Computes: Debug + Send + Sync {
-    fn config(&self) -> &Config;
     fn dtype(&self) -> DType;
     fn kv_store(&self, pages: usize) -> Result<KvStore>;
     fn workspace(&self) -> Workspace;
@@ -180,10 +137,6 @@ impl<B: Backend> Kept for Buffers<B> {
 }
 
 impl<B: Backend> Computes for Stack<B> {
-    fn config(&self) -> &Config {
-        &self.config
-    }
-
     fn dtype(&self) -> DType {
         if size_of::<B::Element>() == DType::F32.bytes() { DType::F32 } else { DType::Bf16 }
     }
@@ -233,22 +186,31 @@ impl Decoder {
         positions: usize,
         device: &Device,
     ) -> Result<Self> {
-        Ok(Self(on!(device, dtype, B => Box::new(Stack::<B>::build(B::on(device)?, config, weights, positions)?))))
+        let computes: Box<dyn Computes> = on!(device, dtype, B => match device {
+            Device::Split(_) => Box::new(Stack::build(Shards::<B>::on(device)?, config, weights, positions)?),
+            _ => Box::new(Stack::build(B::on(device)?, config, weights, positions)?),
+        });
+        Ok(Self { config: config.clone(), computes })
     }
 
     /// What it is.
     pub fn config(&self) -> &Config {
-        self.0.config()
+        &self.config
     }
 
     /// Type of its weights and caches.
     pub fn dtype(&self) -> DType {
-        self.0.dtype()
+        self.computes.dtype()
     }
 
-    /// Bytes of one page of keys and values.
-    pub fn page_bytes(config: &Config, dtype: DType, device: &Device) -> usize {
-        on!(device, dtype, B => B::page_bytes(config))
+    /// Bytes of one page of keys and values, on all devices that share it.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] if the model cannot be shared out between them.
+    pub fn page_bytes(config: &Config, dtype: DType, device: &Device) -> Result<usize> {
+        let shards = device.parts().len();
+        let share = config.share(shards)?;
+        Ok(shards * on!(device, dtype, B => B::page_bytes(&share)))
     }
 
     /// Room for `pages` pages, whose memory is taken from the system: that takes up to a second for a GiB.
@@ -256,17 +218,17 @@ impl Decoder {
     /// # Errors
     /// [`Error::OutOfMemory`] if there is none.
     pub fn kv_store(&self, pages: usize) -> Result<KvStore> {
-        self.0.kv_store(pages)
+        self.computes.kv_store(pages)
     }
 
     /// Empty buffers.
     pub fn workspace(&self) -> Workspace {
-        self.0.workspace()
+        self.computes.workspace()
     }
 
     /// Weights in number and in bytes.
     pub fn size(&self) -> (u64, u64) {
-        self.0.size()
+        self.computes.size()
     }
 
     /// Runs a step, on the current rayon pool where it computes on the CPU, and answers what each sequence asked for, in
@@ -275,7 +237,7 @@ impl Decoder {
     /// Fails if a sequence does not fit the model (a token outside the vocabulary, a position beyond the context, a
     /// read that the head cannot serve) or if the store or workspace belongs to another model.
     pub fn step(&self, step: &Step<'_>, kv: &mut KvStore, workspace: &mut Workspace) -> Result<Vec<Vec<f32>>> {
-        self.0.step(step, kv, workspace)
+        self.computes.step(step, kv, workspace)
     }
 }
 
@@ -291,6 +253,7 @@ fn refuse_beyond(bytes: usize) -> Result<()> {
 #[derive(Debug)]
 struct Stack<B: Backend> {
     backend: B,
+    /// Of each shard, where the model is split.
     config: Config,
     /// `[vocab_size, hidden_size]`; absent where the language head holds the same numbers.
     embedding: Option<B::Array<B::Element>>,

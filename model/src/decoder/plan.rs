@@ -10,6 +10,7 @@ use plumb_kernels::quantised;
 use super::backend::Backend;
 use super::names::{LayerNames, Names, Qkv};
 use super::{DType, Decoder, Device, StepSize, on};
+use crate::Result;
 use crate::checkpoint::Weights;
 use crate::config::{Config, Head, Norm};
 
@@ -26,19 +27,48 @@ pub(crate) struct Plan {
 }
 
 impl Decoder {
-    /// What [`Decoder::build`] would take.
+    /// What [`Decoder::build`] would take; where several GPUs share the model, of the first one, which holds most.
     pub(crate) fn plan(config: &Config, weights: &Weights, dtype: DType, positions: usize, device: &Device) -> Plan {
-        on!(device, dtype, B => Planner::<B>::plan(config, weights, positions))
+        let shards = device.parts().len();
+        let plan = |shards| on!(device, dtype, B => Planner::<B>::plan(config, weights, positions, shards));
+        let mut share = plan(shards);
+        if shards > 1 {
+            // A matrix is read as a whole, and the copies of a share are less than the whole packed.
+            share.reading = plan(1).reading;
+        }
+        share.times(device.in_memory())
     }
 
-    /// What steps up to the `largest` compute in: [`super::Workspace::bytes`], and the copies of the rows that are read.
-    pub(crate) fn workspace_bytes(config: &Config, dtype: DType, largest: StepSize, device: &Device) -> u64 {
-        on!(device, dtype, B => B::workspace_bytes(config, largest))
+    /// What steps up to the `largest` compute in: [`super::Workspace::bytes`], and the copies of the rows that are read;
+    /// where several GPUs share the model, of the first one.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`](crate::Error::Unsupported) if the model cannot be shared out between the devices.
+    pub(crate) fn workspace_bytes(config: &Config, dtype: DType, largest: StepSize, device: &Device) -> Result<u64> {
+        let share = config.share(device.parts().len())?;
+        let bytes = on!(device, dtype, B => B::workspace_bytes(&share, largest));
+        Ok(bytes.saturating_mul(device.in_memory() as u64))
     }
+}
+
+impl Plan {
+    /// Of so many shards in one memory.
+    fn times(self, shards: usize) -> Self {
+        Self { weights: self.weights * shards as u64, tables: self.tables * shards as u64, ..self }
+    }
+}
+
+/// What of a matrix a shard gets a part of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Cut {
+    Nothing,
+    Outputs,
+    Inputs,
 }
 
 struct Planner<'a, B> {
     config: &'a Config,
+    shards: usize,
     weights: &'a Weights,
     plan: Plan,
     /// The most at a time so far.
@@ -56,8 +86,8 @@ struct Part {
 }
 
 impl<'a, B: Backend> Planner<'a, B> {
-    fn plan(config: &'a Config, weights: &'a Weights, positions: usize) -> Plan {
-        let mut planner = Self { config, weights, plan: Plan::default(), peak: 0, backend: PhantomData };
+    fn plan(config: &'a Config, weights: &'a Weights, positions: usize, shards: usize) -> Plan {
+        let mut planner = Self { config, shards, weights, plan: Plan::default(), peak: 0, backend: PhantomData };
         planner.ends();
         (0..config.num_layers).for_each(|layer| planner.layer(&LayerNames::of(config, layer)));
         planner.norm(config.hidden_size);
@@ -70,10 +100,12 @@ impl<'a, B: Backend> Planner<'a, B> {
         let Config { vocab_size, hidden_size, tie_word_embeddings: tied, .. } = *self.config;
         let names = Names::of(self.config.family);
         match self.config.head {
-            Head::Language if tied => self.linear(&[(names.embedding, vocab_size)], hidden_size, 1, false),
+            Head::Language if tied => {
+                self.linear(&[(names.embedding, vocab_size)], hidden_size, 1, false, Cut::Nothing)
+            }
             Head::Language => {
                 self.embedding(names.embedding);
-                self.linear(&[(names.language_head, vocab_size)], hidden_size, 1, false);
+                self.linear(&[(names.language_head, vocab_size)], hidden_size, 1, false, Cut::Nothing);
             }
             Head::Reward(_) => {
                 self.embedding(names.embedding);
@@ -88,20 +120,21 @@ impl<'a, B: Backend> Planner<'a, B> {
         let (q, kv) = (config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim);
         match &names.qkv {
             Qkv::Separate([q_name, k_name, v_name]) => {
-                self.linear(&[(q_name, q), (k_name, kv), (v_name, kv)], hidden, 1, config.qkv_bias);
+                self.linear(&[(q_name, q), (k_name, kv), (v_name, kv)], hidden, 1, config.qkv_bias, Cut::Outputs);
             }
             // Cut into heads, for which it has to be expanded.
             Qkv::Interleaved(name) => {
                 let part = self.part(name, 3 * q * hidden);
-                self.reads(&[part], Self::bytes(3 * q, hidden), config.qkv_bias.then_some(3 * q));
+                let outputs = 3 * q / self.shards;
+                self.reads(&[part], Self::bytes(outputs, hidden), config.qkv_bias.then_some(outputs));
             }
         }
-        self.linear(&[(&names.output, hidden)], q, 1, config.attention_output_bias);
+        self.linear(&[(&names.output, hidden)], q, 1, config.attention_output_bias, Cut::Inputs);
         // Each half begins with a panel of its own.
         let gate = names.gate.as_deref().map(|gate| (gate, inner));
         let halves: Vec<(&str, usize)> = gate.into_iter().chain([(&names.up[..], inner)]).collect();
-        self.linear(&halves, hidden, PANEL, config.mlp_bias);
-        self.linear(&[(&names.down, hidden)], inner, 1, config.mlp_bias);
+        self.linear(&halves, hidden, PANEL, config.mlp_bias, Cut::Outputs);
+        self.linear(&[(&names.down, hidden)], inner, 1, config.mlp_bias, Cut::Inputs);
 
         self.norm(hidden);
         self.norm(hidden);
@@ -118,12 +151,15 @@ impl<'a, B: Backend> Planner<'a, B> {
     }
 
     /// Matrices that become one layer.
-    fn linear(&mut self, parts: &[(impl AsRef<str>, usize)], inputs: usize, align: usize, bias: bool) {
+    fn linear(&mut self, parts: &[(impl AsRef<str>, usize)], inputs: usize, align: usize, bias: bool, cut: Cut) {
         let align = if B::PACKED { align } else { 1 };
-        let outputs: usize = parts.iter().map(|(_, outputs)| outputs.next_multiple_of(align)).sum();
         let read: Vec<Part> = parts.iter().map(|(name, outputs)| self.part(name.as_ref(), outputs * inputs)).collect();
+        let among = |of| if cut == of { self.shards } else { 1 };
+        let inputs = inputs / among(Cut::Inputs);
+        let outputs = parts.iter().map(|(_, outputs)| (outputs / among(Cut::Outputs)).next_multiple_of(align)).sum();
         let quantised: Vec<_> = read.iter().filter_map(|part| part.quantised).collect();
-        let bytes = match B::PACKED && quantised.len() == read.len() {
+        let whole_groups = quantised.iter().all(|quantised| inputs.is_multiple_of(quantised.group));
+        let bytes = match B::PACKED && quantised.len() == read.len() && whole_groups {
             true => quantised::packed_bytes(&quantised, outputs, inputs),
             false => Self::bytes(outputs, inputs),
         };

@@ -65,6 +65,44 @@ fn weights_on_a_gpu_are_foretold_to_the_byte() {
 }
 
 #[test]
+#[cfg(feature = "emulated")]
+fn what_each_gpu_holds_of_a_split_model_is_foretold() {
+    use plumb_model::decoder::Device;
+    for name in FOLDERS.into_iter().chain(["gguf/llama-lm.gguf", "gguf/qwen2-lm.gguf"]) {
+        for dtype in [DTypeChoice::F32, DTypeChoice::Bf16] {
+            let gpus = [(); 2].map(|()| Device::Gpu(plumb_kernels::gpu::Gpu::emulated()));
+            let device = Device::split(gpus.to_vec()).unwrap();
+            let options = LoadOptions { device: device.clone(), ..options(dtype) };
+            let foretold = LoadedModel::footprint(&source(&fixture(name)), &options, LARGEST).unwrap();
+            let free = || gpus.each_ref().map(|gpu| gpu.free_memory().unwrap().unwrap());
+            let before = free();
+            let model = LoadedModel::load(&source(&fixture(name)), &options).unwrap();
+            let taken = |before: [u64; 2]| [before[0] - free()[0], before[1] - free()[1]];
+            // The head and the biases of what is summed up are the first one's.
+            let [first, second] = taken(before);
+            assert_eq!(first, foretold.weights + foretold.tables, "{name} {dtype:?}");
+            assert!(second <= first, "{name} {dtype:?}: {second} of {first}");
+            assert_eq!(model.info.weight_bytes + 2 * foretold.tables, first + second, "{name} {dtype:?}");
+            let before = free();
+            let _pages = model.decoder.kv_store(model.kv_pages).unwrap();
+            assert_eq!(taken(before), [foretold.cache; 2], "{name} {dtype:?}");
+            assert_eq!((model.kv_pages * model.page_bytes) as u64, 2 * foretold.cache, "{name} {dtype:?}");
+            assert!(device.free_memory().unwrap().unwrap() < free()[1] + 1, "the fewest count");
+
+            // What is there twice is embedding or tied head, and the reward head; biases in both types.
+            let whole = LoadOptions { device: Device::Gpu(plumb_kernels::gpu::Gpu::emulated()), ..options.clone() };
+            let whole = LoadedModel::load(&source(&fixture(name)), &whole).unwrap();
+            let config = model.decoder.config();
+            let element = if dtype == DTypeChoice::F32 { 4 } else { 2 };
+            let reward = if model.info.reward_head.is_some() { 4 * config.hidden_size } else { 0 };
+            let twice = config.vocab_size * config.hidden_size * element + reward;
+            assert_eq!(model.info.weight_bytes, whole.info.weight_bytes + twice as u64, "{name} {dtype:?}");
+            assert_eq!(model.info.parameters, whole.info.parameters, "{name} {dtype:?}");
+        }
+    }
+}
+
+#[test]
 fn the_largest_step_computes_in_what_is_foretold() {
     for name in FOLDERS {
         let (footprint, _) = both(&source(&fixture(name)), DTypeChoice::Auto);

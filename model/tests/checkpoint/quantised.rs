@@ -5,7 +5,7 @@ use candle_core::{DType as TensorType, Device, Tensor};
 use plumb_model::cache::PAGE;
 use plumb_model::checkpoint::{Checkpoint, Source, Stored};
 use plumb_model::config::Head;
-use plumb_model::decoder::{DType, Decoder, Read, Step, StepSequence, StepSize};
+use plumb_model::decoder::{self, DType, Decoder, Read, Step, StepSequence, StepSize};
 use plumb_model::loaded::{Background, DTypeChoice, LoadOptions, LoadedModel};
 use serde_json::json;
 use tempfile::TempDir;
@@ -110,9 +110,13 @@ fn foretold(source: &Source, dtype: DType) -> u64 {
 }
 
 /// The bits of all that a model answers, and the number and bytes of its weights.
-fn run(mut checkpoint: Checkpoint, dtype: DType) -> (Vec<u32>, (u64, u64)) {
+fn run(checkpoint: Checkpoint, dtype: DType) -> (Vec<u32>, (u64, u64)) {
+    run_on(&Default::default(), checkpoint, dtype)
+}
+
+fn run_on(device: &decoder::Device, mut checkpoint: Checkpoint, dtype: DType) -> (Vec<u32>, (u64, u64)) {
     let config = &checkpoint.config;
-    let decoder = Decoder::build(config, &mut checkpoint.weights, dtype, 128, &Default::default()).unwrap();
+    let decoder = Decoder::build(config, &mut checkpoint.weights, dtype, 128, device).unwrap();
     checkpoint.weights.finish().unwrap();
     let tokens: Vec<u32> = (0..99).map(|i| i * 37 % config.vocab_size as u32).collect();
     let pages: Vec<u32> = (0..8).collect();
@@ -226,4 +230,27 @@ fn a_quantised_file_that_is_cut_off_is_refused() {
     let bytes = std::fs::read(&pair.file.1).unwrap();
     std::fs::write(&pair.file.1, &bytes[..bytes.len() - 64]).unwrap();
     explained(Checkpoint::open(&source(&pair.file.1)), &["model.gguf", "tensor `", "bytes"]);
+}
+
+#[test]
+fn shards_compute_the_bits_of_their_expanded_weights() {
+    let mixed = |name: &str| match name.rsplit('.').nth(1) {
+        Some("attn_v" | "ffn_down") => GgmlDType::Q6K,
+        Some("attn_output") => GgmlDType::Q4_1,
+        _ => GgmlDType::Q4K,
+    };
+    let two = decoder::Device::split(vec![decoder::Device::Cpu; 2]).unwrap();
+    let pair = Pair::new(true, &mixed);
+    let (file, folder) = (
+        || Checkpoint::open(&source(&pair.file.1)).unwrap(),
+        || Checkpoint::open(&source(pair.folder.path())).unwrap(),
+    );
+    for dtype in [DType::Bf16, DType::F32] {
+        let [quantised, expanded] = [file(), folder()].map(|checkpoint| run_on(&two, checkpoint, dtype));
+        assert!(quantised.0 == expanded.0, "{dtype:?}");
+        // The tied head is there twice, and all else shared out.
+        let (whole, head) = (run(file(), dtype).1.1, 280 * 256 / 32 * HELD[7].1);
+        let head = head / 280 * 280u64.next_multiple_of(64);
+        assert_eq!(quantised.1.1, whole + head, "{dtype:?}");
+    }
 }

@@ -25,6 +25,9 @@ Examples:
   plumb-server --model pm=org/reward-model --hostname 0.0.0.0 --tls-cert tls.crt --tls-key tls.key \\
     --auth-tokens-file tokens.toml --admin-port 50052
 
+  # A large model split over two GPUs, and a smaller one on a third
+  plumb-server --model pm=org/reward-model-70b --model lm=./smollm2 --device pm=cuda:0,cuda:1 --device lm=cuda:2
+
   # Every version that is published below a folder takes over from the one before it
   plumb-server --model-root ./checkpoints
 
@@ -115,9 +118,10 @@ pub(crate) struct ModelFlags {
     #[arg(long, env = "PLUMB_TRAFFIC", value_name = "MODEL:LABEL=WEIGHT", value_delimiter = ',')]
     pub(crate) traffic: Vec<String>,
     /// Where models compute: cpu, cuda:N, or auto, which takes the first GPU if there is one and the server was built
-    /// with CUDA.
-    #[arg(long, env = "PLUMB_DEVICE", default_value = "auto", value_parser = device, value_name = "DEVICE")]
-    pub(crate) device: DeviceChoice,
+    /// with CUDA; a list such as cuda:0,cuda:1 splits each model over these GPUs. For one model with its name in front;
+    /// repeat for several, in the environment between semicolons [default: auto].
+    #[arg(long, env = "PLUMB_DEVICE", value_name = "[NAME=]DEVICE", value_delimiter = ';')]
+    pub(crate) device: Vec<String>,
     /// Type in which weights are held; auto takes the checkpoint's.
     #[arg(long, env = "PLUMB_DTYPE", default_value = "auto")]
     pub(crate) dtype: DType,
@@ -130,18 +134,6 @@ pub(crate) struct ModelFlags {
     /// Replaces the built-in HHH prompt: conversations separated by lines of dashes.
     #[arg(long, env = "PLUMB_HHH_PROMPT_FILE", value_name = "FILE")]
     pub(crate) hhh_prompt_file: Option<PathBuf>,
-}
-
-/// Where models compute.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum DeviceChoice {
-    /// The first GPU, or the CPU where there is none.
-    #[default]
-    Auto,
-    /// The CPU.
-    Cpu,
-    /// The GPU of this number.
-    Cuda(usize),
 }
 
 /// Type in which weights are held.
@@ -177,7 +169,8 @@ pub(crate) struct EngineFlags {
         default_value_t = false, default_missing_value = "true", num_args = 0..=1, require_equals = true
     )]
     pub(crate) no_prefix_cache: bool,
-    /// Most memory for the key-value cache of each model, in MiB; taken when the model is loaded. Small models take less.
+    /// Most memory for the key-value cache of each model, over all GPUs that share it, in MiB; taken when the model is
+    /// loaded. Small models take less.
     #[arg(long, env = "PLUMB_KV_CACHE_MIB", default_value_t = 1024, value_parser = count(), value_name = "MIB")]
     pub(crate) kv_cache_mib: usize,
     /// Threads, of low priority, that read, check and pack a model while others are served. Each is mostly one thread's
@@ -392,17 +385,6 @@ pub(crate) struct TelemetryFlags {
     /// Name of this service in traces.
     #[arg(long, env = "PLUMB_OTLP_SERVICE_NAME", default_value = "plumb-server", value_name = "NAME")]
     pub(crate) otlp_service_name: String,
-}
-
-/// The name of a device.
-fn device(text: &str) -> Result<DeviceChoice, String> {
-    match text.strip_prefix("cuda:").map(str::parse) {
-        None if text == "auto" => Ok(DeviceChoice::Auto),
-        None if text == "cpu" => Ok(DeviceChoice::Cpu),
-        None if text == "cuda" => Ok(DeviceChoice::Cuda(0)),
-        Some(Ok(number)) => Ok(DeviceChoice::Cuda(number)),
-        _ => Err("not auto, cpu or cuda:N".to_owned()),
-    }
 }
 
 /// A number of things, at least one.

@@ -1,10 +1,11 @@
 //! Configuration: flags, environment, a TOML file and defaults become a [`Config`] that cannot be wrong in itself.
 //!
 //! `args` says what the options are; `file` puts a file's values in the place of defaults; `models` reads
-//! `NAME=SOURCE` lists, `versions` what is said of versions; here the result is checked and turned into what the rest of the server asks for. Nothing is
+//! `NAME=SOURCE` lists, `devices` where they compute, `versions` what is said of versions; here the result is checked and turned into what the rest of the server asks for. Nothing is
 //! opened or bound on the way, apart from the files of options.
 
 mod args;
+mod devices;
 mod file;
 mod models;
 mod secret;
@@ -18,8 +19,9 @@ use std::time::Duration;
 use clap::parser::ValueSource;
 use clap::{ArgMatches, Command, CommandFactory as _, FromArgMatches as _};
 
+pub use self::args::DType;
 use self::args::{ClientAuth, Flags};
-pub use self::args::{DType, DeviceChoice};
+pub use self::devices::{DeviceChoice, Devices};
 use self::file::FileValues;
 pub use self::models::ModelConfig;
 pub(crate) use self::models::check_name;
@@ -38,7 +40,7 @@ pub struct Config {
     /// Which models an empty name means.
     pub defaults: Defaults,
     /// Where models compute.
-    pub device: DeviceChoice,
+    pub devices: Devices,
     /// Type in which weights are held.
     pub dtype: DType,
     /// Replaces the built-in HHH prompt.
@@ -326,15 +328,15 @@ impl Config {
         let Flags { config: _, print_config: _, models, engine, limits, network, access, recording, telemetry } = flags;
         let served = models::resolve(&models)?;
         let versions = versions::resolve(&models)?;
+        // What a watched folder will hold is not known yet.
+        let is_name = |name: &str| versions.root.is_some() || served.iter().any(|model| model.name == name);
+        let devices = devices::resolve(&models.device, is_name)?;
         let defaults =
             Defaults { preference: models.default_preference_model, language: models.default_language_model };
         for (option, name) in
             [("preference", defaults.preference.as_deref()), ("language", defaults.language.as_deref())]
         {
-            // What a watched folder will hold is not known yet.
-            if versions.root.is_none()
-                && let Some(name) = name.filter(|name| served.iter().all(|model| model.name != **name))
-            {
+            if let Some(name) = name.filter(|name| !is_name(name)) {
                 return Err(format!("--default-{option}-model {name}: no model has this name"));
             }
         }
@@ -373,7 +375,7 @@ impl Config {
             models: served,
             versions,
             defaults,
-            device: models.device,
+            devices,
             dtype: models.dtype,
             hhh_prompt_file: models.hhh_prompt_file,
             engine: EngineSizes {

@@ -49,6 +49,25 @@ fn flags_come_before_the_file_and_the_file_before_defaults() {
 }
 
 #[test]
+fn devices_are_those_of_all_models_and_of_single_ones() {
+    let models = ["--model", "a=x", "--model", "b=y"];
+    let devices = |more: &[&str]| parse(&[&models, more].concat()).unwrap().devices;
+    assert_eq!(devices(&[]), Devices::default());
+    let two = DeviceChoice::Cuda(vec![0, 1]);
+    let file = file("device = [\"cpu\", \"a=cuda:0,cuda:1\"]");
+    for more in [
+        &["--device", "cpu", "--device", "a=cuda:0,cuda:1"][..],
+        &["--device", "cpu;a=cuda:0,cuda:1"],
+        &["--config", file.path().to_str().unwrap()],
+    ] {
+        let Devices { default, models } = devices(more);
+        assert_eq!((default, models.get("a"), models.len()), (DeviceChoice::Cpu, Some(&two), 1), "{more:?}");
+    }
+    assert!(wrong(&[&models[..], &["--device", "c=cpu"]].concat()).contains("no model has this name"));
+    parse(&["--model-root", "folder", "--device", "c=cpu"]).unwrap();
+}
+
+#[test]
 fn a_wrong_file_is_named_with_what_is_wrong_in_it() {
     let check = |text: &str, message: &str| {
         let file = file(text);

@@ -1,4 +1,4 @@
-//! One thread owns the device; everything else talks to it through [`Engine`].
+//! One thread owns a device, or several that share models; everything else talks to it through [`Engine`].
 //!
 //! Read [`scheduler`] first: it decides what runs. `worker` is the thread, `step` what it hands to the threads of
 //! `compute`, [`sampling`] draws tokens, `watchdog` sees when all that gets no further.
@@ -178,8 +178,8 @@ pub enum Loss {
     Stuck,
 }
 
-/// Tells of the engine's loss, whoever sees it first.
-#[derive(Clone)]
+/// Tells of an engine's loss, whoever sees it first.
+#[derive(Clone, Debug)]
 struct Losses(Arc<watch::Sender<Option<Loss>>>);
 
 impl Losses {
@@ -208,7 +208,7 @@ impl Drop for End {
 #[derive(Clone, Debug)]
 pub struct Engine {
     commands: std::sync::mpsc::Sender<Command>,
-    lost: watch::Receiver<Option<Loss>>,
+    losses: Losses,
     next_key: Arc<AtomicU64>,
 }
 
@@ -266,14 +266,21 @@ impl Gone {
 impl Engine {
     /// Starts the thread, its pool and its watchdog.
     pub fn start(options: EngineOptions) -> Result<Engine> {
+        Self::start_with(options, Losses(Arc::new(watch::Sender::new(None))))
+    }
+
+    /// Starts another one, for another device. The loss of either is that of both.
+    pub fn start_beside(&self, options: EngineOptions) -> Result<Engine> {
+        Self::start_with(options, self.losses.clone())
+    }
+
+    fn start_with(options: EngineOptions, losses: Losses) -> Result<Engine> {
         let compute = Compute::start(options.threads)?;
         let (commands, receiver) = std::sync::mpsc::channel();
         let pulse = Pulse::default();
-        let (sender, lost) = watch::channel(None);
-        let losses = Losses(Arc::new(sender));
         let (watched, ended) = std::sync::mpsc::channel();
         let worker = Worker::new(options, receiver, pulse.clone(), compute);
-        let end = End { losses: losses.clone(), loss: Loss::Died };
+        let (watching, end) = (losses.clone(), End { losses: losses.clone(), loss: Loss::Died });
         spawn("plumb-engine", move || {
             let _watched = watched;
             // The end is told before the memory is given back, which takes its time.
@@ -281,9 +288,9 @@ impl Engine {
             end.loss = worker.run();
         })?;
         spawn("plumb-watchdog", move || {
-            watchdog::watch(&pulse, options.stall_timeout, &ended, || losses.tell(Loss::Stuck));
+            watchdog::watch(&pulse, options.stall_timeout, &ended, || watching.tell(Loss::Stuck));
         })?;
-        Ok(Engine { commands, lost, next_key: Arc::new(AtomicU64::new(1)) })
+        Ok(Engine { commands, losses, next_key: Arc::new(AtomicU64::new(1)) })
     }
 
     /// Makes room for a model and tries it out. `name` and `version` are for logs and metrics.
@@ -298,35 +305,41 @@ impl Engine {
         let (reply, answer) = oneshot::channel();
         let (held, gone) = watch::channel(());
         let model_and_cache = Box::new((model.clone(), kv, held));
-        self.send(Command::Attach { key, model_and_cache, name: (name.into(), version), reply })?;
+        send(&self.commands, Command::Attach { key, model_and_cache, name: (name.into(), version), reply })?;
         answer.await.map_err(|_| Error::DeviceLost)??;
         let attached = Attached { key, gone, commands: self.commands.clone() };
         Ok(ModelHandle { model, attached: Arc::new(attached) })
     }
 
-    /// Puts a sequence into the queue at once; the answer is awaited by itself. Dropping it takes the sequence out.
-    pub fn submit(&self, sequence: Sequence) -> Result<oneshot::Receiver<Result<SequenceOutput>>> {
-        let (reply, answer) = oneshot::channel();
-        self.send(Command::Run { sequence, reply })?;
-        Ok(answer)
-    }
-
-    /// Continues a sequence. Dropping the receiver ends it at the next step.
-    pub fn generate(&self, job: GenerateJob) -> Result<mpsc::Receiver<Result<GenerateEvent>>> {
-        // Room for every event, so that a slow reader never holds the engine up.
-        let (events, receiver) = mpsc::channel(job.max_new_tokens + 3);
-        self.send(Command::Generate { job: Box::new(job), events })?;
-        Ok(receiver)
-    }
-
     /// Tells when the engine is lost.
     pub fn lost(&self) -> watch::Receiver<Option<Loss>> {
-        self.lost.clone()
+        self.losses.0.subscribe()
     }
+}
 
-    fn send(&self, command: Command) -> Result<()> {
-        self.commands.send(command).map_err(|_| Error::DeviceLost)
+impl Sequence {
+    /// Puts it into its model's queue at once; the answer is awaited by itself. Dropping it takes the sequence out.
+    pub fn submit(self) -> Result<oneshot::Receiver<Result<SequenceOutput>>> {
+        let (reply, answer) = oneshot::channel();
+        let commands = self.model.attached.commands.clone();
+        send(&commands, Command::Run { sequence: self, reply })?;
+        Ok(answer)
     }
+}
+
+impl GenerateJob {
+    /// Puts it into its model's queue. Dropping the receiver ends it at the next step.
+    pub fn start(self) -> Result<mpsc::Receiver<Result<GenerateEvent>>> {
+        // Room for every event, so that a slow reader never holds the engine up.
+        let (events, receiver) = mpsc::channel(self.max_new_tokens + 3);
+        let commands = self.model.attached.commands.clone();
+        send(&commands, Command::Generate { job: Box::new(self), events })?;
+        Ok(receiver)
+    }
+}
+
+fn send(commands: &std::sync::mpsc::Sender<Command>, command: Command) -> Result<()> {
+    commands.send(command).map_err(|_| Error::DeviceLost)
 }
 
 fn spawn(name: &str, run: impl FnOnce() + Send + 'static) -> Result<()> {

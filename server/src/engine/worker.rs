@@ -77,6 +77,8 @@ pub(super) struct Worker {
     /// What came meanwhile and has to wait for the device.
     postponed: VecDeque<Command>,
     evictions: u64,
+    /// What was last told of the queue: sequences and tokens that wait.
+    waiting: (usize, usize),
     /// Dropped last, after all that holds a model too: then it is told that the memory is back.
     devices: HashMap<ModelKey, Device>,
 }
@@ -93,6 +95,7 @@ impl Worker {
             prepared: None,
             postponed: VecDeque::new(),
             evictions: 0,
+            waiting: (0, 0),
         }
     }
 
@@ -424,8 +427,8 @@ impl Worker {
     }
 
     fn report_queue(&mut self) {
-        let (sequences, tokens) = self.scheduler.waiting();
-        QueueChanged { sequences, tokens }.emit();
+        let before = std::mem::replace(&mut self.waiting, self.scheduler.waiting());
+        QueueChanged { before, now: self.waiting }.emit();
         let evictions = self.scheduler.evictions();
         if evictions > self.evictions {
             PrefixEvictions { pages: evictions - self.evictions }.emit();

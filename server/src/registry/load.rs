@@ -7,7 +7,7 @@ use std::time::Instant;
 
 use futures::FutureExt as _;
 use plumb_model::checkpoint::Source;
-use plumb_model::loaded::{LoadedModel, ModelInfo, ModelKind};
+use plumb_model::loaded::{LoadOptions, LoadedModel, ModelInfo, ModelKind};
 use plumb_proto::v1;
 use tokio::task::JoinHandle;
 use tracing::Instrument as _;
@@ -101,7 +101,9 @@ impl Registry {
         let local = blocking(move || Local::new(source)).await?;
         let turn = self.loads.acquire().await.map_err(|_| Error::Draining)?;
         self.change(|catalog| catalog.loading(name, version));
-        let (options, largest) = (self.options.clone(), self.largest_step);
+        let place = self.places.of(name);
+        let options = LoadOptions { device: place.device.clone(), ..self.options.clone() };
+        let largest = self.largest_step;
         // Reads and converts gigabytes.
         let model = blocking(move || local.load(&options, largest)).await?;
         let facts = Facts { weights_digest: model.info.weights_digest.clone(), details: details(&model) };
@@ -109,8 +111,8 @@ impl Registry {
         self.change(|catalog| catalog.warming(name, version, facts));
         let identity = v1::ModelIdentity { name: name.to_owned(), version, weights_digest };
         let usage = self.usage(name);
-        let handle = self.engine.attach(Arc::new(model), name, version).await?;
-        if let Err(error) = warm::try_out(&self.engine, &handle, &usage).await {
+        let handle = place.engine.attach(Arc::new(model), name, version).await?;
+        if let Err(error) = warm::try_out(&handle, &usage).await {
             // What has failed takes no memory.
             let gone = handle.gone();
             drop(handle);

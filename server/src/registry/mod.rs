@@ -30,7 +30,7 @@ pub(crate) use self::served::Served;
 use self::warm::Usage;
 pub(crate) use self::watch::Root;
 use crate::config::{Defaults, Versions};
-use crate::engine::Engine;
+use crate::device::Places;
 use crate::error::Result;
 use crate::telemetry::events::{ActiveVersionChanged, LabelChanged, ModelStateChanged, RolledBack, TrafficChanged};
 
@@ -49,7 +49,8 @@ pub(crate) struct Registry {
     catalog: Mutex<Catalog<Arc<Served>>>,
     changes: broadcast::Sender<v1::ModelStatus>,
     kinds: watching::Sender<Kinds>,
-    engine: Engine,
+    places: Places,
+    /// But for the device.
     options: LoadOptions,
     /// What a model has to have memory for beside itself.
     largest_step: StepSize,
@@ -63,7 +64,7 @@ pub(crate) struct Registry {
 
 impl Registry {
     pub(crate) fn new(
-        engine: Engine,
+        places: Places,
         options: LoadOptions,
         largest_step: StepSize,
         defaults: Defaults,
@@ -73,7 +74,7 @@ impl Registry {
             catalog: Mutex::new(Catalog::new(defaults, versions.labels.clone(), versions.traffic.clone())),
             changes: broadcast::Sender::new(MAX_CHANGES_BEHIND),
             kinds: watching::Sender::default(),
-            engine,
+            places,
             options,
             largest_step,
             rollback_window: versions.rollback_window,

@@ -7,7 +7,7 @@ use std::time::Instant;
 use plumb_model::loaded::ModelKind;
 use plumb_model::text::{HhhPrompt, Message, RenderMode, RenderOptions, TextInput};
 
-use crate::engine::{Engine, JobMeta, ModelHandle, Priority, Sequence, Want};
+use crate::engine::{JobMeta, ModelHandle, Priority, Sequence, Want};
 use crate::error::{Error, Result};
 
 /// Inputs whose lengths are remembered.
@@ -84,14 +84,14 @@ impl Usage {
 ///
 /// # Errors
 /// If it does not, or a step fails.
-pub(super) async fn try_out(engine: &Engine, model: &ModelHandle, usage: &Usage) -> Result<()> {
-    warm(engine, model, usage).await?;
-    probe(engine, model).await
+pub(super) async fn try_out(model: &ModelHandle, usage: &Usage) -> Result<()> {
+    warm(model, usage).await?;
+    probe(model).await
 }
 
 /// Computes the prompts in use, which stay, and made-up inputs of the lengths in use, so that the first caller finds the
 /// version as fast as the last one found the version before.
-async fn warm(engine: &Engine, model: &ModelHandle, usage: &Usage) -> Result<()> {
+async fn warm(model: &ModelHandle, usage: &Usage) -> Result<()> {
     let lengths = usage.shapes(model.info.max_input_tokens).into_iter().filter(|length| *length > 1);
     let made_up = lengths.enumerate().map(|(first, length)| {
         // The first token differs, so that each is computed; the others are those of the trial that it has passed.
@@ -106,7 +106,7 @@ async fn warm(engine: &Engine, model: &ModelHandle, usage: &Usage) -> Result<()>
             ModelKind::Preference => Want::Reward,
             ModelKind::Language => Want::LogProbs(tokens.len() - 1..tokens.len()),
         };
-        score(engine, model, tokens, want, pinned).await?;
+        score(model, tokens, want, pinned).await?;
     }
     Ok(())
 }
@@ -115,7 +115,7 @@ async fn warm(engine: &Engine, model: &ModelHandle, usage: &Usage) -> Result<()>
 ///
 /// # Errors
 /// If a score is another one: the files are as they were published, but what they compute here is not.
-async fn probe(engine: &Engine, model: &ModelHandle) -> Result<()> {
+async fn probe(model: &ModelHandle) -> Result<()> {
     for (i, probe) in model.probes.iter().enumerate() {
         // A template takes as long as it may.
         let (probe, of) = (probe.clone(), model.clone());
@@ -130,7 +130,7 @@ async fn probe(engine: &Engine, model: &ModelHandle) -> Result<()> {
             ModelKind::Preference => Want::Reward,
             ModelKind::Language => Want::LogProbs(rendered.require_response()?),
         };
-        let values = score(engine, model, rendered.ids, want, 0).await?;
+        let values = score(model, rendered.ids, want, 0).await?;
         // A reward is one value; of log-probabilities the mean counts.
         let mean = values.iter().copied().map(f64::from).sum::<f64>() / values.len().max(1) as f64;
         let dtype = model.decoder.dtype();
@@ -156,16 +156,10 @@ fn behind(model: &ModelHandle, prompt: HhhPrompt) -> Option<(Vec<u32>, usize)> {
 }
 
 /// The values of a sequence.
-async fn score(
-    engine: &Engine,
-    model: &ModelHandle,
-    tokens: Vec<u32>,
-    want: Want,
-    pinned_prefix: usize,
-) -> Result<Vec<f32>> {
+async fn score(model: &ModelHandle, tokens: Vec<u32>, want: Want, pinned_prefix: usize) -> Result<Vec<f32>> {
     let priority = Priority::Normal;
     let meta = JobMeta { priority, deadline: None, arrived: Instant::now(), pinned_prefix, permit: None };
-    let answer = engine.submit(Sequence { model: model.clone(), tokens, want, meta })?;
+    let answer = Sequence { model: model.clone(), tokens, want, meta }.submit()?;
     answer.await.unwrap_or(Err(Error::DeviceLost)).map(|output| output.values)
 }
 

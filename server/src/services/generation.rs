@@ -249,7 +249,7 @@ fn start_samples(
     let mut samples = Vec::with_capacity(plan.samples);
     for (i, permit) in permits.into_iter().enumerate() {
         let params = SamplingParams { seed: seed_of(plan.sampling.seed, i), ..plan.sampling.clone() };
-        let events = context.engine.generate(GenerateJob {
+        let job = GenerateJob {
             model: model.handle(),
             tokens: prompt.ids.clone(),
             sampler: Sampler::new(params, &prompt.ids, model.handle())?,
@@ -262,7 +262,8 @@ fn start_samples(
                 pinned_prefix,
                 permit: Some(permit),
             },
-        })?;
+        };
+        let events = job.start()?;
         let stops = StopStrings::new(stops.clone());
         samples.push(Sample::new(Arc::clone(model), events, decoder.clone(), stops, eos.clone()));
     }

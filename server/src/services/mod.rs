@@ -34,7 +34,7 @@ pub(crate) use self::preference::PreferenceService;
 pub(crate) use self::tokens::TokensService;
 use crate::admission::{Admission, Ask, Estimator, Permit, Work};
 use crate::config::Limits;
-use crate::engine::{Engine, Priority};
+use crate::engine::Priority;
 use crate::error::{Error, Result};
 use crate::layers::admission::Aborted;
 use crate::layers::caller::Caller;
@@ -51,7 +51,6 @@ const STREAM_BUFFER: usize = 16;
 /// What the services work with.
 pub(crate) struct Context {
     pub(crate) registry: Arc<Registry>,
-    pub(crate) engine: Engine,
     pub(crate) pool: CpuPool,
     pub(crate) admission: Arc<Admission>,
     pub(crate) estimator: Estimator,

@@ -176,12 +176,9 @@ impl Context {
                 pinned_prefix: part.pinned_prefix,
                 permit: permits.next(),
             };
-            answers.push(self.engine.submit(Sequence {
-                model: model.handle(),
-                tokens: part.tokens.clone(),
-                want: part.want.clone(),
-                meta,
-            })?);
+            let sequence =
+                Sequence { model: model.handle(), tokens: part.tokens.clone(), want: part.want.clone(), meta };
+            answers.push(sequence.submit()?);
         }
         let mut answers = answers.into_iter();
         let mut outputs = Vec::with_capacity(prepared.len());

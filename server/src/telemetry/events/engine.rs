@@ -118,19 +118,20 @@ impl ModelMemory<'_> {
     }
 }
 
-/// The queue has another length.
+/// An engine's queue has another length.
 pub struct QueueChanged {
-    /// Sequences that wait.
-    pub sequences: usize,
-    /// Tokens that wait.
-    pub tokens: usize,
+    /// Sequences and tokens that waited when it was last told.
+    pub before: (usize, usize),
+    /// The same now.
+    pub now: (usize, usize),
 }
 
 impl QueueChanged {
-    /// Shows it.
+    /// Shows the sum over all engines.
     pub fn emit(self) {
-        gauge!(names::QUEUE_SEQUENCES.name).set(self.sequences as f64);
-        gauge!(names::QUEUE_TOKENS.name).set(self.tokens as f64);
+        let Self { before, now } = self;
+        gauge!(names::QUEUE_SEQUENCES.name).increment(now.0 as f64 - before.0 as f64);
+        gauge!(names::QUEUE_TOKENS.name).increment(now.1 as f64 - before.1 as f64);
     }
 }
 
