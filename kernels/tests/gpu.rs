@@ -279,9 +279,12 @@ impl<'a, E: Element> Attending<'a, E> {
             rotated: case.rotated,
         };
         let mut pieces = Pieces::new(gpu);
-        pieces.set(spans, runs, case.heads / case.kv_heads).unwrap();
-        let mut q = gpu.zeros(pieces.rows() * kv.q_width(case.heads)).unwrap();
-        let qkv = gpu.upload(qkv).unwrap();
+        // Two rows are of no sequence.
+        let rows = qkv.len() / case.width() + 2;
+        pieces.set(spans, runs, case.heads / case.kv_heads, rows).unwrap();
+        let mut q = gpu.zeros(rows * kv.q_width(case.heads)).unwrap();
+        let nothing = vec![E::from_f32(f32::NAN); 2 * case.width()];
+        let qkv = gpu.upload(&[qkv, &nothing].concat()).unwrap();
         // In two parts, as rows may be.
         let first = pieces.rows() / 2;
         let (width, q_width) = (case.width(), kv.q_width(case.heads));
@@ -289,9 +292,11 @@ impl<'a, E: Element> Attending<'a, E> {
             let (x, q) = (qkv.view(start * width..end * width), q.view_mut(start * q_width..end * q_width));
             gpu.prepare(x, &pieces, start, how, q, kv, 0).unwrap();
         }
-        let mut out = gpu.zeros(pieces.rows() * case.heads * case.dim).unwrap();
+        let mut out = gpu.zeros(rows * case.heads * case.dim).unwrap();
         gpu.attention(q.all(), kv, 0, &pieces, case.rule(), out.all_mut()).unwrap();
-        out.to_vec().unwrap()
+        let mut out = out.to_vec().unwrap();
+        out.truncate((rows - 2) * case.heads * case.dim);
+        out
     }
 }
 

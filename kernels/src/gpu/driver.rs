@@ -127,5 +127,6 @@ pub(super) struct Product {
     /// To what is in `y` already; then `y` is f32.
     pub(super) add: bool,
     /// A row of `y` has the same bits whatever `rows` is.
+    #[cfg_attr(not(feature = "cuda"), expect(dead_code, reason = "without cuBLASLt it always has"))]
     pub(super) invariant: bool,
 }
