@@ -5,8 +5,9 @@
 #     FOLDER/gpu.sh run [SECONDS]      on a machine with a GPU, its driver and cuBLAS of CUDA 13, and nothing else
 #     FOLDER/gpu.sh bench [...]        there too, with PyTorch, Transformers and safetensors beside
 #
-# `bench` takes what tests/benchmarks/gpu.py takes after the folder. `run` prints the device's name, then runs the kernels against their reference, all architectures against Transformers'
+# `run` prints the device's name, then runs the kernels against their reference, all architectures against Transformers'
 # values in f32 and bf16, and, where there is compute-sanitizer, the kernels under it. Exit code 1 if anything failed.
+# `bench` takes what tests/benchmarks/gpu.py takes after the folder.
 set -euo pipefail
 
 build() {
@@ -63,5 +64,5 @@ run() {
 
 case ${1:-} in
 build | run | bench) "$@" ;;
-*) sed -n '2,10s/^# \{0,1\}//p' "$0" && exit 64 ;;
+*) sed -n '2,11s/^# \{0,1\}//p' "$0" && exit 64 ;;
 esac
