@@ -54,6 +54,14 @@ impl<E: Element> KvPages<E> {
         self.pages
     }
 
+    /// Sees to it that a step's pages are there.
+    ///
+    /// # Panics
+    /// If one is not.
+    pub fn check(&self, pieces: &Pieces) {
+        assert!((pieces.last_page as usize) < self.pages, "no such page");
+    }
+
     /// A number that no other pages of the same GPU have while these are there.
     pub fn number(&self) -> u64 {
         self.layers.first().map_or(0, |[keys, _]| keys.all().address)
@@ -234,7 +242,7 @@ impl Gpu {
         let rows = qkv.len / (heads * dim);
         assert_eq!((qkv.len, q.len), (rows * heads * dim, rows * kv.q_width(how.heads)), "shapes of q, k and v");
         assert!(how.rotated <= dim && how.rotated.is_multiple_of(2), "a rotation of {} elements", how.rotated);
-        assert!((pieces.last_page as usize) < kv.pages, "no such page");
+        kv.check(pieces);
         assert!(how.rotated == 0 || pieces.last_position < how.table.len / how.rotated, "no such position");
         let norm = |norm: Option<&Norm>| match norm.map(Norm::rms) {
             None => Ok((0, 0.0)),
@@ -285,7 +293,7 @@ impl Gpu {
         assert!(rule.heads.is_multiple_of(kv.kv_heads) && rule.head_dim == dim, "heads");
         assert_eq!(q.len, pieces.rows * kv.q_width(rule.heads), "shape of q");
         assert_eq!(out.len, pieces.rows * rule.heads * dim, "shape of the attention's result");
-        assert!((pieces.last_page as usize) < kv.pages, "no such page");
+        kv.check(pieces);
         // What is left out of `cuda/attention.cu` would help nobody.
         let widths: &[usize] = if size_of::<E>() == 2 { &[64, 96, 128, 256] } else { &[64, 128, 256] };
         let width = widths.iter().copied().find(|width| padded(dim) <= *width).unwrap_or(MAX_DIM);
