@@ -6,7 +6,7 @@
 use half::bf16;
 use plumb_kernels::activation::Activation;
 use plumb_kernels::attention::{PAGE, Rule, Run, Span};
-use plumb_kernels::gpu::{self, Gpu, KvPages, Pieces, Prepare};
+use plumb_kernels::gpu::{self, CutRule, Gpu, KvPages, PARTIAL_BYTES, Partials, Pieces, Prepare};
 use plumb_kernels::norm::Norm;
 use plumb_kernels::rotary::Rotary;
 use plumb_kernels::{Element, reference};
@@ -279,7 +279,7 @@ impl<'a, E: Element> Attending<'a, E> {
             rotated: case.rotated,
         };
         let mut pieces = Pieces::new(gpu);
-        pieces.set(spans, runs, case.heads / case.kv_heads).unwrap();
+        pieces.set(spans, runs, CutRule { heads: case.heads, kv_heads: case.kv_heads, head_dim: case.dim, invariant: false, partial_bytes: PARTIAL_BYTES }).unwrap();
         let mut q = gpu.zeros(pieces.rows() * kv.q_width(case.heads)).unwrap();
         let qkv = gpu.upload(qkv).unwrap();
         // In two parts, as rows may be.
@@ -290,7 +290,7 @@ impl<'a, E: Element> Attending<'a, E> {
             gpu.prepare(x, &pieces, start, how, q, kv, 0).unwrap();
         }
         let mut out = gpu.zeros(pieces.rows() * case.heads * case.dim).unwrap();
-        gpu.attention(q.all(), kv, 0, &pieces, case.rule(), out.all_mut()).unwrap();
+        gpu.attention(q.all(), kv, 0, &pieces, case.rule(), &mut Partials::new(gpu), out.all_mut(), None).unwrap();
         out.to_vec().unwrap()
     }
 }

@@ -16,15 +16,17 @@ mod emulated;
 mod head;
 mod linear;
 mod memory;
+mod pieces;
 mod rows;
 
 use std::fmt;
 use std::sync::Arc;
 
-pub use attention::{KvPages, Pieces, Prepare, padded};
+pub use attention::{KvPages, Prepare, padded};
 pub use head::{MAX_TOP, Vocabulary};
 pub use linear::{Linear, Output};
 pub use memory::{Buffer, View, ViewMut};
+pub use pieces::{CutRule, PARTIAL_BYTES, Partials, Pieces};
 pub use rows::Norm;
 
 use driver::{Argument, Driver};
