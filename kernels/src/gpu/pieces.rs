@@ -40,8 +40,9 @@ pub struct CutRule {
     pub partial_bytes: usize,
 }
 
-/// [`CutRule::partial_bytes`] that stay in the cache of a large GPU, and are some thousand blocks' work.
-pub const PARTIAL_BYTES: usize = 32 << 20;
+/// [`CutRule::partial_bytes`] for the work of 2,000 blocks with heads of 128 elements, several times what a large GPU does
+/// at once.
+pub const PARTIAL_BYTES: usize = 64 << 20;
 
 /// Partial results, which are used again from layer to layer.
 #[derive(Debug)]
@@ -346,10 +347,8 @@ impl Cut {
         });
         // Those with most keys first: what is left at the end is short.
         self.pieces[before.pieces..].sort_by_key(|piece| std::cmp::Reverse(piece.to - piece.from));
-        self.rounds.push(Round {
-            pieces: self.pieces.len() - before.pieces,
-            merges: self.merges.len() - before.merges,
-        });
+        self.rounds
+            .push(Round { pieces: self.pieces.len() - before.pieces, merges: self.merges.len() - before.merges });
     }
 
     /// Adds the rows of slices with the same keys in a chunk, as many blocks' as they are.
