@@ -16,8 +16,8 @@ use crate::attention::{PAGE, Run, Span};
 pub(super) const ROWS: usize = 64;
 /// Keys of a chunk for few rows: with 8 key heads, a stream of 4,096 tokens is the work of 128 blocks.
 const SHORT: usize = 256;
-/// Keys of a chunk for more: a partial result takes a write and a read of four bytes an element for the work of so many
-/// keys, which is 4 * 1,024 operations.
+/// Keys of a chunk for more rows, and for all if invariant: so many that the partial results of full blocks, eight bytes
+/// written and read for 4 * 1,024 operations, take a quarter of the time of those.
 const LONG: usize = 1024;
 /// Partial results of a row, one for each lane of the warp that merges them; longer sequences have longer chunks.
 const MOST_CHUNKS: usize = 32;
@@ -327,7 +327,8 @@ impl Cut {
     fn round(&mut self, slices: &[Slice<'_>], most: usize, positions: &[u32]) {
         for chunk in 0..slices.iter().map(Slice::chunks).max().unwrap_or(0) {
             for same in slices.chunk_by(|a, b| a.shares(b, chunk)) {
-                // Together they take fewer blocks, or each is a block's work anyway.
+                // Together where they take fewer blocks. Those that fill theirs would gain nothing: blocks that run at the
+                // same time read the same pages from the GPU's cache.
                 let rows: usize = same.iter().map(|slice| slice.span.len).sum();
                 let together = if rows.div_ceil(most) < same.len() { same.len() } else { 1 };
                 for slices in same.chunks(together).filter(|slices| chunk < slices[0].chunks()) {

@@ -50,7 +50,7 @@ impl<E: Element> Family<E> {
         steps: &[Vec<Part>],
     ) -> Found<E> {
         let Self { case, wanted, sequences, .. } = self;
-        let (tables, width) = (self.tables(one_copy), case.width());
+        let tables = self.tables(one_copy);
         let mut attending = Attending::new(gpu, *case, tables.len() * tables[0].len());
         (attending.invariant, attending.partial_bytes) = (invariant, partial_bytes);
         let first = case.tokens - wanted;
@@ -58,9 +58,11 @@ impl<E: Element> Family<E> {
         let begin = |i| if i > 0 && one_copy { self.shared } else { 0 };
         let before: Vec<Part> = (0..sequences.len()).map(|i| Part::Of(i, begin(i)..first)).collect();
         self.prepare(&mut attending, &tables, &before);
-        // Partial results that are no numbers are there before.
+        // Partial results that are no numbers are there before, of keys outside a window too.
         let q = self.prepare(&mut attending, &tables, &[Part::Neighbour(case.tokens - 1..case.tokens)]);
+        attending.case.window = None;
         attending.attend(&q);
+        attending.case.window = case.window;
 
         let out_width = case.heads * case.dim;
         let mut found = vec![(Vec::new(), Vec::new()); sequences.len()];
@@ -80,7 +82,7 @@ impl<E: Element> Family<E> {
             }
         }
         found.pop();
-        assert!(found.iter().all(|(_, sums)| sums.len() == wanted * case.heads), "{width}");
+        assert!(found.iter().all(|(_, sums)| sums.len() == wanted * case.heads), "all wanted rows");
         found
     }
 

@@ -10,7 +10,7 @@ use std::ops::Range;
 use plumb_kernels::activation::Activation;
 use plumb_kernels::attention::Rule;
 use plumb_kernels::gpu::{
-    self, Buffer, Gpu, KvPages, Linear, Norm, Output, Pieces, View, ViewMut, Vocabulary as Sweep,
+    self, Buffer, CutRule, Gpu, KvPages, Linear, Norm, Output, Partials, Pieces, View, ViewMut, Vocabulary as Sweep,
 };
 use plumb_kernels::linear::{Matrix, Rows};
 use plumb_kernels::{norm, rotary};
@@ -53,6 +53,7 @@ pub(super) struct Rotary {
 #[derive(Debug)]
 pub(super) struct Scratch<E> {
     ids: Buffer<u32>,
+    partials: Partials,
     /// What a non-linearity is given, `[CHUNK, 2 * intermediate]`.
     sums: Buffer<E>,
     /// Which rows are read, and what the norm makes of them.
@@ -184,13 +185,16 @@ where
             Head::Language => of(largest.sequences, vocab_size * FLOAT) + Sweep::most_bytes(vocab_size) as u64,
             Head::Reward(_) => 0,
         };
-        [of(largest.tokens, row), of(CHUNK.min(largest.tokens), chunk), logits].into_iter().fold(0, u64::saturating_add)
+        let partials = Partials::most_bytes(cut_rule(config), largest.tokens, config.max_position_embeddings) as u64;
+        let parts = [of(largest.tokens, row), of(CHUNK.min(largest.tokens), chunk), logits, partials];
+        parts.into_iter().fold(0, u64::saturating_add)
     }
 
     fn scratch(&self) -> Scratch<E> {
         let gpu = &self.gpu;
         Scratch {
             ids: gpu.empty(),
+            partials: Partials::new(gpu),
             sums: gpu.empty(),
             rows: gpu.empty(),
             normed: gpu.empty(),
@@ -202,14 +206,14 @@ where
     }
 
     fn scratch_bytes(scratch: &Scratch<E>) -> usize {
-        let Scratch { ids, sums, rows, normed, narrow, rewards, logits, sweep } = scratch;
+        let Scratch { ids, partials, sums, rows, normed, narrow, rewards, logits, sweep } = scratch;
         let floats = [normed, rewards, logits].map(Buffer::bytes).iter().sum::<usize>();
-        ids.bytes() + sums.bytes() + rows.bytes() + narrow.bytes() + floats + sweep.bytes()
+        ids.bytes() + partials.bytes() + sums.bytes() + rows.bytes() + narrow.bytes() + floats + sweep.bytes()
     }
 
     fn cut<'a>(&self, config: &Config, step: &Step<'a>, used: Option<Pieces>) -> Result<Pieces> {
         let mut pieces = used.unwrap_or_else(|| Pieces::new(&self.gpu));
-        pieces.set(&spans(step), &runs(step, usize::MAX), config.num_heads / config.num_kv_heads)?;
+        pieces.set(&spans(step), &runs(step, usize::MAX), cut_rule(config))?;
         Ok(pieces)
     }
 
@@ -295,8 +299,9 @@ where
         cut: &Pieces,
         rule: Rule,
         out: ViewMut<'_, E>,
+        scratch: &mut Scratch<E>,
     ) -> Result<()> {
-        Ok(self.gpu.attention(q, kv, layer, cut, rule, out)?)
+        Ok(self.gpu.attention(q, kv, layer, cut, rule, &mut scratch.partials, out, None)?)
     }
 
     fn activate(
@@ -392,6 +397,18 @@ where
         scratch.set_rows(rows)?;
         let narrow = self.resize(&mut scratch.narrow, rows.len() * from.width)?;
         Ok(from.norm.forward(&self.gpu, from.x, Some(scratch.rows.view(0..rows.len())), narrow)?)
+    }
+}
+
+/// How attention is cut: a score may depend in its last bits on how its sequence is cut into steps, as it does on the
+/// number of rows that its products had beside it.
+fn cut_rule(config: &Config) -> CutRule {
+    CutRule {
+        heads: config.num_heads,
+        kv_heads: config.num_kv_heads,
+        head_dim: config.head_dim,
+        invariant: false,
+        partial_bytes: gpu::PARTIAL_BYTES,
     }
 }
 
