@@ -97,7 +97,7 @@ fn the_largest_step_computes_in_what_is_foretold() {
 fn a_step_of_few_rows_on_a_gpu_computes_in_what_is_foretold() {
     let device = plumb_model::decoder::Device::Gpu(plumb_kernels::gpu::Gpu::emulated());
     let options = LoadOptions { device, ..options(DTypeChoice::Auto) };
-    for name in ["llama-lm", "qwen3-pm", "gemma2-lm"] {
+    for name in ["llama-pm", "qwen3-pm", "gemma2-pm"] {
         let source = source(&fixture(name));
         let largest = StepSize { tokens: 4, sequences: 4 };
         let foretold = LoadedModel::footprint(&source, &options, largest).unwrap().workspace;
@@ -105,8 +105,7 @@ fn a_step_of_few_rows_on_a_gpu_computes_in_what_is_foretold() {
         let taken = |position: usize| {
             let count = (position / PAGE + 1) as u32;
             let pages: Vec<Vec<u32>> = (0..4).map(|i| (i * count..(i + 1) * count).collect()).collect();
-            let read = if model.info.reward_head.is_some() { Read::Rewards } else { Read::LastLogits };
-            let sequence = |pages| StepSequence { tokens: &[1], position, pages, read: read.clone() };
+            let sequence = |pages| StepSequence { tokens: &[1], position, pages, read: Read::LastReward };
             let step = Step { sequences: pages.iter().map(|pages| sequence(pages)).collect() };
             let mut workspace = model.decoder.workspace();
             model

@@ -87,17 +87,19 @@ fn starts(ranges: &[Range<usize>]) -> Vec<usize> {
     ranges.iter().map(|keys| keys.start).collect()
 }
 
-/// Some prompts, each with sequences that share some of its pages.
+/// Some prompts, each with sequences that share some of its pages; also where chunks grow.
 fn steps() -> impl Strategy<Value = Vec<Sequence>> {
     let sequence = (0..40usize, 0..700usize, 1..70usize);
-    prop::collection::vec(prop::collection::vec(sequence, 1..6), 1..4).prop_map(|prompts| {
-        let mut next = 1000;
+    let prompt = (prop::sample::select(vec![0, 8192, 32_768]), prop::collection::vec(sequence, 1..6));
+    prop::collection::vec(prompt, 1..4).prop_map(|prompts| {
+        let mut next = 10_000;
         let mut sequences = Vec::new();
-        for (prompt, members) in prompts.into_iter().enumerate() {
+        for (prompt, (beginning, members)) in prompts.into_iter().enumerate() {
             for (shared, more, len) in members {
+                let shared = (beginning / PAGE + shared).saturating_sub(20);
                 let position = shared * PAGE + more;
                 let own = (position + len).div_ceil(PAGE) - shared;
-                let common = (0..shared as u32).map(|page| 100 * prompt as u32 + page);
+                let common = (0..shared as u32).map(|page| 2000 * prompt as u32 + page);
                 sequences.push((common.chain(next..next + own as u32).collect(), position, len));
                 next += own as u32;
             }
@@ -143,6 +145,7 @@ fn chunks_grow_with_rows_and_with_the_sequence() {
         (RULE, 9, 8193, Some(1024)),
         (RULE, 64, 32_769, Some(2048)),
         (RULE, 65, 32_769, None),
+        (invariant, 40_000, 70_000, Some(4096)),
         (invariant, 1, 1, Some(1024)),
         (invariant, 5000, 32_768, Some(1024)),
         (invariant, 5000, 32_769, Some(2048)),
