@@ -192,6 +192,8 @@ impl Pieces {
             row_pages.resize(positions.len(), run.page);
         }
         let cut = rule.cut(spans, &positions);
+        // If a list cannot be written, nothing is attended to.
+        self.rounds.clear();
         self.heads = [rule.heads, rule.kv_heads];
         self.last_page = cut.pages.iter().chain(&row_pages).copied().max().unwrap_or(0);
         self.last_position = positions.iter().copied().max().unwrap_or(0) as usize;
