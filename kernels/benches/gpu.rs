@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use half::bf16;
 use plumb_kernels::activation::Activation;
 use plumb_kernels::attention::{PAGE, Rule, Run, Span};
-use plumb_kernels::gpu::{self, Gpu, KvPages, Linear, Pieces, Prepare, Vocabulary};
+use plumb_kernels::gpu::{self, CutRule, Gpu, KvPages, Linear, Partials, Pieces, Prepare, Vocabulary};
 use plumb_kernels::norm::Norm;
 use plumb_kernels::rotary::Rotary;
 
@@ -183,7 +183,9 @@ impl Bench {
         let layers = copies(KvPages::<bf16>::page_bytes(1, kv_heads, dim) * next as usize);
         let mut kv = KvPages::<bf16>::new(gpu, layers, kv_heads, dim, next as usize).unwrap();
         let mut pieces = Pieces::new(gpu);
-        pieces.set(&spans, &runs, heads / kv_heads, row).unwrap();
+        let rule = CutRule { heads, kv_heads, head_dim: dim, invariant: false, partial_bytes: gpu::PARTIAL_BYTES };
+        pieces.set(&spans, &runs, rule, row).unwrap();
+        let mut partials = Partials::new(gpu);
         let positions = sequences.iter().map(|(cached, len)| cached + len).max().unwrap_or(0);
         let frequencies: Vec<f32> = (0..dim / 2).map(|i| 10_000f32.powf(-2.0 * i as f32 / dim as f32)).collect();
         let table = gpu.upload(Rotary::new(&frequencies, positions).table()).unwrap();
@@ -195,7 +197,8 @@ impl Bench {
         let mut out = gpu.zeros::<bf16>(row * heads * dim).unwrap();
         let mut layer = (0..layers).cycle();
         let attended = self.time(|| {
-            gpu.attention(q.all(), &kv, layer.next().unwrap(), &pieces, rule, out.all_mut()).unwrap();
+            gpu.attention(q.all(), &kv, layer.next().unwrap(), &pieces, rule, &mut partials, out.all_mut(), None)
+                .unwrap();
         });
         (attended, prepared)
     }

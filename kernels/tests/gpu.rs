@@ -3,10 +3,13 @@
 #![cfg(feature = "gpu")]
 #![expect(clippy::unwrap_used, reason = "a test may stop where it stands, in its helpers too")]
 
+#[path = "gpu/cut_attention.rs"]
+mod cut_attention;
+
 use half::bf16;
 use plumb_kernels::activation::Activation;
 use plumb_kernels::attention::{PAGE, Rule, Run, Span};
-use plumb_kernels::gpu::{self, Gpu, KvPages, Pieces, Prepare};
+use plumb_kernels::gpu::{self, CutRule, Gpu, KvPages, Partials, Pieces, Prepare};
 use plumb_kernels::norm::Norm;
 use plumb_kernels::rotary::Rotary;
 use plumb_kernels::{Element, reference};
@@ -211,7 +214,7 @@ const CASE: Case =
     Case { heads: 4, kv_heads: 2, dim: 64, rotated: 64, softcap: None, window: None, normed: false, tokens: 150 };
 
 /// More positions than any case has.
-const POSITIONS: usize = 512;
+const POSITIONS: usize = 1200;
 
 impl Case {
     fn width(&self) -> usize {
@@ -255,6 +258,11 @@ struct Attending<'a, E> {
     kv: KvPages<E>,
     angles: gpu::Buffer<f32>,
     norms: [gpu::Norm; 2],
+    invariant: bool,
+    partial_bytes: usize,
+    /// Used again from step to step, as a decoder does.
+    pieces: Pieces,
+    partials: Partials,
 }
 
 impl<'a, E: Element> Attending<'a, E> {
@@ -266,11 +274,21 @@ impl<'a, E: Element> Attending<'a, E> {
             kv: KvPages::new(gpu, 1, case.kv_heads, case.dim, pages).unwrap(),
             angles: gpu.upload(case.rotary().table()).unwrap(),
             norms: [norm(true), norm(false)],
+            invariant: false,
+            partial_bytes: gpu::PARTIAL_BYTES,
+            pieces: Pieces::new(gpu),
+            partials: Partials::new(gpu),
         }
     }
 
     fn step(&mut self, qkv: &[E], spans: &[Span<'_>], runs: &[Run]) -> Vec<E> {
-        let Self { gpu, case, kv, angles, norms: [q_norm, k_norm] } = self;
+        let q = self.prepare(qkv, spans, runs);
+        self.attend(&q).0
+    }
+
+    /// Writes keys and values, and answers the queries.
+    fn prepare(&mut self, qkv: &[E], spans: &[Span<'_>], runs: &[Run]) -> gpu::Buffer<E> {
+        let Self { gpu, case, kv, angles, norms: [q_norm, k_norm], pieces, .. } = self;
         let how = Prepare {
             heads: case.heads,
             q_norm: case.normed.then_some(&*q_norm),
@@ -278,10 +296,16 @@ impl<'a, E: Element> Attending<'a, E> {
             table: angles.all(),
             rotated: case.rotated,
         };
-        let mut pieces = Pieces::new(gpu);
+        let rule = CutRule {
+            heads: case.heads,
+            kv_heads: case.kv_heads,
+            head_dim: case.dim,
+            invariant: self.invariant,
+            partial_bytes: self.partial_bytes,
+        };
         // Two rows are of no sequence.
         let rows = qkv.len() / case.width() + 2;
-        pieces.set(spans, runs, case.heads / case.kv_heads, rows).unwrap();
+        pieces.set(spans, runs, rule, rows).unwrap();
         let mut q = gpu.zeros(rows * kv.q_width(case.heads)).unwrap();
         let nothing = vec![E::from_f32(f32::NAN); 2 * case.width()];
         let qkv = gpu.upload(&[qkv, &nothing].concat()).unwrap();
@@ -290,13 +314,22 @@ impl<'a, E: Element> Attending<'a, E> {
         let (width, q_width) = (case.width(), kv.q_width(case.heads));
         for (start, end) in [(0, first), (first, pieces.rows())] {
             let (x, q) = (qkv.view(start * width..end * width), q.view_mut(start * q_width..end * q_width));
-            gpu.prepare(x, &pieces, start, how, q, kv, 0).unwrap();
+            gpu.prepare(x, pieces, start, how, q, kv, 0).unwrap();
         }
-        let mut out = gpu.zeros(rows * case.heads * case.dim).unwrap();
-        gpu.attention(q.all(), kv, 0, &pieces, case.rule(), out.all_mut()).unwrap();
-        let mut out = out.to_vec().unwrap();
-        out.truncate((rows - 2) * case.heads * case.dim);
-        out
+        q
+    }
+
+    /// The result for all rows that are of a sequence, and the logarithms of their sums.
+    fn attend(&mut self, q: &gpu::Buffer<E>) -> (Vec<E>, Vec<f32>) {
+        let Self { gpu, case, kv, pieces, partials, .. } = self;
+        let mut out = gpu.zeros(pieces.rows() * case.heads * case.dim).unwrap();
+        let mut log_sums = gpu.zeros(pieces.rows() * case.heads).unwrap();
+        let sums = Some(log_sums.all_mut());
+        gpu.attention(q.all(), kv, 0, pieces, case.rule(), partials, out.all_mut(), sums).unwrap();
+        let (mut out, mut log_sums) = (out.to_vec().unwrap(), log_sums.to_vec().unwrap());
+        out.truncate((pieces.rows() - 2) * case.heads * case.dim);
+        log_sums.truncate((pieces.rows() - 2) * case.heads);
+        (out, log_sums)
     }
 }
 
@@ -333,6 +366,11 @@ fn attend<E: Element>(gpu: &Gpu, case: Case, qkv: &[E], steps: &[usize], neighbo
 
 /// What the reference makes of the same sequence.
 fn expected(case: Case, qkv: &[f32]) -> Vec<f32> {
+    expected_of_last(case, qkv, case.tokens)
+}
+
+/// Of so many of its last rows.
+fn expected_of_last(case: Case, qkv: &[f32], rows: usize) -> Vec<f32> {
     let (dim, group, rotary) = (case.dim, case.heads / case.kv_heads, case.rotary());
     let head = |index: usize| -> Vec<f32> {
         let rows = qkv.chunks_exact(case.width()).enumerate();
@@ -349,10 +387,10 @@ fn expected(case: Case, qkv: &[f32]) -> Vec<f32> {
         rows.flat_map(of).collect()
     };
     let rule = reference::AttentionRule { scale: case.rule().scale, softcap: case.softcap, window: case.window };
-    let mut out = vec![0.0; case.tokens * case.heads * dim];
+    let mut out = vec![0.0; rows * case.heads * dim];
     for h in 0..case.heads {
         let (k, v) = (head(case.heads + h / group), head(case.heads + case.kv_heads + h / group));
-        let attended = reference::attention(&head(h), &k, &v, dim, rule);
+        let attended = reference::attention(&head(h)[(case.tokens - rows) * dim..], &k, &v, dim, rule);
         for (row, attended) in attended.chunks_exact(dim).enumerate() {
             out[(row * case.heads + h) * dim..][..dim].copy_from_slice(attended);
         }
@@ -360,25 +398,17 @@ fn expected(case: Case, qkv: &[f32]) -> Vec<f32> {
     out
 }
 
+const CASES: [Case; 6] = [
+    CASE,
+    Case { heads: 3, kv_heads: 3, dim: 8, rotated: 4, tokens: 37, ..CASE },
+    Case { heads: 6, kv_heads: 1, dim: 80, rotated: 20, window: Some(40), ..CASE },
+    Case { heads: 4, kv_heads: 1, dim: 128, rotated: 128, normed: true, tokens: 70, ..CASE },
+    Case { heads: 2, kv_heads: 1, dim: 256, rotated: 256, softcap: Some(2.0), window: Some(33), tokens: 66, ..CASE },
+    Case { heads: 20, kv_heads: 1, tokens: 40, ..CASE },
+];
+
 fn attention<E: Element>(gpu: &Gpu) {
-    let cases = [
-        CASE,
-        Case { heads: 3, kv_heads: 3, dim: 8, rotated: 4, tokens: 37, ..CASE },
-        Case { heads: 6, kv_heads: 1, dim: 80, rotated: 20, window: Some(40), ..CASE },
-        Case { heads: 4, kv_heads: 1, dim: 128, rotated: 128, normed: true, tokens: 70, ..CASE },
-        Case {
-            heads: 2,
-            kv_heads: 1,
-            dim: 256,
-            rotated: 256,
-            softcap: Some(2.0),
-            window: Some(33),
-            tokens: 66,
-            ..CASE
-        },
-        Case { heads: 20, kv_heads: 1, tokens: 40, ..CASE },
-    ];
-    for case in cases {
+    for case in CASES {
         let qkv: Vec<E> = rounded(&numbers(case.tokens * case.width(), 5));
         let whole = attend(gpu, case, &qkv, &[case.tokens], 0);
         let expected = expected(case, &widened(&qkv));

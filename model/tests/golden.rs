@@ -228,3 +228,30 @@ fn gguf_files_equal_their_folders() {
     check("gguf/llama-lm.gguf", None, "gguf/llama-lm.expected.json", DType::F32, 1e-4);
     check("gguf/qwen2-lm.gguf", None, "gguf/qwen2-lm.expected.json", DType::F32, 1e-4);
 }
+
+/// Rewards of some more tokens of two sequences behind one beginning.
+fn behind_a_common_beginning(model: &Model) -> Vec<f32> {
+    const COMMON: usize = 8 * PAGE;
+    let token = |i: usize| (i * 31 % model.decoder.config().vocab_size) as u32;
+    let common: Vec<u32> = (0..COMMON).map(token).collect();
+    let own: Vec<Vec<u32>> = (1..3).map(|i| (1000 * i..1000 * i + 5).map(token).collect()).collect();
+    let pages: Vec<Vec<u32>> = (8..10).map(|own| (0..8).chain([own]).collect()).collect();
+    let sequence = |tokens, position, pages, read| StepSequence { tokens, position, pages, read };
+    let (mut kv, mut workspace) = (model.decoder.kv_store(10).unwrap(), model.decoder.workspace());
+    let first = Step { sequences: vec![sequence(&common, 0, &pages[0], Read::Nothing)] };
+    model.decoder.step(&first, &mut kv, &mut workspace).unwrap();
+    let second = own.iter().zip(&pages).map(|(own, pages)| sequence(own, COMMON, pages, Read::Rewards));
+    model.decoder.step(&Step { sequences: second.collect() }, &mut kv, &mut workspace).unwrap().concat()
+}
+
+#[test]
+fn sequences_behind_a_common_beginning_have_the_rewards_that_they_have_on_the_cpu() {
+    for folder in ["llama-pm", "gemma2-pm"] {
+        let found = |device: &Device| behind_a_common_beginning(&load(folder, None, DType::F32, device));
+        let expected = found(&Device::Cpu);
+        for device in devices() {
+            let largest = worst(&found(&device), &expected);
+            assert!(largest < 1e-4, "{folder} on {device:?}: {largest}");
+        }
+    }
+}

@@ -16,6 +16,7 @@ mod emulated;
 mod head;
 mod linear;
 mod memory;
+mod pieces;
 mod recording;
 mod rows;
 
@@ -23,10 +24,11 @@ use std::fmt;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::Arc;
 
-pub use attention::{KvPages, Pieces, Prepare, padded};
+pub use attention::{KvPages, Prepare, padded};
 pub use head::{MAX_TOP, Vocabulary};
 pub use linear::{Linear, Output};
 pub use memory::{Buffer, View, ViewMut};
+pub use pieces::{CutRule, PARTIAL_BYTES, Partials, Pieces};
 pub use rows::Norm;
 
 use driver::{Argument, Driver, Recording};

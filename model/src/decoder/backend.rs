@@ -53,7 +53,7 @@ pub(super) trait Backend: Clone + Debug + Send + Sync + Sized + 'static {
     type Graphs: Debug + Default + Send + Sync;
     /// Where an activated layer puts what its gradient needs.
     type Kept<'a>;
-    /// What reading needs beside the residual stream.
+    /// What attention and reading need beside the residual stream.
     type Scratch: Debug + Send + Sync;
 
     /// Rows that go through a linear layer together.
@@ -171,6 +171,7 @@ pub(super) trait Backend: Clone + Debug + Send + Sync + Sized + 'static {
         layer: usize,
     ) -> Result<()>;
 
+    #[expect(clippy::too_many_arguments, reason = "what it reads, how, and what it writes")]
     fn attention(
         &self,
         q: Self::Part<'_, Self::Element>,
@@ -179,6 +180,7 @@ pub(super) trait Backend: Clone + Debug + Send + Sync + Sized + 'static {
         cut: &Self::Cut<'_>,
         rule: Rule,
         out: Self::PartMut<'_, Self::Element>,
+        scratch: &mut Self::Scratch,
     ) -> Result<()>;
 
     /// `out = activation(gate(x)) * up(x)`, or what there is of it.

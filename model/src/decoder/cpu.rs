@@ -268,6 +268,7 @@ impl<E: Load + Number> Backend for Cpu<E> {
         cut: &Cut<'_>,
         rule: Rule,
         out: &mut [E],
+        _: &mut Scratch,
     ) -> Result<()> {
         attention(q, kv, layer, &cut.work, rule, out);
         Ok(())

@@ -200,7 +200,8 @@ impl<B: Backend> Stack<B> {
             backend.normed(&layer.mlp_norm, B::part(&buffers.x, 0..rows * hidden), parallel)?;
         }
         let attended = backend.resize(&mut buffers.attended, rows * heads * dim)?;
-        backend.attention(B::part(&buffers.q, 0..rows * q_width), kv, index, cut, self.rule(index), attended)?;
+        let q = B::part(&buffers.q, 0..rows * q_width);
+        backend.attention(q, kv, index, cut, self.rule(index), attended, &mut buffers.scratch)?;
         for chunk in chunks(rows, B::CHUNK) {
             let attended = B::part(&buffers.attended, of(&chunk, heads * dim));
             let x = B::part_mut(&mut buffers.x, of(&chunk, hidden));

@@ -11,7 +11,8 @@ use std::ops::Range;
 use plumb_kernels::activation::Activation;
 use plumb_kernels::attention::Rule;
 use plumb_kernels::gpu::{
-    self, Buffer, Gpu, Graph, KvPages, Linear, Norm, Output, Pieces, View, ViewMut, Vocabulary as Sweep,
+    self, Buffer, CutRule, Gpu, Graph, KvPages, Linear, Norm, Output, Partials, Pieces, View, ViewMut,
+    Vocabulary as Sweep,
 };
 use plumb_kernels::linear::{Matrix, Rows};
 use plumb_kernels::{norm, rotary};
@@ -46,7 +47,7 @@ fn filled_up(rows: usize) -> usize {
 /// Of a step, and of the cache that it uses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Shape {
-    step: [usize; 2],
+    step: [usize; 4],
     cache: u64,
 }
 
@@ -80,6 +81,7 @@ pub(super) struct Rotary {
 #[derive(Debug)]
 pub(super) struct Scratch<E> {
     ids: Buffer<u32>,
+    partials: Partials,
     /// What a non-linearity is given, `[CHUNK, 2 * intermediate]`.
     sums: Buffer<E>,
     /// Which rows are read, and what the norm makes of them.
@@ -108,7 +110,7 @@ where
     type KvPages = KvPages<E>;
     type Cut<'a> = Pieces;
     type Used = Pieces;
-    type Shape = Shape;
+    type Shape = Option<Shape>;
     type Graphs = Graphs;
     // There is no gradient here yet, and so nothing that could be kept.
     type Kept<'a> = std::convert::Infallible;
@@ -214,13 +216,16 @@ where
             Head::Reward(_) => 0,
         };
         let rows = filled_up(largest.tokens);
-        [of(rows, row), of(CHUNK.min(rows), chunk), logits].into_iter().fold(0, u64::saturating_add)
+        let partials = Partials::most_bytes(cut_rule(config, false), rows, config.max_position_embeddings) as u64;
+        let parts = [of(rows, row), of(CHUNK.min(rows), chunk), logits, partials];
+        parts.into_iter().fold(0, u64::saturating_add)
     }
 
     fn scratch(&self) -> Scratch<E> {
         let gpu = &self.gpu;
         Scratch {
             ids: gpu.empty(),
+            partials: Partials::new(gpu),
             sums: gpu.empty(),
             rows: gpu.empty(),
             normed: gpu.empty(),
@@ -232,16 +237,16 @@ where
     }
 
     fn scratch_bytes(scratch: &Scratch<E>) -> usize {
-        let Scratch { ids, sums, rows, normed, narrow, rewards, logits, sweep } = scratch;
+        let Scratch { ids, partials, sums, rows, normed, narrow, rewards, logits, sweep } = scratch;
         let floats = [normed, rewards, logits].map(Buffer::bytes).iter().sum::<usize>();
-        ids.bytes() + sums.bytes() + rows.bytes() + narrow.bytes() + floats + sweep.bytes()
+        ids.bytes() + partials.bytes() + sums.bytes() + rows.bytes() + narrow.bytes() + floats + sweep.bytes()
     }
 
     fn cut<'a>(&self, config: &Config, step: &Step<'a>, used: Option<Pieces>) -> Result<Pieces> {
         let mut pieces = used.unwrap_or_else(|| Pieces::new(&self.gpu));
         let rows = step.sequences.iter().map(|sequence| sequence.tokens.len()).sum();
-        let group = config.num_heads / config.num_kv_heads;
-        pieces.set(&spans(step), &runs(step, usize::MAX), group, filled_up(rows))?;
+        let rule = cut_rule(config, self.gpu.is_invariant());
+        pieces.set(&spans(step), &runs(step, usize::MAX), rule, filled_up(rows))?;
         Ok(pieces)
     }
 
@@ -253,15 +258,13 @@ where
         cut.rows()
     }
 
-    fn shape(cut: &Pieces, kv: &KvPages<E>) -> Shape {
+    fn shape(cut: &Pieces, kv: &KvPages<E>) -> Option<Shape> {
         kv.check(cut);
-        Shape { step: cut.shape(), cache: kv.number() }
+        cut.shape().map(|step| Shape { step, cache: kv.number() })
     }
 
-    fn layers(&self, shape: Shape, graphs: &mut Graphs, run: &mut dyn FnMut() -> Result<()>) -> Result<()> {
-        if shape.step[0] > MAX_RECORDED_ROWS {
-            return run();
-        }
+    fn layers(&self, shape: Option<Shape>, graphs: &mut Graphs, run: &mut dyn FnMut() -> Result<()>) -> Result<()> {
+        let Some(shape) = shape.filter(|shape| shape.step[0] <= MAX_RECORDED_ROWS) else { return run() };
         // After an error arrays may be missing, so that nothing is known any more.
         let mut shapes = std::mem::take(&mut graphs.0);
         let place = shapes.iter().position(|(other, _)| *other == shape);
@@ -362,8 +365,9 @@ where
         cut: &Pieces,
         rule: Rule,
         out: ViewMut<'_, E>,
+        scratch: &mut Scratch<E>,
     ) -> Result<()> {
-        Ok(self.gpu.attention(q, kv, layer, cut, rule, out)?)
+        Ok(self.gpu.attention(q, kv, layer, cut, rule, &mut scratch.partials, out, None)?)
     }
 
     fn activate(
@@ -459,6 +463,18 @@ where
         scratch.set_rows(rows)?;
         let narrow = self.resize(&mut scratch.narrow, rows.len() * from.width)?;
         Ok(from.norm.forward(&self.gpu, from.x, Some(scratch.rows.view(0..rows.len())), narrow)?)
+    }
+}
+
+/// How attention is cut: unless it is invariant, a score may depend in its last bits on how its sequence is cut into
+/// steps, as it does on the number of rows that its products had beside it.
+fn cut_rule(config: &Config, invariant: bool) -> CutRule {
+    CutRule {
+        heads: config.num_heads,
+        kv_heads: config.num_kv_heads,
+        head_dim: config.head_dim,
+        invariant,
+        partial_bytes: gpu::PARTIAL_BYTES,
     }
 }
 

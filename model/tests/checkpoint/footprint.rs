@@ -91,6 +91,34 @@ fn the_largest_step_computes_in_what_is_foretold() {
     }
 }
 
+/// Their keys are cut, and what becomes of them takes room.
+#[test]
+#[cfg(feature = "emulated")]
+fn a_step_of_few_rows_on_a_gpu_computes_in_what_is_foretold() {
+    let device = plumb_model::decoder::Device::Gpu(plumb_kernels::gpu::Gpu::emulated());
+    let options = LoadOptions { device, ..options(DTypeChoice::Auto) };
+    for name in ["llama-pm", "qwen3-pm", "gemma2-pm"] {
+        let source = source(&fixture(name));
+        let largest = StepSize { tokens: 4, sequences: 4 };
+        let foretold = LoadedModel::footprint(&source, &options, largest).unwrap().workspace;
+        let model = LoadedModel::load(&source, &options).unwrap();
+        let taken = |position: usize| {
+            let count = (position / PAGE + 1) as u32;
+            let pages: Vec<Vec<u32>> = (0..4).map(|i| (i * count..(i + 1) * count).collect()).collect();
+            let sequence = |pages| StepSequence { tokens: &[1], position, pages, read: Read::LastReward };
+            let step = Step { sequences: pages.iter().map(|pages| sequence(pages)).collect() };
+            let mut workspace = model.decoder.workspace();
+            model
+                .decoder
+                .step(&step, &mut model.decoder.kv_store(4 * count as usize).unwrap(), &mut workspace)
+                .unwrap();
+            workspace.bytes() as u64
+        };
+        let (whole, cut) = (taken(200), taken(300));
+        assert!(whole < cut && cut <= foretold && foretold < 3 * cut, "{name}: {whole}, {cut}, {foretold} foretold");
+    }
+}
+
 #[test]
 fn an_adapter_is_foretold_too() {
     let adapter = Some(fixture("lora-lm").to_str().unwrap().to_owned());
