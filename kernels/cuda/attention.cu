@@ -4,9 +4,9 @@
 // A block takes 64 rows, 16 for each of its warps: positions of one sequence, times the heads that share a key head. It
 // walks over tiles of keys that are aligned to the position in the sequence, so a row's order of summation depends on its
 // position alone; a tile of which a row sees nothing changes none of its bits.
+#include "pages.cuh"
 #include "tile.cuh"
 
-constexpr int PAGE = 32;
 constexpr int ROWS = 64;
 constexpr int THREADS = 128;
 constexpr float LOG2E = 1.4426950408889634f;
@@ -64,7 +64,8 @@ __device__ __forceinline__ void attend(const E* q, const E* keys, const E* value
             unsigned row = i / CHUNKS, column = i % CHUNKS * CHUNK, position = tile * TILE + row;
             bool valid = position < end && column < rule.padded_dim;
             uint64_t page = valid ? pages[position / PAGE] : 0;
-            uint64_t from = ((page * rule.kv_heads + kv_head) * PAGE + position % PAGE) * rule.padded_dim + column;
+            uint64_t from = (page * rule.kv_heads + kv_head) * PAGE * rule.padded_dim +
+                            in_tile<E>(position, column, rule.padded_dim);
             unsigned to = (stage * TILE + row) * STRIDE + column;
             copy16(own_keys + to, keys + (valid ? from : 0), valid);
             copy16(own_values + to, values + (valid ? from : 0), valid);
@@ -159,7 +160,7 @@ __device__ __forceinline__ void attend(const E* q, const E* keys, const E* value
     }
 }
 
-// q[rows, heads, padded_dim] over pages [_, kv_heads, PAGE, padded_dim], into out[rows, heads, dim]. Blocks are pieces by
+// q[rows, heads, padded_dim] over pages as in pages.cuh, into out[rows, heads, dim]. Blocks are pieces by
 // key heads; a piece has at most ROWS / (heads / kv_heads) rows.
 #define ATTENTION(suffix, E, WIDTH)                                                                                   \
     KERNEL(attention_##suffix##_##WIDTH, const E* q, const E* keys, const E* values, const Piece* pieces,             \

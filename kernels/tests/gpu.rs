@@ -25,6 +25,14 @@ fn on_each(test: impl Fn(&Gpu)) {
     }
 }
 
+/// Runs a test on each, and once more with the kernels that all have in common.
+fn on_each_way(test: impl Fn(&Gpu)) {
+    on_each(|gpu| {
+        test(gpu);
+        test(&gpu.common());
+    });
+}
+
 /// Numbers from -1 to 1.
 fn numbers(n: usize, seed: usize) -> Vec<f32> {
     (0..n).map(|i| ((i * 7919 + seed * 104_729) % 2003) as f32 / 1001.0 - 1.0).collect()
@@ -279,7 +287,7 @@ impl<'a, E: Element> Attending<'a, E> {
             rotated: case.rotated,
         };
         let mut pieces = Pieces::new(gpu);
-        pieces.set(spans, runs, case.heads / case.kv_heads).unwrap();
+        pieces.set::<E>(spans, runs, case.heads / case.kv_heads, case.dim).unwrap();
         let mut q = gpu.zeros(pieces.rows() * kv.q_width(case.heads)).unwrap();
         let qkv = gpu.upload(qkv).unwrap();
         // In two parts, as rows may be.
@@ -390,7 +398,7 @@ fn attention<E: Element>(gpu: &Gpu) {
 
 #[test]
 fn attention_is_that_of_the_reference_and_has_the_same_bits_in_steps() {
-    on_each(|gpu| {
+    on_each_way(|gpu| {
         attention::<f32>(gpu);
         attention::<bf16>(gpu);
     });
@@ -398,7 +406,7 @@ fn attention_is_that_of_the_reference_and_has_the_same_bits_in_steps() {
 
 #[test]
 fn what_is_no_number_reaches_only_those_who_see_it() {
-    on_each(|gpu| {
+    on_each_way(|gpu| {
         let (case, bad) = (Case { tokens: 70, ..CASE }, 40);
         let width = case.heads * case.dim;
         let mut qkv: Vec<bf16> = rounded(&numbers(case.tokens * case.width(), 5));

@@ -3,14 +3,10 @@
 use bytemuck::{Pod, Zeroable};
 
 use super::driver::Argument::{Address, Bytes, F32, U32};
-use super::{Buffer, Gpu, GpuError, Norm, Result, View, ViewMut};
+use super::{Buffer, Gpu, GpuError, Kernels, Norm, Result, View, ViewMut};
 use crate::Element;
 use crate::attention::{PAGE, Rule, Run, Span};
 
-/// Rows that a block takes, positions times the heads that share a key head; `ROWS` in `cuda/attention.cu`.
-const ROWS: usize = 64;
-/// Threads of its blocks.
-const THREADS: usize = 128;
 /// Heads that a block makes ready, a warp each.
 const HEADS: usize = 4;
 /// Heads are filled up to a multiple of so many elements with zeros: copies of 16 bytes, and whole matrices.
@@ -24,7 +20,7 @@ pub struct KvPages<E> {
     kv_heads: usize,
     dim: usize,
     pages: usize,
-    /// A layer's keys and values, each `[pages, kv_heads, PAGE, padded_dim]`.
+    /// A layer's keys and values, each `[pages, kv_heads, PAGE * padded_dim]`, see `cuda/pages.cuh`.
     layers: Vec<[Buffer<E>; 2]>,
 }
 
@@ -78,9 +74,73 @@ pub struct Prepare<'a> {
     pub rotated: usize,
 }
 
+/// A kernel of attention.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kernel {
+    /// That of `cuda/attention.cu`.
+    Common,
+    /// That of `cuda/attention_hopper.cu`.
+    WarpGroups,
+}
+
+impl Kernel {
+    /// The one for heads of so many elements.
+    fn of<E: Element>(gpu: &Gpu, dim: usize) -> Self {
+        let fits = size_of::<E>() == 2 && dim.is_multiple_of(2) && [64, 128, 256].contains(&padded(dim));
+        match gpu.1 {
+            Kernels::WarpGroups if fits => Self::WarpGroups,
+            _ => Self::Common,
+        }
+    }
+
+    /// Rows that a block takes, positions times the heads that share a key head; `ROWS` there.
+    fn rows(self) -> usize {
+        match self {
+            Self::Common => 64,
+            Self::WarpGroups => 2 * 64,
+        }
+    }
+
+    /// Threads of a block.
+    fn threads(self) -> usize {
+        match self {
+            Self::Common => 128,
+            Self::WarpGroups => 3 * 128,
+        }
+    }
+
+    /// Width of the kernel that heads of so many elements take, and the bytes of shared memory of its blocks.
+    fn shape<E: Element>(self, dim: usize) -> (usize, usize) {
+        match self {
+            Self::Common => {
+                // What is left out would help nobody.
+                let widths: &[usize] = if size_of::<E>() == 2 { &[64, 96, 128, 256] } else { &[64, 128, 256] };
+                let width = widths.iter().copied().find(|width| padded(dim) <= *width).unwrap_or(MAX_DIM);
+                let (tile, stages) = match (size_of::<E>() == 2, width > 128) {
+                    (true, false) => (64, 2),
+                    (true, true) => (32, 2),
+                    (false, false) => (32, 1),
+                    (false, true) => (16, 1),
+                };
+                (width, (self.rows() + 2 * stages * tile) * (width * size_of::<E>() + 16))
+            }
+            Self::WarpGroups => {
+                let width = padded(dim);
+                let tile = if width > 128 { 64 } else { 128 };
+                let stages = if width > 64 { 2 } else { 4 };
+                let barriers = 4 * stages * size_of::<u64>();
+                // As a structure that is a multiple of its alignment.
+                (width, (self.rows() + 2 * stages * tile) * width * size_of::<E>() + barriers)
+            }
+        }
+    }
+}
+
 /// Where a step's rows are, and how its attention is cut, the same for all layers.
 #[derive(Debug)]
 pub struct Pieces {
+    gpu: Gpu,
+    kernel: Kernel,
     rows: usize,
     /// Number of pieces. The lists may be longer than what is in them.
     count: usize,
@@ -122,6 +182,8 @@ impl Pieces {
     /// Of nothing yet.
     pub fn new(gpu: &Gpu) -> Self {
         Self {
+            gpu: gpu.clone(),
+            kernel: Kernel::Common,
             rows: 0,
             count: 0,
             positions: gpu.empty(),
@@ -133,18 +195,20 @@ impl Pieces {
         }
     }
 
-    /// Cuts the spans for `group` query heads a key head; `runs` cover the same rows in order.
+    /// Cuts the spans for heads of `dim` elements of `E`, `group` of q to one of k; `runs` cover the same rows in order.
     ///
     /// # Errors
     /// If there is no memory for the lists, or a group is too large.
     ///
     /// # Panics
     /// If a span lacks pages.
-    pub fn set(&mut self, spans: &[Span<'_>], runs: &[Run], group: usize) -> Result<()> {
-        if group > ROWS {
-            return Err(GpuError::Failed(format!("{group} heads share a key head: the kernels take {ROWS}")));
+    pub fn set<E: Element>(&mut self, spans: &[Span<'_>], runs: &[Run], group: usize, dim: usize) -> Result<()> {
+        self.kernel = Kernel::of::<E>(&self.gpu, dim);
+        let most = self.kernel.rows() / group;
+        if most == 0 {
+            let rows = self.kernel.rows();
+            return Err(GpuError::Failed(format!("{group} heads share a key head: the kernels take {rows}")));
         }
-        let most = ROWS / group;
         let (mut pieces, mut pages) = (Vec::new(), Vec::new());
         for span in spans {
             let end = span.position + span.len;
@@ -264,16 +328,9 @@ impl Gpu {
         assert_eq!(q.len, pieces.rows * kv.q_width(rule.heads), "shape of q");
         assert_eq!(out.len, pieces.rows * rule.heads * dim, "shape of the attention's result");
         assert!((pieces.last_page as usize) < kv.pages, "no such page");
-        // What is left out of `cuda/attention.cu` would help nobody.
-        let widths: &[usize] = if size_of::<E>() == 2 { &[64, 96, 128, 256] } else { &[64, 128, 256] };
-        let width = widths.iter().copied().find(|width| padded(dim) <= *width).unwrap_or(MAX_DIM);
-        let (tile, stages) = match (size_of::<E>() == 2, width > 128) {
-            (true, false) => (64, 2),
-            (true, true) => (32, 2),
-            (false, false) => (32, 1),
-            (false, true) => (16, 1),
-        };
-        let shared = (ROWS + 2 * stages * tile) * (width * size_of::<E>() + 16);
+        let kernel = pieces.kernel;
+        assert_eq!(kernel, Kernel::of::<E>(self, dim), "pieces for the kernel");
+        let (width, shared) = kernel.shape::<E>(dim);
         let kernel_rule = KernelRule {
             heads: rule.heads as u32,
             kv_heads: kv.kv_heads as u32,
@@ -293,8 +350,11 @@ impl Gpu {
             Bytes(bytemuck::bytes_of(&kernel_rule)),
             Address(out.address),
         ];
-        let kernel = format!("attention_{}_{width}", E::NAME);
-        // SAFETY: as in `cuda/attention.cu`; pages were checked.
-        unsafe { self.launch(&kernel, [pieces.count, kv.kv_heads, 1], THREADS, shared, &arguments) }
+        let name = match kernel {
+            Kernel::Common => format!("attention_{}_{width}", E::NAME),
+            Kernel::WarpGroups => format!("attention_hopper_{}_{width}", E::NAME),
+        };
+        // SAFETY: as in the kernel's file; pages were checked.
+        unsafe { self.launch(&name, [pieces.count, kv.kv_heads, 1], kernel.threads(), shared, &arguments) }
     }
 }

@@ -34,6 +34,7 @@ const OP_T: i32 = 1;
 pub(super) struct Cuda {
     context: Arc<CudaContext>,
     name: String,
+    has_warp_groups: bool,
     handles: Handles,
     workspace: u64,
     functions: Mutex<HashMap<String, Function>>,
@@ -89,6 +90,7 @@ impl Cuda {
         let none = |error: DriverError| GpuError::Missing(format!("GPU {number}: {}", describe(error)));
         let context = CudaContext::new(number).map_err(none)?;
         let name = context.name().map_err(none)?;
+        let has_warp_groups = context.compute_capability().map_err(none)? == (9, 0);
         let mut handles = Handles { stream: std::ptr::null_mut(), modules: Vec::new(), blas: std::ptr::null_mut() };
         handles.stream = result::stream::create(result::stream::StreamKind::NonBlocking).map_err(none)?;
         for module in MODULES {
@@ -96,8 +98,8 @@ impl Cuda {
             handles.modules.push(unsafe { result::module::load_data(module.as_ptr().cast()) }.map_err(none)?);
         }
         handles.blas = blas::create_handle().map_err(|error| GpuError::Missing(format!("cuBLASLt: {error:?}")))?;
-        let mut cuda =
-            Self { context, name, handles, workspace: 0, functions: Mutex::default(), plans: Mutex::default() };
+        let (functions, plans) = (Mutex::default(), Mutex::default());
+        let mut cuda = Self { context, name, has_warp_groups, handles, workspace: 0, functions, plans };
         cuda.workspace = cuda.allocate(WORKSPACE)?;
         Ok(cuda)
     }
@@ -184,6 +186,10 @@ impl Cuda {
 impl Driver for Cuda {
     fn name(&self) -> &str {
         &self.name
+    }
+
+    fn has_warp_groups(&self) -> bool {
+        self.has_warp_groups
     }
 
     fn memory(&self) -> Result<Memory> {

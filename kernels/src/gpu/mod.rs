@@ -31,7 +31,16 @@ use driver::{Argument, Driver};
 
 /// A GPU. Clones are the same one.
 #[derive(Clone)]
-pub struct Gpu(Arc<dyn Driver>);
+pub struct Gpu(Arc<dyn Driver>, Kernels);
+
+/// Which kernels it uses.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kernels {
+    /// Those that run on every GPU.
+    Common,
+    /// Those for its warp groups before others.
+    WarpGroups,
+}
 
 /// What a GPU could not do.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -84,13 +93,23 @@ impl Gpu {
     /// [`GpuError::Missing`] if there is none, or no driver or cuBLAS for it.
     #[cfg(feature = "cuda")]
     pub fn cuda(number: usize) -> Result<Self> {
-        Ok(Self(Arc::new(cuda::Cuda::new(number)?)))
+        Ok(Self::new(Arc::new(cuda::Cuda::new(number)?)))
     }
 
     /// The CPU, doing what a GPU would.
     #[cfg(feature = "emulated")]
     pub fn emulated() -> Self {
-        Self(Arc::new(emulated::Emulated::default()))
+        Self::new(Arc::new(emulated::Emulated::default()))
+    }
+
+    fn new(driver: Arc<dyn Driver>) -> Self {
+        let kernels = if driver.has_warp_groups() { Kernels::WarpGroups } else { Kernels::Common };
+        Self(driver, kernels)
+    }
+
+    /// The same GPU, with none but the kernels that run on every GPU.
+    pub fn common(&self) -> Self {
+        Self(self.0.clone(), Kernels::Common)
     }
 
     /// What it calls itself.

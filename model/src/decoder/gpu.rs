@@ -209,7 +209,8 @@ where
 
     fn cut<'a>(&self, config: &Config, step: &Step<'a>, used: Option<Pieces>) -> Result<Pieces> {
         let mut pieces = used.unwrap_or_else(|| Pieces::new(&self.gpu));
-        pieces.set(&spans(step), &runs(step, usize::MAX), config.num_heads / config.num_kv_heads)?;
+        let group = config.num_heads / config.num_kv_heads;
+        pieces.set::<E>(&spans(step), &runs(step, usize::MAX), group, config.head_dim)?;
         Ok(pieces)
     }
 
