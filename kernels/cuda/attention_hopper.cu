@@ -12,7 +12,6 @@ constexpr unsigned GROUPS = 2;
 // Of a group.
 constexpr unsigned ROWS = 64;
 constexpr unsigned THREADS = (1 + GROUPS) * WARP_GROUP;
-constexpr float LOG2E = 1.4426950408889634f;
 
 // As in attention.cu.
 struct Piece {
@@ -49,10 +48,9 @@ struct Tiles {
     unsigned first, end;
 };
 
-// Those that are seen from positions `lowest` to `highest`.
-template <int TILE>
-__device__ __forceinline__ Tiles seen_from(unsigned lowest, unsigned highest, unsigned window) {
-    return {window && lowest + 1 > window ? (lowest + 1 - window) / TILE : 0, highest / TILE + 1};
+// The first position that one sees.
+__device__ __forceinline__ unsigned first_seen(unsigned position, unsigned window) {
+    return window && position + 1 > window ? position + 1 - window : 0;
 }
 
 // What a thread brings for the block.
@@ -107,17 +105,21 @@ __device__ __forceinline__ void attend(Shared<WIDTH>& shared, const bf16* q, con
     auto head = [&](unsigned row) {
         return uint64_t(piece.row + row / group) * rule.heads + kv_head * group + row % group;
     };
-    // A tile that the group does not see, or is done with.
-    auto leave = [&](Barrier* done) {
-        if (lane() == 0) arrive(done);
+    auto stage_of = [&](unsigned tile) { return (tile - tiles.first) % S::STAGES; };
+    auto wait_for = [&](Barrier* there, unsigned tile) {
+        wait_for_phase(there + stage_of(tile), (tile - tiles.first) / S::STAGES % 2);
     };
+    auto leave = [&](Barrier* done, unsigned tile) {
+        if (lane() == 0) arrive(done + stage_of(tile));
+    };
+    // Tiles that the group does not see.
     auto pass = [&](unsigned from, unsigned to) {
         for (unsigned tile = from; tile < to; ++tile) {
-            const unsigned i = tile - tiles.first, stage = i % S::STAGES, parity = i / S::STAGES % 2;
-            wait_for_phase(&shared.keys_there[stage], parity);
-            leave(&shared.keys_done[stage]);
-            wait_for_phase(&shared.values_there[stage], parity);
-            leave(&shared.values_done[stage]);
+            wait_for(shared.keys_there, tile);
+            wait_for(shared.values_there, tile);
+            __syncwarp();
+            leave(shared.keys_done, tile);
+            leave(shared.values_done, tile);
         }
     };
     if (first_row >= rows) return pass(tiles.first, tiles.end);
@@ -130,10 +132,11 @@ __device__ __forceinline__ void attend(Shared<WIDTH>& shared, const bf16* q, con
     }
     end_group_of_copies();
     const unsigned lowest = position(first_row), highest = position(min(first_row + ROWS, rows) - 1);
-    const Tiles own = seen_from<TILE>(lowest, highest, rule.window);
-    // The two rows of this lane, by the positions of their queries.
-    const unsigned two[2] = {first_row + thread / WARP * 16 + lane() / 4, first_row + thread / WARP * 16 + lane() / 4 + 8};
-    const unsigned queries[2] = {position(two[0]), position(two[1])};
+    const Tiles own = {first_seen(lowest, rule.window) / TILE, highest / TILE + 1};
+    // The two rows of this lane, and from where to where they see keys.
+    const unsigned upper = first_row + thread / WARP * 16 + lane() / 4, two[2] = {upper, upper + 8};
+    const unsigned to[2] = {position(two[0]), position(two[1])};
+    const unsigned from[2] = {first_seen(to[0], rule.window), first_seen(to[1], rule.window)};
     float largest[2] = {-INFINITY, -INFINITY}, shrink[2], sum[2] = {0, 0};
     float s[TILE / 8][4], o[WIDTH / BLOCK][BLOCK / 8][4];
     unsigned p[TILE / 16][4];
@@ -147,9 +150,8 @@ __device__ __forceinline__ void attend(Shared<WIDTH>& shared, const bf16* q, con
     const uint64_t described_q = describe(own_q, 0);
     // s = q keys^T
     auto score = [&](unsigned tile) {
-        const unsigned i = tile - tiles.first, stage = i % S::STAGES;
-        wait_for_phase(&shared.keys_there[stage], i / S::STAGES % 2);
-        const uint64_t keys = describe(shared.keys[stage], 0);
+        wait_for(shared.keys_there, tile);
+        const uint64_t keys = describe(shared.keys[stage_of(tile)], 0);
         begin_products();
 #pragma unroll
         for (int k = 0; k < WIDTH; k += 16) {
@@ -158,11 +160,9 @@ __device__ __forceinline__ void attend(Shared<WIDTH>& shared, const bf16* q, con
         }
         end_products();
     };
-    // o += p values
+    // o += p values, which are there.
     auto weigh = [&](unsigned tile) {
-        const unsigned i = tile - tiles.first, stage = i % S::STAGES;
-        wait_for_phase(&shared.values_there[stage], i / S::STAGES % 2);
-        const uint64_t values = describe(shared.values[stage], TILE * RUN * sizeof(bf16));
+        const uint64_t values = describe(shared.values[stage_of(tile)], TILE * RUN * sizeof(bf16));
         begin_products();
 #pragma unroll
         for (int k = 0; k < TILE; k += 16)
@@ -171,29 +171,27 @@ __device__ __forceinline__ void attend(Shared<WIDTH>& shared, const bf16* q, con
                 weighted_of_64(o[n / BLOCK], p[k / 16], from_byte(values, (n * TILE + k * RUN) * sizeof(bf16)));
         end_products();
     };
+    const float scale = rule.softcap != 0 ? rule.scale / rule.softcap : rule.scale * LOG2E;
     // s becomes weights, `shrink` what is to be done with those before.
     auto soften = [&](unsigned tile) {
+#pragma unroll
+        for (int j = 0; j < TILE / 8; ++j)
+#pragma unroll
+            for (int c = 0; c < 4; ++c) s[j][c] *= scale;
         if (rule.softcap != 0) {
-            const float scale = rule.scale / rule.softcap, cap = rule.softcap * LOG2E;
 #pragma unroll
             for (int j = 0; j < TILE / 8; ++j)
 #pragma unroll
-                for (int c = 0; c < 4; ++c) s[j][c] = cap * tanh_by_powers(s[j][c] * scale);
-        } else {
-            const float scale = rule.scale * LOG2E;
-#pragma unroll
-            for (int j = 0; j < TILE / 8; ++j)
-#pragma unroll
-                for (int c = 0; c < 4; ++c) s[j][c] *= scale;
+                for (int c = 0; c < 4; ++c) s[j][c] = rule.softcap * LOG2E * tanh_by_powers(s[j][c]);
         }
-        const unsigned first_key = tile * TILE, last_key = first_key + TILE - 1;
-        if (last_key > lowest || (rule.window && highest - first_key >= rule.window)) {
+        if (tile * TILE < first_seen(highest, rule.window) || tile * TILE + TILE - 1 > lowest) {
+            const unsigned key = tile * TILE + 2 * (lane() % 4);
 #pragma unroll
             for (int j = 0; j < TILE / 8; ++j)
 #pragma unroll
                 for (int c = 0; c < 4; ++c) {
-                    unsigned key = first_key + 8 * j + 2 * (lane() % 4) + c % 2, query = queries[c / 2];
-                    bool seen = key <= query && (rule.window == 0 || query - key < rule.window);
+                    // Those before the first are very large here.
+                    bool seen = key + 8 * j + c % 2 - from[c / 2] <= to[c / 2] - from[c / 2];
                     s[j][c] = seen ? s[j][c] : -INFINITY;
                 }
         }
@@ -230,21 +228,22 @@ __device__ __forceinline__ void attend(Shared<WIDTH>& shared, const bf16* q, con
     publish_to_products();
     sync_warp_group();
     pass(tiles.first, own.first);
-    auto keys_done = [&](unsigned tile) { leave(&shared.keys_done[(tile - tiles.first) % S::STAGES]); };
-    auto values_done = [&](unsigned tile) { leave(&shared.values_done[(tile - tiles.first) % S::STAGES]); };
     score(own.first);
     wait_for_products<0>(s);
-    keys_done(own.first);
+    leave(shared.keys_done, own.first);
     soften(own.first);
+    wait_for(shared.values_there, own.first);
     pack_weights();
     for (unsigned tile = own.first + 1; tile < own.end; ++tile) {
         score(tile);
         weigh(tile - 1);
         wait_for_products<1>(s);
-        keys_done(tile);
+        leave(shared.keys_done, tile);
         soften(tile);
+        // Here, because the assembler would move the next wait to before what has just been computed.
+        wait_for(shared.values_there, tile);
         wait_for_products<0>(o);
-        values_done(tile - 1);
+        leave(shared.values_done, tile - 1);
 #pragma unroll
         for (int i = 0; i < WIDTH / BLOCK; ++i)
 #pragma unroll
@@ -255,7 +254,7 @@ __device__ __forceinline__ void attend(Shared<WIDTH>& shared, const bf16* q, con
     }
     weigh(own.end - 1);
     wait_for_products<0>(o);
-    values_done(own.end - 1);
+    leave(shared.values_done, own.end - 1);
     pass(own.end, tiles.end);
 
 #pragma unroll
@@ -263,14 +262,14 @@ __device__ __forceinline__ void attend(Shared<WIDTH>& shared, const bf16* q, con
         sum[half] += __shfl_xor_sync(ALL, sum[half], 1);
         sum[half] += __shfl_xor_sync(ALL, sum[half], 2);
         if (two[half] >= rows) continue;
-        bf16* to = out + head(two[half]) * rule.dim;
+        const float share = 1 / sum[half];
+        bf16* row = out + head(two[half]) * rule.dim;
 #pragma unroll
         for (int j = 0; j < WIDTH / 8; ++j) {
             const float(&both)[4] = o[j / (BLOCK / 8)][j % (BLOCK / 8)];
             const unsigned column = 8 * j + 2 * (lane() % 4);
             if (column < rule.dim)
-                *reinterpret_cast<unsigned*>(to + column) =
-                    pack(both[2 * half] / sum[half], both[2 * half + 1] / sum[half]);
+                *reinterpret_cast<unsigned*>(row + column) = pack(both[2 * half] * share, both[2 * half + 1] * share);
         }
     }
 }
@@ -292,7 +291,7 @@ __device__ __forceinline__ void run(const bf16* q, const bf16* keys, const bf16*
     __syncthreads();
     const Piece piece = pieces[blockIdx.x];
     const unsigned last = piece.position + piece.rows - 1;
-    const Tiles tiles = seen_from<S::TILE>(piece.position, last, rule.window);
+    const Tiles tiles = {first_seen(piece.position, rule.window) / S::TILE, last / S::TILE + 1};
     if (threadIdx.x < WARP_GROUP) {
         leave_registers<24>();
         if (threadIdx.x == 0)

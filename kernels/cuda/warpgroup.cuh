@@ -10,6 +10,7 @@
 #include "tile.cuh"
 
 constexpr unsigned WARP_GROUP = 4 * WARP;
+constexpr float LOG2E = 1.4426950408889634f;
 
 __device__ __forceinline__ unsigned shared_address(const void* at) {
 #ifdef __CUDACC__
@@ -153,7 +154,7 @@ __device__ __forceinline__ float power_of_2(float x) {
 
 // The hyperbolic tangent to 2^-22, without branches.
 __device__ __forceinline__ float tanh_by_powers(float x) {
-    const float square = power_of_2(2 * 1.4426950408889634f * x);
+    const float square = power_of_2(2 * LOG2E * x);
 #ifdef __CUDACC__
     return 1 - __fdividef(2, 1 + square);
 #else

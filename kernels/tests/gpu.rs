@@ -219,7 +219,7 @@ const CASE: Case =
     Case { heads: 4, kv_heads: 2, dim: 64, rotated: 64, softcap: None, window: None, normed: false, tokens: 150 };
 
 /// More positions than any case has.
-const POSITIONS: usize = 512;
+const POSITIONS: usize = 2048;
 
 impl Case {
     fn width(&self) -> usize {
@@ -381,19 +381,21 @@ fn attention<E: Element>(gpu: &Gpu) {
         },
         Case { heads: 20, kv_heads: 1, tokens: 40, ..CASE },
     ];
-    for case in cases {
-        let qkv: Vec<E> = rounded(&numbers(case.tokens * case.width(), 5));
-        let whole = attend(gpu, case, &qkv, &[case.tokens], 0);
-        let expected = expected(case, &widened(&qkv));
-        let tolerance = if size_of::<E>() == 2 { 0.02 } else { 1e-5 };
-        for (i, (found, expected)) in whole.iter().zip(&expected).enumerate() {
-            let found = found.to_f32();
-            assert!((found - expected).abs() <= tolerance, "{case:?} {i}: {found} {expected}");
-        }
-        // However it is cut, and whatever stands beside it.
-        let cut = attend(gpu, case, &qkv, &[1, 20, case.tokens - 22, 1], 45);
-        assert!(whole == cut, "{case:?}: other bits in steps");
+    cases.iter().for_each(|case| attention_of::<E>(gpu, *case));
+}
+
+fn attention_of<E: Element>(gpu: &Gpu, case: Case) {
+    let qkv: Vec<E> = rounded(&numbers(case.tokens * case.width(), 5));
+    let whole = attend(gpu, case, &qkv, &[case.tokens], 0);
+    let expected = expected(case, &widened(&qkv));
+    let tolerance = if size_of::<E>() == 2 { 0.02 } else { 1e-5 };
+    for (i, (found, expected)) in whole.iter().zip(&expected).enumerate() {
+        let found = found.to_f32();
+        assert!((found - expected).abs() <= tolerance, "{case:?} {i}: {found} {expected}");
     }
+    // However it is cut, and whatever stands beside it.
+    let cut = attend(gpu, case, &qkv, &[1, 20, case.tokens - 22, 1], 45);
+    assert!(whole == cut, "{case:?}: other bits in steps");
 }
 
 #[test]
@@ -402,6 +404,19 @@ fn attention_is_that_of_the_reference_and_has_the_same_bits_in_steps() {
         attention::<f32>(gpu);
         attention::<bf16>(gpu);
     });
+}
+
+#[test]
+fn long_attention_is_that_of_the_reference_and_has_the_same_bits_in_steps() {
+    let alone = Case { heads: 1, kv_heads: 1, ..CASE };
+    // So many tiles of keys that each place in shared memory for one is used three times.
+    let cases = [
+        Case { tokens: 1100, ..alone },
+        Case { dim: 128, rotated: 128, tokens: 650, ..alone },
+        Case { dim: 256, rotated: 64, tokens: 400, softcap: Some(3.0), ..alone },
+        Case { heads: 3, dim: 116, rotated: 116, tokens: 330, window: Some(200), ..alone },
+    ];
+    on_each_way(|gpu| cases.iter().for_each(|case| attention_of::<bf16>(gpu, *case)));
 }
 
 #[test]
