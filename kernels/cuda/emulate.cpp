@@ -148,6 +148,11 @@ char* start_of_shared() {
     return reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(shared.data()) + ALIGN - 1) / ALIGN * ALIGN);
 }
 
+void check(const void* at, size_t bytes) {
+    const char *start = start_of_shared(), *first = static_cast<const char*>(at);
+    if (first < start || first + bytes > start + shared_bytes) refuse("something lies outside of shared memory");
+}
+
 // Where the matrix unit finds an element of a described matrix of rows of 128 bytes, its chunks swizzled: at `column` of
 // `row`, columns following one another in blocks of 64, rows in groups of 8.
 float element(uint64_t description, unsigned row, unsigned column) {
@@ -155,9 +160,10 @@ float element(uint64_t description, unsigned row, unsigned column) {
     if (description >> 62 != 1 || (description >> 46 & 0xffff) != 0) refuse("a matrix is described as none that is known");
     unsigned at = (start << 4) + column / 64 * (leading << 4) + column % 64 * 2 + row / 8 * (stride << 4) + row % 8 * 128;
     at ^= (at >> 7 & 7) << 4;
-    if (at < ALIGN || at + 2 > ALIGN + shared_bytes) refuse("a matrix lies outside of shared memory");
+    const char* from = start_of_shared() + at - ALIGN;
     __nv_bfloat16 value;
-    memcpy(&value, start_of_shared() + (at - ALIGN), sizeof value);
+    check(from, sizeof value);
+    memcpy(&value, from, sizeof value);
     return __bfloat162float(value);
 }
 
@@ -176,15 +182,19 @@ void multiply(const std::vector<Product>* const* groups, size_t index) {
             const unsigned pair = (*groups[owner])[index].registers[k / 8 * 2 + half];
             left[half][k] = __bfloat162float({uint16_t(pair >> k % 2 * 16)});
         }
-    for (int j = 0; j < product.columns / 8; ++j)
+    for (int j = 0; j < product.columns / 8; ++j) {
+        float right[2][16];
+        for (unsigned c = 0; c < 2; ++c)
+            for (unsigned k = 0; k < 16; ++k) {
+                const unsigned column = 8 * j + 2 * (lane() % 4) + c;
+                right[c][k] = product.registers ? element(product.right, k, column) : element(product.right, column, k);
+            }
         for (unsigned c = 0; c < 4; ++c) {
-            const unsigned column = 8 * j + 2 * (lane() % 4) + c % 2;
             float sum = product.add ? product.sums[j][c] : 0;
-            for (unsigned k = 0; k < 16; ++k)
-                sum += left[c / 2][k] *
-                       (product.registers ? element(product.right, k, column) : element(product.right, column, k));
+            for (unsigned k = 0; k < 16; ++k) sum += left[c / 2][k] * right[c % 2][k];
             product.sums[j][c] = sum;
         }
+    }
 }
 
 bool ready(const Fiber& fiber) {
@@ -230,11 +240,17 @@ void run_block() {
     group_barriers.assign(warps.size() / 4 + 1, {});
     living = fibers.size();
     std::vector<Fiber*> order;
+    // One warp or one thread runs only when no other can.
+    const unsigned width = dice() % 2 ? 32 : 1, last = dice() % ((fibers.size() + width - 1) / width);
     while (living > 0) {
         order.clear();
         for (Fiber& fiber : fibers)
-            if (ready(fiber)) order.push_back(&fiber);
-        if (!bulk_copies.empty() && (order.empty() || dice() % 8 == 0)) copy_one();
+            if (fiber.number / width != last && ready(fiber)) order.push_back(&fiber);
+        const bool others = !order.empty();
+        if (!others)
+            for (Fiber& fiber : fibers)
+                if (ready(fiber)) order.push_back(&fiber);
+        if (!bulk_copies.empty() && dice() % (others ? 8 : order.empty() ? 1 : 2) == 0) copy_one();
         else if (order.empty()) refuse("its threads wait for one another for ever");
         std::shuffle(order.begin(), order.end(), dice);
         for (Fiber* fiber : order) resume(*fiber);
@@ -267,6 +283,7 @@ void wait_for_copies(unsigned left) {
 unsigned shared_address(const void* at) { return unsigned(static_cast<const char*>(at) - start_of_shared() + ALIGN); }
 
 void begin_barrier(uint64_t* barrier, unsigned threads) {
+    check(barrier, sizeof *barrier);
     const Phases phases = {0, threads, threads, 0};
     static_assert(sizeof phases == sizeof *barrier);
     memcpy(barrier, &phases, sizeof phases);
@@ -291,6 +308,7 @@ void wait_for_warp_group() { wait(group_barriers[current->number / 128], 128); }
 void copy_bulk(void* to, const void* from, unsigned bytes, uint64_t* barrier) {
     if ((reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from) | bytes) % 16 != 0)
         refuse("a bulk copy is not of 16 bytes each");
+    check(to, bytes);
     bulk_copies.push_back({to, from, bytes, barrier});
     if (dice() % 4 == 0) copy_one();
 }

@@ -1,8 +1,9 @@
 // Runs CUDA kernels on the CPU, for tests where there is no GPU: what a kernel needs of CUDA, as plain C++.
 //
 // A block's threads are fibers. One runs until it waits for others, at a barrier or a shuffle; then another does, in an
-// order that is shuffled anew every time, so that a barrier that is missing shows as a wrong result. Fibers that wait
-// for one another for ever, because a barrier is not reached by all, end the program. Blocks run one after the other.
+// order that is shuffled anew every time and in which some come last, so that a barrier that is missing shows as a wrong
+// result. Fibers that wait for one another for ever, because a barrier is not reached by all, end the program. Blocks
+// run one after the other.
 // Numbers are the CPU's: a result is not that of a GPU to the last bit. What goes on beside a thread, copies and
 // products, is done when it is waited for, bulk copies at any time before, so that a wait that is missing shows, too.
 #pragma once
