@@ -61,8 +61,8 @@ __device__ __forceinline__ void bring(Shared<WIDTH>& shared, const bf16* keys, c
     constexpr unsigned PAGES = S::TILE / PAGE;
     auto bring_tile = [&](bf16* to, const bf16* from, unsigned tile, Barrier* there, Barrier* done, unsigned round) {
         unsigned numbers[PAGES];
+        // Behind the last page comes that one again: what no row sees has to be finite, as all values in pages are.
 #pragma unroll
-        // Behind the last page comes that one again: what no row sees has to be numbers.
         for (unsigned i = 0; i < PAGES; ++i) numbers[i] = pages[min(tile * PAGES + i, last_page)];
         // At first every stage is free.
         wait_for_phase(done, (round + 1) % 2);
@@ -274,9 +274,11 @@ __device__ __forceinline__ void attend(Shared<WIDTH>& shared, const bf16* q, con
     }
 }
 
+// Nothing on a GPU of another kind.
 template <int WIDTH>
 __device__ __forceinline__ void run(const bf16* q, const bf16* keys, const bf16* values, const Piece* pieces,
                                     const unsigned* pages, const Rule& rule, bf16* out) {
+#if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
     using S = Shape<WIDTH>;
     DYNAMIC_SHARED(Shared<WIDTH>, shared);
     if (threadIdx.x == 0) {
@@ -300,19 +302,15 @@ __device__ __forceinline__ void run(const bf16* q, const bf16* keys, const bf16*
         take_registers<240>();
         attend<WIDTH>(*shared, q, piece, rule, (threadIdx.x / WARP_GROUP - 1) * ROWS, tiles, out);
     }
+#endif
 }
 
 // q[rows, heads, WIDTH] over pages as in pages.cuh, into out[rows, heads, dim], dim even. Blocks are pieces by key heads; a
 // piece has at most GROUPS * ROWS / (heads / kv_heads) rows.
-#if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
-#define RUN_ON_HOPPER(WIDTH) run<WIDTH>(q, keys, values, pieces, pages, rule, out);
-#else
-#define RUN_ON_HOPPER(WIDTH)
-#endif
-#define ATTENTION(WIDTH)                                                                                           \
-    KERNEL_OF(THREADS, attention_hopper_bf16_##WIDTH, const bf16* q, const bf16* keys, const bf16* values,         \
-              const Piece* pieces, const unsigned* pages, Rule rule, bf16* out) {                                  \
-        RUN_ON_HOPPER(WIDTH)                                                                                       \
+#define ATTENTION(WIDTH)                                                                                   \
+    KERNEL_OF(THREADS, attention_hopper_bf16_##WIDTH, const bf16* q, const bf16* keys, const bf16* values, \
+              const Piece* pieces, const unsigned* pages, Rule rule, bf16* out) {                          \
+        run<WIDTH>(q, keys, values, pieces, pages, rule, out);                                             \
     }
 
 ATTENTION(64)

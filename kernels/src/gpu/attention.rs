@@ -129,7 +129,6 @@ impl Kernel {
                 let tile = if width > 128 { 64 } else { 128 };
                 let stages = if width > 64 { 2 } else { 4 };
                 let barriers = 4 * stages * size_of::<u64>();
-                // As a structure that is a multiple of its alignment.
                 (width, (self.rows() + 2 * stages * tile) * width * size_of::<E>() + barriers)
             }
         }
