@@ -64,6 +64,8 @@ struct Fiber {
     std::vector<Product> products;
     std::deque<std::vector<Product>> product_groups;
     bool may_multiply = false;
+    // Whether products might not see what it has copied to shared memory.
+    bool unpublished = false;
     jmp_buf where;
     std::unique_ptr<char[]> stack = std::make_unique_for_overwrite<char[]>(STACK);
 };
@@ -82,6 +84,7 @@ unsigned living;
 std::vector<char> shared;
 size_t shared_bytes;
 std::vector<BulkCopy> bulk_copies;
+bool barriers_published;
 std::minstd_rand dice;
 Fiber* current;
 jmp_buf scheduler;
@@ -233,7 +236,7 @@ void run_block() {
         fiber.groups.clear();
         fiber.products.clear();
         fiber.product_groups.clear();
-        fiber.may_multiply = false;
+        fiber.may_multiply = fiber.unpublished = false;
         ++warps[i / 32].living;
     }
     barrier = {};
@@ -277,6 +280,7 @@ void wait_for_copies(unsigned left) {
         for (const Copy& copy : current->groups.front()) {
             if (copy.valid) memcpy(copy.to, copy.from, 16);
             else memset(copy.to, 0, 16);
+            current->unpublished = true;
         }
 }
 
@@ -284,12 +288,16 @@ unsigned shared_address(const void* at) { return unsigned(static_cast<const char
 
 void begin_barrier(uint64_t* barrier, unsigned threads) {
     check(barrier, sizeof *barrier);
+    barriers_published = false;
     const Phases phases = {0, threads, threads, 0};
     static_assert(sizeof phases == sizeof *barrier);
     memcpy(barrier, &phases, sizeof phases);
 }
 
+void publish_barriers() { barriers_published = true; }
+
 void arrive(uint64_t* barrier, unsigned bytes) {
+    if (!barriers_published) refuse("a thread arrives at a barrier that was not published");
     Phases phases = of(barrier);
     if (phases.left == 0) refuse("more threads arrive at a barrier than it counts");
     --phases.left;
@@ -320,7 +328,12 @@ void multiply_later(const Product& product) {
     current->products.push_back(product);
 }
 
+void publish_to_products() { current->unpublished = false; }
+
 void end_products() {
+    const unsigned first = current->number / 128 * 128;
+    for (unsigned i = first; i < first + 128; ++i)
+        if (fibers[i].unpublished) refuse("a product reads what was not published to it");
     current->product_groups.push_back(std::exchange(current->products, {}));
     current->may_multiply = false;
 }

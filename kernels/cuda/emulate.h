@@ -91,6 +91,7 @@ void wait_for_copies(unsigned left);
 // What warpgroup.cuh does. Addresses in shared memory are counted from somewhere, as there.
 unsigned shared_address(const void* at);
 void begin_barrier(uint64_t* barrier, unsigned threads);
+void publish_barriers();
 void arrive(uint64_t* barrier, unsigned bytes);
 void wait_for_phase(uint64_t* barrier, unsigned parity);
 void wait_for_warp_group();
@@ -107,6 +108,7 @@ struct Product {
 };
 void begin_products();
 void multiply_later(const Product& product);
+void publish_to_products();
 void end_products();
 void wait_for_products(unsigned left);
 

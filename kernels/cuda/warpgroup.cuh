@@ -38,6 +38,8 @@ __device__ __forceinline__ void begin_barrier(Barrier* barrier, unsigned threads
 __device__ __forceinline__ void publish_barriers() {
 #ifdef __CUDACC__
     asm volatile("fence.mbarrier_init.release.cluster;\n" ::: "memory");
+#else
+    emulated::publish_barriers();
 #endif
 }
 
@@ -106,6 +108,8 @@ __device__ __forceinline__ void copy_bulk(void* to, const void* from, unsigned b
 __device__ __forceinline__ void publish_to_products() {
 #ifdef __CUDACC__
     asm volatile("fence.proxy.async.shared::cta;\n" ::: "memory");
+#else
+    emulated::publish_to_products();
 #endif
 }
 
@@ -152,7 +156,7 @@ __device__ __forceinline__ float power_of_2(float x) {
 #endif
 }
 
-// The hyperbolic tangent to 2^-22, without branches.
+// The hyperbolic tangent to 2^-20, without branches.
 __device__ __forceinline__ float tanh_by_powers(float x) {
     const float square = power_of_2(2 * LOG2E * x);
 #ifdef __CUDACC__
