@@ -171,18 +171,14 @@ __device__ __forceinline__ void attend(Shared<WIDTH>& shared, const bf16* q, con
                 weighted_of_64(o[n / BLOCK], p[k / 16], from_byte(values, (n * TILE + k * RUN) * sizeof(bf16)));
         end_products();
     };
-    const float scale = rule.softcap != 0 ? rule.scale / rule.softcap : rule.scale * LOG2E;
+    const float scale = (rule.softcap != 0 ? rule.softcap : rule.scale) * LOG2E, capped = rule.scale / rule.softcap;
     // s becomes weights, `shrink` what is to be done with those before.
     auto soften = [&](unsigned tile) {
-#pragma unroll
-        for (int j = 0; j < TILE / 8; ++j)
-#pragma unroll
-            for (int c = 0; c < 4; ++c) s[j][c] *= scale;
         if (rule.softcap != 0) {
 #pragma unroll
             for (int j = 0; j < TILE / 8; ++j)
 #pragma unroll
-                for (int c = 0; c < 4; ++c) s[j][c] = rule.softcap * LOG2E * tanh_by_powers(s[j][c]);
+                for (int c = 0; c < 4; ++c) s[j][c] = tanh_by_powers(s[j][c] * capped);
         }
         if (tile * TILE < first_seen(highest, rule.window) || tile * TILE + TILE - 1 > lowest) {
             const unsigned key = tile * TILE + 2 * (lane() % 4);
@@ -199,11 +195,12 @@ __device__ __forceinline__ void attend(Shared<WIDTH>& shared, const bf16* q, con
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             const float before = largest[half];
+            float most = -INFINITY;
 #pragma unroll
-            for (int j = 0; j < TILE / 8; ++j)
-                largest[half] = fmaxf(largest[half], fmaxf(s[j][2 * half], s[j][2 * half + 1]));
-            largest[half] = fmaxf(largest[half], __shfl_xor_sync(ALL, largest[half], 1));
-            largest[half] = fmaxf(largest[half], __shfl_xor_sync(ALL, largest[half], 2));
+            for (int j = 0; j < TILE / 8; ++j) most = fmaxf(most, fmaxf(s[j][2 * half], s[j][2 * half + 1]));
+            most = fmaxf(most, __shfl_xor_sync(ALL, most, 1));
+            most = fmaxf(most, __shfl_xor_sync(ALL, most, 2));
+            largest[half] = fmaxf(before, most * scale);
             // Of a row that has seen nothing yet, every weight is 0.
             least[half] = largest[half] == -INFINITY ? 0 : largest[half];
             shrink[half] = power_of_2(before - least[half]);
@@ -213,7 +210,7 @@ __device__ __forceinline__ void attend(Shared<WIDTH>& shared, const bf16* q, con
         for (int j = 0; j < TILE / 8; ++j)
 #pragma unroll
             for (int c = 0; c < 4; ++c) {
-                s[j][c] = power_of_2(s[j][c] - least[c / 2]);
+                s[j][c] = power_of_2(fmaf(s[j][c], scale, -least[c / 2]));
                 sum[c / 2] += s[j][c];
             }
     };
@@ -305,8 +302,8 @@ __device__ __forceinline__ void run(const bf16* q, const bf16* keys, const bf16*
 #endif
 }
 
-// q[rows, heads, WIDTH] over pages as in pages.cuh, into out[rows, heads, dim], dim even. Blocks are pieces by key heads; a
-// piece has at most GROUPS * ROWS / (heads / kv_heads) rows.
+// q[rows, heads, WIDTH] over pages as in pages.cuh, into out[rows, heads, dim], dim even, scale and softcap not negative.
+// Blocks are pieces by key heads; a piece has at most GROUPS * ROWS / (heads / kv_heads) rows.
 #define ATTENTION(WIDTH)                                                                                   \
     KERNEL_OF(THREADS, attention_hopper_bf16_##WIDTH, const bf16* q, const bf16* keys, const bf16* values, \
               const Piece* pieces, const unsigned* pages, Rule rule, bf16* out) {                          \

@@ -329,6 +329,11 @@ impl Gpu {
         assert!((pieces.last_page as usize) < kv.pages, "no such page");
         let kernel = pieces.kernel;
         assert_eq!(kernel, Kernel::of::<E>(self, dim), "pieces for the kernel");
+        // It scales the largest of the scores, not each of them.
+        let factor = rule.softcap.unwrap_or(rule.scale).min(rule.scale);
+        if kernel == Kernel::WarpGroups && factor <= 0.0 {
+            return Err(GpuError::Failed(format!("scores times {factor}: the kernel takes a positive factor")));
+        }
         let (width, shared) = kernel.shape::<E>(dim);
         let kernel_rule = KernelRule {
             heads: rule.heads as u32,
