@@ -252,7 +252,6 @@ __device__ __forceinline__ void attend(Shared<WIDTH>& shared, const bf16* q, con
     weigh(own.end - 1);
     wait_for_products<0>(o);
     leave(shared.values_done, own.end - 1);
-    pass(own.end, tiles.end);
 
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -269,6 +268,7 @@ __device__ __forceinline__ void attend(Shared<WIDTH>& shared, const bf16* q, con
                 *reinterpret_cast<unsigned*>(row + column) = pack(both[2 * half] * share, both[2 * half + 1] * share);
         }
     }
+    pass(own.end, tiles.end);
 }
 
 // Nothing on a GPU of another kind.
