@@ -184,7 +184,7 @@ impl Bench {
         let mut kv = KvPages::<bf16>::new(gpu, layers, kv_heads, dim, next as usize).unwrap();
         let mut pieces = Pieces::new(gpu);
         let rule = CutRule { heads, kv_heads, head_dim: dim, invariant: false, partial_bytes: gpu::PARTIAL_BYTES };
-        pieces.set(&spans, &runs, rule, row).unwrap();
+        pieces.set::<bf16>(&spans, &runs, rule, row).unwrap();
         let mut partials = Partials::new(gpu);
         let positions = sequences.iter().map(|(cached, len)| cached + len).max().unwrap_or(0);
         let frequencies: Vec<f32> = (0..dim / 2).map(|i| 10_000f32.powf(-2.0 * i as f32 / dim as f32)).collect();

@@ -6,47 +6,16 @@
 // bits. Where the range is not all that a row sees, the result is partial, and partial results are merged in the order
 // of their keys by the logarithms of their sums (Dao et al. 2023, Flash-Decoding). So a row's order of summation depends
 // on how its own keys are cut, which the host decides, and not on the rows that are in its block.
+#include "attention.cuh"
 #include "tile.cuh"
 
-constexpr int PAGE = 32;
 constexpr int ROWS = 64;
 constexpr int THREADS = 128;
 constexpr unsigned MAX_DIM = 256;
-constexpr float LOG2E = 1.4426950408889634f;
-constexpr float LN2 = 0.6931471805599453f;
-
-// Rows that attend to the same keys, of one sequence or of several with the same pages there.
-struct Piece {
-    // Where its rows are in the list of rows, and how many.
-    unsigned first, rows;
-    // The least of their positions.
-    unsigned position;
-    // The keys, by position; `from` is a multiple of 64.
-    unsigned from, to;
-    // Where the sequence's pages begin in the list of pages.
-    unsigned pages;
-};
-
-struct Row {
-    // In q and in the result.
-    unsigned row;
-    // Where its partial result goes, or WHOLE if the piece has all keys that it sees.
-    unsigned slot;
-};
-constexpr unsigned WHOLE = 0xffffffff;
 
 // A row with `count` partial results from `slot` on, at most one for each lane of a warp.
 struct Merge {
     unsigned row, slot, count;
-};
-
-struct Rule {
-    unsigned heads, kv_heads, dim, padded_dim;
-    float scale;
-    // 0 for none.
-    float softcap;
-    // Keys that a query sees, itself included; 0 for all.
-    unsigned window;
 };
 
 // How a head's width is cut: WIDTH is its own, rounded up, TILE keys at a time, STAGES tiles in shared memory.
@@ -58,36 +27,6 @@ struct Shape {
     // Elements of 16 bytes; rows are that much longer, so that those of a matrix lie in different banks.
     static constexpr int CHUNK = 16 / sizeof(E);
     static constexpr int STRIDE = WIDTH + CHUNK;
-};
-
-// Where results go.
-template <class E>
-struct Results {
-    // [rows, heads, dim].
-    E* out;
-    // [rows, heads], or null: the natural logarithm of the sum of exp(score) over the keys that a row sees, of scores as
-    // they go into soft-max, scaled and capped.
-    float* log_sums;
-    // [slots, heads, padded_dim]: what a row makes of a piece's keys alone. Not set where it sees none.
-    float* partial;
-    // [slots, heads]: as `log_sums` for these keys, but to base 2; -INFINITY where a row sees none.
-    float* partial_log_sums;
-};
-
-// A piece's rows, as a block for a key head has them: positions times heads.
-struct Rows {
-    const Row* rows;
-    unsigned heads, first_head, group, count;
-
-    __device__ Rows(const Piece& piece, const Row* list, const Rule& rule, unsigned kv_head)
-        : rows(list + piece.first),
-          heads(rule.heads),
-          first_head(kv_head * (rule.heads / rule.kv_heads)),
-          group(rule.heads / rule.kv_heads),
-          count(piece.rows * (rule.heads / rule.kv_heads)) {}
-    __device__ Row of(unsigned i) const { return rows[i / group]; }
-    // In [rows, heads], or in [slots, heads].
-    __device__ uint64_t at(unsigned row, unsigned i) const { return uint64_t(row) * heads + first_head + i % group; }
 };
 
 template <class E, int WIDTH>
@@ -113,15 +52,12 @@ __device__ __forceinline__ void load_tile(E* own_keys, E* own_values, const E* k
         unsigned row = i / CHUNKS, column = i % CHUNKS * S::CHUNK, position = tile * S::TILE + row;
         bool valid = position < end && column < rule.padded_dim;
         uint64_t page = valid ? pages[position / PAGE] : 0;
-        uint64_t from = ((page * rule.kv_heads + kv_head) * PAGE + position % PAGE) * rule.padded_dim + column;
+        uint64_t from = (page * rule.kv_heads + kv_head) * PAGE * rule.padded_dim +
+                        in_tile<E>(position, column, rule.padded_dim);
         unsigned to = row * S::STRIDE + column;
         copy16(own_keys + to, keys + (valid ? from : 0), valid);
         copy16(own_values + to, values + (valid ? from : 0), valid);
     }
-}
-
-__device__ __forceinline__ bool sees(const Rule& rule, unsigned query, unsigned key) {
-    return key <= query && (rule.window == 0 || query - key < rule.window);
 }
 
 // The row's elements that this lane holds, before they are divided by its sum of exp2(score - largest). Row i of the
@@ -187,8 +123,7 @@ __device__ __forceinline__ void attend(const E* q, const E* keys, const E* value
         for (int c = 0; c < 4; ++c) o[j][c] = 0;
 
     // From the window's beginning on, which may be behind all of the piece's keys.
-    const unsigned begin = rule.window && piece.position + 1 > rule.window ? piece.position + 1 - rule.window : 0;
-    const unsigned first = max(begin, piece.from) / TILE, end = (piece.to + TILE - 1) / TILE;
+    const unsigned first = max(first_seen(piece.position, rule.window), piece.from) / TILE, end = (piece.to + TILE - 1) / TILE;
     load_queries<E, WIDTH>(own_q, q, rows, rule.padded_dim);
     if (first < end) load(first, 0);
     for (unsigned tile = first; tile < end; ++tile) {
@@ -292,8 +227,8 @@ __device__ __forceinline__ void merge(const Merge* merges, const Rule& rule, con
     if (results.log_sums && lane() == 0) results.log_sums[at] = (largest + log2f(sum)) * LN2;
 }
 
-// q[rows, heads, padded_dim] over pages [_, kv_heads, PAGE, padded_dim]. Blocks are pieces by key heads; a piece has at
-// most ROWS / (heads / kv_heads) rows. `positions` are those of all rows.
+// q[rows, heads, padded_dim] over pages as in pages.cuh. Blocks are pieces by key heads; a piece has at most ROWS / (heads /
+// kv_heads) rows. `positions` are those of all rows.
 #define ATTENTION(suffix, E, WIDTH)                                                                                   \
     KERNEL(attention_##suffix##_##WIDTH, const E* q, const E* keys, const E* values, const Piece* pieces,             \
            const Row* rows, const unsigned* positions, const unsigned* pages, Rule rule, Results<E> results) {        \

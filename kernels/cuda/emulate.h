@@ -1,9 +1,11 @@
 // Runs CUDA kernels on the CPU, for tests where there is no GPU: what a kernel needs of CUDA, as plain C++.
 //
 // A block's threads are fibers. One runs until it waits for others, at a barrier or a shuffle; then another does, in an
-// order that is shuffled anew every time, so that a barrier that is missing shows as a wrong result. Fibers that wait
-// for one another for ever, because a barrier is not reached by all, end the program. Blocks run one after the other.
-// Numbers are the CPU's: a result is not that of a GPU to the last bit.
+// order that is shuffled anew every time and in which some come last, so that a barrier that is missing shows as a wrong
+// result. Fibers that wait for one another for ever, because a barrier is not reached by all, end the program. Blocks
+// run one after the other.
+// Numbers are the CPU's: a result is not that of a GPU to the last bit. What goes on beside a thread, copies and
+// products, is done when it is waited for, bulk copies at any time before, so that a wait that is missing shows, too.
 #pragma once
 
 #include <math.h>
@@ -86,6 +88,30 @@ void copy_later(void* to, const void* from, bool valid);
 void end_group_of_copies();
 void wait_for_copies(unsigned left);
 
+// What warpgroup.cuh does. Addresses in shared memory are counted from somewhere, as there.
+unsigned shared_address(const void* at);
+void begin_barrier(uint64_t* barrier, unsigned threads);
+void publish_barriers();
+void arrive(uint64_t* barrier, unsigned bytes);
+void wait_for_phase(uint64_t* barrier, unsigned parity);
+void wait_for_warp_group();
+void copy_bulk(void* to, const void* from, unsigned bytes, uint64_t* barrier);
+
+// sums[64, columns] (+)= left[64, 16] times right, of which this thread has what tile.cuh says. `right` describes rows
+// [columns, 16], or where `registers` are what the thread has of the left one, rows [16, columns].
+struct Product {
+    float (*sums)[4];
+    int columns;
+    const unsigned* registers;
+    uint64_t left, right;
+    bool add;
+};
+void begin_products();
+void multiply_later(const Product& product);
+void publish_to_products();
+void end_products();
+void wait_for_products(unsigned left);
+
 template <class T>
 T from_lane(T value, unsigned source) {
     static_assert(sizeof(T) <= sizeof(uint64_t));
@@ -130,6 +156,7 @@ T __shfl_xor_sync(unsigned, T value, int mask) {
 
 #define DYNAMIC_SHARED(type, name) type* name = static_cast<type*>(emulated::dynamic_shared())
 
+#define KERNEL_OF(threads, name, ...) KERNEL(name, __VA_ARGS__)
 #define KERNEL(name, ...)                                                                                     \
     static void name(__VA_ARGS__);                                                                            \
     static emulated::Kernel name##_registered(#name, [](void** arguments) { emulated::call(name, arguments); }); \

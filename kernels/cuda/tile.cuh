@@ -99,6 +99,8 @@ __device__ __forceinline__ void weighted(float (&o)[N / 8][4], const float (&p)[
 
 #ifndef __CUDACC__
 
+inline unsigned pack(float low, float high) { return narrow<bf16>(low).bits | unsigned(narrow<bf16>(high).bits) << 16; }
+
 template <int N, int K>
 void product(float (&s)[N / 8][4], const bf16* a, const bf16* b, int stride) {
     plain_product<N, K>(s, a, b, stride);

@@ -28,6 +28,14 @@ fn on_each(test: impl Fn(&Gpu)) {
     }
 }
 
+/// Runs a test on each, and once more with the kernels that all have in common.
+fn on_each_way(test: impl Fn(&Gpu)) {
+    on_each(|gpu| {
+        test(gpu);
+        test(&gpu.common());
+    });
+}
+
 /// Numbers from -1 to 1.
 fn numbers(n: usize, seed: usize) -> Vec<f32> {
     (0..n).map(|i| ((i * 7919 + seed * 104_729) % 2003) as f32 / 1001.0 - 1.0).collect()
@@ -214,7 +222,7 @@ const CASE: Case =
     Case { heads: 4, kv_heads: 2, dim: 64, rotated: 64, softcap: None, window: None, normed: false, tokens: 150 };
 
 /// More positions than any case has.
-const POSITIONS: usize = 1200;
+const POSITIONS: usize = 2048;
 
 impl Case {
     fn width(&self) -> usize {
@@ -274,7 +282,7 @@ impl<'a, E: Element> Attending<'a, E> {
             kv: KvPages::new(gpu, 1, case.kv_heads, case.dim, pages).unwrap(),
             angles: gpu.upload(case.rotary().table()).unwrap(),
             norms: [norm(true), norm(false)],
-            invariant: false,
+            invariant: gpu.is_invariant(),
             partial_bytes: gpu::PARTIAL_BYTES,
             pieces: Pieces::new(gpu),
             partials: Partials::new(gpu),
@@ -305,7 +313,7 @@ impl<'a, E: Element> Attending<'a, E> {
         };
         // Two rows are of no sequence.
         let rows = qkv.len() / case.width() + 2;
-        pieces.set(spans, runs, rule, rows).unwrap();
+        pieces.set::<E>(spans, runs, rule, rows).unwrap();
         let mut q = gpu.zeros(rows * kv.q_width(case.heads)).unwrap();
         let nothing = vec![E::from_f32(f32::NAN); 2 * case.width()];
         let qkv = gpu.upload(&[qkv, &nothing].concat()).unwrap();
@@ -408,32 +416,49 @@ const CASES: [Case; 6] = [
 ];
 
 fn attention<E: Element>(gpu: &Gpu) {
-    for case in CASES {
-        let qkv: Vec<E> = rounded(&numbers(case.tokens * case.width(), 5));
-        let whole = attend(gpu, case, &qkv, &[case.tokens], 0);
-        let expected = expected(case, &widened(&qkv));
-        let tolerance = if size_of::<E>() == 2 { 0.02 } else { 1e-5 };
-        for (i, (found, expected)) in whole.iter().zip(&expected).enumerate() {
-            let found = found.to_f32();
-            assert!((found - expected).abs() <= tolerance, "{case:?} {i}: {found} {expected}");
-        }
-        // However it is cut, and whatever stands beside it.
-        let cut = attend(gpu, case, &qkv, &[1, 20, case.tokens - 22, 1], 45);
-        assert!(whole == cut, "{case:?}: other bits in steps");
+    CASES.iter().for_each(|case| attention_of::<E>(gpu, *case));
+}
+
+fn attention_of<E: Element>(gpu: &Gpu, case: Case) {
+    let qkv: Vec<E> = rounded(&numbers(case.tokens * case.width(), 5));
+    let whole = attend(gpu, case, &qkv, &[case.tokens], 0);
+    let expected = expected(case, &widened(&qkv));
+    let tolerance = if size_of::<E>() == 2 { 0.02 } else { 1e-5 };
+    for (i, (found, expected)) in whole.iter().zip(&expected).enumerate() {
+        let found = found.to_f32();
+        assert!((found - expected).abs() <= tolerance, "{case:?} {i}: {found} {expected}");
     }
+    // However it is cut, and whatever stands beside it.
+    let cut = attend(gpu, case, &qkv, &[1, 20, case.tokens - 22, 1], 45);
+    assert!(whole == cut, "{case:?}: other bits in steps");
 }
 
 #[test]
 fn attention_is_that_of_the_reference_and_has_the_same_bits_in_steps() {
-    on_each(|gpu| {
+    on_each_way(|gpu| {
         attention::<f32>(gpu);
         attention::<bf16>(gpu);
     });
 }
 
 #[test]
+fn long_attention_is_that_of_the_reference_and_has_the_same_bits_in_steps() {
+    let alone = Case { heads: 1, kv_heads: 1, ..CASE };
+    // So many tiles of keys that each place in shared memory for one is used three times.
+    let cases = [
+        Case { tokens: 1100, ..alone },
+        Case { dim: 128, rotated: 128, tokens: 650, ..alone },
+        Case { dim: 256, rotated: 64, tokens: 400, softcap: Some(3.0), ..alone },
+        Case { heads: 3, dim: 116, rotated: 116, tokens: 330, window: Some(200), ..alone },
+        // A warp group does not see tiles between which another one does.
+        Case { dim: 256, rotated: 64, tokens: 300, window: Some(150), ..alone },
+    ];
+    on_each_way(|gpu| cases.iter().for_each(|case| attention_of::<bf16>(&gpu.invariant(), *case)));
+}
+
+#[test]
 fn what_is_no_number_reaches_only_those_who_see_it() {
-    on_each(|gpu| {
+    on_each_way(|gpu| {
         let (case, bad) = (Case { tokens: 70, ..CASE }, 40);
         let width = case.heads * case.dim;
         let mut qkv: Vec<bf16> = rounded(&numbers(case.tokens * case.width(), 5));
@@ -580,7 +605,7 @@ fn what_was_recorded_is_done_again_with_what_is_there_then() {
 #[test]
 fn an_invariant_gpu_computes_a_row_by_itself() {
     on_each(|gpu| {
-        let gpu = &gpu.clone().invariant();
+        let gpu = &gpu.invariant();
         // Few outputs and many inputs are what sums in parts would be chosen for.
         for (inputs, outputs, most, bias) in [(768, 264, 300, None), (4096, 64, 70, Some(numbers(64, 3)))] {
             let w: Vec<bf16> = rounded(&numbers(outputs * inputs, 1));

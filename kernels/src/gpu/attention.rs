@@ -3,13 +3,11 @@
 use bytemuck::{Pod, Zeroable};
 
 use super::driver::Argument::{Address, Bytes, F32, U32};
-use super::pieces::{Partials, Pieces, ROWS};
-use super::{Buffer, Gpu, GpuError, Norm, Result, View, ViewMut};
+use super::pieces::{Partials, Pieces};
+use super::{Buffer, Gpu, GpuError, Kernels, Norm, Result, View, ViewMut};
 use crate::Element;
 use crate::attention::{PAGE, Rule};
 
-/// Threads of the blocks that attend.
-const THREADS: usize = 128;
 /// Heads that a block makes ready, or merges, a warp each.
 const HEADS: usize = 4;
 /// Heads are filled up to a multiple of so many elements with zeros: copies of 16 bytes, and whole matrices.
@@ -23,7 +21,7 @@ pub struct KvPages<E> {
     kv_heads: usize,
     dim: usize,
     pages: usize,
-    /// A layer's keys and values, each `[pages, kv_heads, PAGE, padded_dim]`.
+    /// A layer's keys and values, each `[pages, kv_heads, PAGE * padded_dim]`, see `cuda/pages.cuh`.
     layers: Vec<[Buffer<E>; 2]>,
 }
 
@@ -90,6 +88,67 @@ pub struct Prepare<'a> {
     pub rotated: usize,
 }
 
+/// A kernel of attention.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Kernel {
+    /// That of `cuda/attention.cu`.
+    Common,
+    /// That of `cuda/attention_hopper.cu`.
+    WarpGroups,
+}
+
+impl Kernel {
+    /// The one for heads of so many elements.
+    pub(super) fn of<E: Element>(gpu: &Gpu, dim: usize) -> Self {
+        let fits = size_of::<E>() == 2 && dim.is_multiple_of(2) && [64, 128, 256].contains(&padded(dim));
+        match gpu.1.kernels {
+            Kernels::WarpGroups if fits => Self::WarpGroups,
+            _ => Self::Common,
+        }
+    }
+
+    /// Rows that a block takes, positions times the heads that share a key head; `ROWS` there.
+    pub(super) fn rows(self) -> usize {
+        match self {
+            Self::Common => 64,
+            Self::WarpGroups => 2 * 64,
+        }
+    }
+
+    /// Threads of a block.
+    fn threads(self) -> usize {
+        match self {
+            Self::Common => 128,
+            Self::WarpGroups => 3 * 128,
+        }
+    }
+
+    /// Width of the kernel that heads of so many elements take, and the bytes of shared memory of its blocks.
+    fn shape<E: Element>(self, dim: usize) -> (usize, usize) {
+        match self {
+            Self::Common => {
+                // What is left out would help nobody.
+                let widths: &[usize] = if size_of::<E>() == 2 { &[64, 96, 128, 256] } else { &[64, 128, 256] };
+                let width = widths.iter().copied().find(|width| padded(dim) <= *width).unwrap_or(MAX_DIM);
+                let (tile, stages) = match (size_of::<E>() == 2, width > 128) {
+                    (true, false) => (64, 2),
+                    (true, true) => (32, 2),
+                    (false, false) => (32, 1),
+                    (false, true) => (16, 1),
+                };
+                (width, (self.rows() + 2 * stages * tile) * (width * size_of::<E>() + 16))
+            }
+            Self::WarpGroups => {
+                let width = padded(dim);
+                let tile = if width > 128 { 64 } else { 128 };
+                let stages = if width > 64 { 2 } else { 4 };
+                let barriers = 4 * stages * size_of::<u64>();
+                (width, (self.rows() + 2 * stages * tile) * width * size_of::<E>() + barriers)
+            }
+        }
+    }
+}
+
 /// As in `cuda/attention.cu`.
 #[derive(Clone, Copy, Debug, Pod, Zeroable)]
 #[repr(C)]
@@ -103,7 +162,7 @@ struct KernelRule {
     window: u32,
 }
 
-/// As in `cuda/attention.cu`: addresses.
+/// As in `cuda/attention.cuh`: addresses.
 #[derive(Clone, Copy, Debug, Pod, Zeroable)]
 #[repr(C)]
 struct Results {
@@ -197,18 +256,16 @@ impl Gpu {
         assert_eq!(out.len, pieces.rows() * rule.heads * dim, "shape of the attention's result");
         assert!(log_sums.as_ref().is_none_or(|sums| sums.len == pieces.rows() * rule.heads), "shape of the sums");
         kv.check(pieces);
+        let kernel = Kernel::of::<E>(self, dim);
+        assert_eq!(pieces.block_rows, kernel.rows(), "pieces are cut for another kernel");
+        // It scales the largest of the scores, not each of them.
+        let factor = rule.softcap.unwrap_or(rule.scale).min(rule.scale);
+        if kernel == Kernel::WarpGroups && factor <= 0.0 {
+            return Err(GpuError::Failed(format!("scores times {factor}: the kernel takes a positive factor")));
+        }
+        let (width, shared) = kernel.shape::<E>(dim);
         partials.results.grow(pieces.slots * rule.heads * padded(dim))?;
         partials.log_sums.grow(pieces.slots * rule.heads)?;
-        // What is left out of `cuda/attention.cu` would help nobody.
-        let widths: &[usize] = if size_of::<E>() == 2 { &[64, 96, 128, 256] } else { &[64, 128, 256] };
-        let width = widths.iter().copied().find(|width| padded(dim) <= *width).unwrap_or(MAX_DIM);
-        let (tile, stages) = match (size_of::<E>() == 2, width > 128) {
-            (true, false) => (64, 2),
-            (true, true) => (32, 2),
-            (false, false) => (32, 1),
-            (false, true) => (16, 1),
-        };
-        let shared = (ROWS + 2 * stages * tile) * (width * size_of::<E>() + 16);
         let kernel_rule = KernelRule {
             heads: rule.heads as u32,
             kv_heads: kv.kv_heads as u32,
@@ -225,7 +282,11 @@ impl Gpu {
             partial_log_sums: partials.log_sums.all_mut().address,
         };
         let [keys, values] = &kv.layers[layer];
-        let (attend, merge) = (format!("attention_{}_{width}", E::NAME), format!("merge_attention_{}", E::NAME));
+        let attend = match kernel {
+            Kernel::Common => format!("attention_{}_{width}", E::NAME),
+            Kernel::WarpGroups => format!("attention_hopper_{}_{width}", E::NAME),
+        };
+        let merge = format!("merge_attention_{}", E::NAME);
         let (mut first_piece, mut first_merge) = (0, 0);
         for round in &pieces.rounds {
             let (end_piece, end_merge) = (first_piece + round.pieces, first_merge + round.merges);
@@ -240,8 +301,9 @@ impl Gpu {
                 Bytes(bytemuck::bytes_of(&kernel_rule)),
                 Bytes(bytemuck::bytes_of(&results)),
             ];
-            // SAFETY: as in `cuda/attention.cu`; pages were checked, and there are as many slots as a round has.
-            unsafe { self.launch(&attend, [round.pieces, kv.kv_heads, 1], THREADS, shared, &arguments) }?;
+            let grid = [round.pieces, kv.kv_heads, 1];
+            // SAFETY: as in the kernel's file; pages were checked, and there are as many slots as a round has.
+            unsafe { self.launch(&attend, grid, kernel.threads(), shared, &arguments) }?;
             let arguments = [
                 Address(pieces.merges.view(first_merge..end_merge).address),
                 Bytes(bytemuck::bytes_of(&kernel_rule)),

@@ -56,6 +56,7 @@ const LOAD_STAGING: (usize, usize) = (2, 16 << 20);
 pub(super) struct Cuda {
     context: Arc<CudaContext>,
     name: String,
+    has_warp_groups: bool,
     handles: Handles,
     workspace: u64,
     /// For the stream, and for that of loads.
@@ -125,6 +126,7 @@ impl Cuda {
         let none = |error: DriverError| GpuError::Missing(format!("GPU {number}: {}", describe(error)));
         let context = CudaContext::new(number).map_err(none)?;
         let name = context.name().map_err(none)?;
+        let has_warp_groups = context.compute_capability().map_err(none)? == (9, 0);
         let stream = || result::stream::create(result::stream::StreamKind::NonBlocking).map_err(none);
         let (modules, blas) = (Vec::new(), std::ptr::null_mut());
         let mut handles = Handles { stream: stream()?, loads: stream()?, recorder: stream()?, modules, blas };
@@ -137,6 +139,7 @@ impl Cuda {
         let mut cuda = Self {
             context,
             name,
+            has_warp_groups,
             handles,
             workspace: 0,
             staging: [staging(STEP_STAGING)?, staging(LOAD_STAGING)?],
@@ -341,6 +344,10 @@ impl Drop for Layouts {
 impl Driver for Cuda {
     fn name(&self) -> &str {
         &self.name
+    }
+
+    fn has_warp_groups(&self) -> bool {
+        self.has_warp_groups
     }
 
     fn memory(&self) -> Result<Memory> {

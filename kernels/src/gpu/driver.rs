@@ -10,6 +10,9 @@ use super::{Memory, Result};
 pub(super) trait Driver: Send + Sync {
     fn name(&self) -> &str;
 
+    /// Whether it runs what is compiled for compute capability 9.0 alone: Hopper's warp groups.
+    fn has_warp_groups(&self) -> bool;
+
     fn memory(&self) -> Result<Memory>;
 
     fn synchronize(&self) -> Result<()>;

@@ -98,6 +98,10 @@ impl Driver for Emulated {
         "emulated"
     }
 
+    fn has_warp_groups(&self) -> bool {
+        true
+    }
+
     fn memory(&self) -> Result<Memory> {
         let taken: usize = self.allocated().values().map(Layout::size).sum();
         Ok(Memory { free: MEMORY.saturating_sub(taken), total: MEMORY })

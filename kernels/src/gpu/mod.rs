@@ -33,9 +33,26 @@ pub use rows::Norm;
 
 use driver::{Argument, Driver, Recording};
 
-/// A GPU, and whether it is to be invariant. Clones are the same one.
+/// A GPU, and how it is to be used. Clones are the same one.
 #[derive(Clone)]
-pub struct Gpu(Arc<dyn Driver>, bool);
+pub struct Gpu(Arc<dyn Driver>, Choice);
+
+/// How a GPU is used.
+#[derive(Clone, Copy, Debug)]
+struct Choice {
+    kernels: Kernels,
+    /// See [`Gpu::invariant`].
+    invariant: bool,
+}
+
+/// Which kernels it uses.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kernels {
+    /// Those that run on every GPU.
+    Common,
+    /// Those for its warp groups before others.
+    WarpGroups,
+}
 
 /// Operations that were recorded, to be asked for again at the price of one.
 #[derive(Debug)]
@@ -96,25 +113,36 @@ impl Gpu {
     /// [`GpuError::Missing`] if there is none, or no driver or cuBLAS for it.
     #[cfg(feature = "cuda")]
     pub fn cuda(number: usize) -> Result<Self> {
-        Ok(Self(Arc::new(cuda::Cuda::new(number)?), false))
+        Ok(Self::new(Arc::new(cuda::Cuda::new(number)?)))
     }
 
     /// The CPU, doing what a GPU would.
     #[cfg(feature = "emulated")]
     pub fn emulated() -> Self {
-        Self(Arc::new(emulated::Emulated::default()), false)
+        Self::new(Arc::new(emulated::Emulated::default()))
+    }
+
+    fn new(driver: Arc<dyn Driver>) -> Self {
+        let kernels = if driver.has_warp_groups() { Kernels::WarpGroups } else { Kernels::Common };
+        Self(driver, Choice { kernels, invariant: false })
     }
 
     /// The same GPU, on which what comes of a row has the same bits whatever rows stand beside it, and however a sequence
     /// is cut into steps: every algorithm is chosen without regard to their number. That costs speed.
     #[must_use]
-    pub fn invariant(self) -> Self {
-        Self(self.0, true)
+    pub fn invariant(&self) -> Self {
+        Self(self.0.clone(), Choice { invariant: true, ..self.1 })
     }
 
     /// Whether it is.
     pub fn is_invariant(&self) -> bool {
-        self.1
+        self.1.invariant
+    }
+
+    /// The same GPU, with none but the kernels that run on every GPU.
+    #[must_use]
+    pub fn common(&self) -> Self {
+        Self(self.0.clone(), Choice { kernels: Kernels::Common, ..self.1 })
     }
 
     /// What it calls itself.

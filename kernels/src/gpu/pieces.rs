@@ -1,19 +1,20 @@
 //! How a step's attention is cut.
 //!
-//! A block of the kernel attends from at most [`ROWS`] rows, positions times the heads that share a key head, to a range
-//! of keys. What sees few rows or is to be the same in every step has its keys cut into chunks, each the work of a block,
+//! A block of a kernel attends from at most 64 or 128 rows, positions times the heads that share a key head, to a range of
+//! keys. What sees few rows or is to be the same in every step has its keys cut into chunks, each the work of a block,
 //! whose results are merged: see [`CutRule::chunk`]. Chunks are aligned to the position in the sequence, so those of
 //! sequences with a common beginning are the same, and rows of all of them may stand in one block: a prompt's keys are
 //! then read once for all its candidates or samples. A row's result has the same bits whether they do or not.
 
 use bytemuck::{Pod, Zeroable};
 
-use super::attention::padded;
+use super::attention::{Kernel, padded};
 use super::{Buffer, Gpu, GpuError, Result};
+use crate::Element;
 use crate::attention::{PAGE, Run, Span};
 
-/// Rows that a block takes; `ROWS` in `cuda/attention.cu`.
-pub(super) const ROWS: usize = 64;
+/// Most rows that a block of any kernel takes.
+const MOST_ROWS: usize = 128;
 /// Keys of a chunk for few rows: with 8 key heads, a stream of 4,096 tokens is the work of 128 blocks.
 const SHORT: usize = 256;
 /// Keys of a chunk for more rows, and for all if invariant: so many that the partial results of full blocks, eight bytes
@@ -58,7 +59,10 @@ pub struct Partials {
 /// Where a step's rows are, and how its attention is cut, the same for all layers.
 #[derive(Debug)]
 pub struct Pieces {
+    gpu: Gpu,
     step_rows: usize,
+    /// Rows that a block takes of the kernel that it was cut for.
+    pub(super) block_rows: usize,
     /// Query and key heads that it was cut for.
     pub(super) heads: [usize; 2],
     /// Position and page of each row.
@@ -156,7 +160,9 @@ impl Pieces {
     /// Of nothing yet.
     pub fn new(gpu: &Gpu) -> Self {
         Self {
+            gpu: gpu.clone(),
             step_rows: 0,
+            block_rows: 0,
             heads: [0, 0],
             positions: gpu.empty(),
             row_pages: gpu.empty(),
@@ -179,10 +185,10 @@ impl Pieces {
     ///
     /// # Panics
     /// If a span lacks pages, or there are fewer rows than the runs have.
-    pub fn set(&mut self, spans: &[Span<'_>], runs: &[Run], rule: CutRule, step_rows: usize) -> Result<()> {
-        let group = rule.heads / rule.kv_heads;
-        if group > ROWS {
-            return Err(GpuError::Failed(format!("{group} heads share a key head: the kernels take {ROWS}")));
+    pub fn set<E: Element>(&mut self, spans: &[Span<'_>], runs: &[Run], rule: CutRule, step_rows: usize) -> Result<()> {
+        let (group, block_rows) = (rule.heads / rule.kv_heads, Kernel::of::<E>(&self.gpu, rule.head_dim).rows());
+        if group > block_rows {
+            return Err(GpuError::Failed(format!("{group} heads share a key head: the kernels take {block_rows}")));
         }
         for span in spans {
             assert!(span.pages.len() * PAGE >= span.position + span.len, "a span lacks pages");
@@ -194,8 +200,9 @@ impl Pieces {
             row_pages.resize(positions.len(), run.page);
         }
         assert!(positions.len() <= step_rows, "more rows than the step has");
-        let mut cut = rule.cut(spans, &positions);
-        cut.fill_up(rule);
+        let mut cut = rule.cut(block_rows / group, spans, &positions);
+        cut.fill_up(rule.slots(block_rows / group));
+        self.block_rows = block_rows;
         // If a list cannot be written, nothing is attended to.
         self.rounds.clear();
         self.heads = [rule.heads, rule.kv_heads];
@@ -257,7 +264,10 @@ impl Partials {
     pub fn most_bytes(rule: CutRule, rows: usize, positions: usize) -> usize {
         match positions.div_ceil(SHORT).min(MOST_CHUNKS) {
             0 | 1 => 0,
-            chunks => rule.slots().min(rows.saturating_mul(chunks).next_power_of_two()) * rule.slot_bytes(),
+            chunks => {
+                let most = rule.slots(MOST_ROWS / (rule.heads / rule.kv_heads));
+                most.min(rows.saturating_mul(chunks).next_power_of_two()) * rule.slot_bytes()
+            }
         }
     }
 }
@@ -290,23 +300,18 @@ impl CutRule {
         Some(shortest * keys.div_ceil(shortest * MOST_CHUNKS).next_power_of_two())
     }
 
-    /// Positions that a block takes.
-    fn most(&self) -> usize {
-        ROWS / (self.heads / self.kv_heads)
-    }
-
     /// Bytes of partial results for one row and chunk.
     fn slot_bytes(&self) -> usize {
         self.heads * (padded(self.head_dim) + 1) * size_of::<f32>()
     }
 
-    /// Slots of a round.
-    fn slots(&self) -> usize {
-        (self.partial_bytes / self.slot_bytes()).max(self.most() * MOST_CHUNKS)
+    /// Slots of a round, where a block takes so many positions.
+    fn slots(&self, block: usize) -> usize {
+        (self.partial_bytes / self.slot_bytes()).max(block * MOST_CHUNKS)
     }
 
-    /// Cuts spans whose rows have these positions.
-    fn cut(&self, spans: &[Span<'_>], positions: &[u32]) -> Cut {
+    /// Cuts spans whose rows have these positions, where a block takes `most` positions.
+    fn cut(&self, most: usize, spans: &[Span<'_>], positions: &[u32]) -> Cut {
         let mut cut = Cut::default();
         // Sequences with a common beginning become neighbours.
         let mut spans: Vec<Span<'_>> = spans.to_vec();
@@ -319,13 +324,13 @@ impl CutRule {
             let mut first = 0;
             while first < span.len {
                 let position = span.position + first;
-                let most = self.most().min(span.len - first);
+                let len = most.min(span.len - first);
                 let chunk = self.chunk(span.len, end, position);
-                let len = chunk.map_or(most, |chunk| most.min(chunk - position % chunk));
+                let len = chunk.map_or(len, |chunk| len.min(chunk - position % chunk));
                 let part = Span { row: span.row + first, len, position, pages: span.pages };
                 let slice = Slice { span: part, pages, chunk: chunk.unwrap_or(usize::MAX), slot: 0 };
                 match slice.chunks() {
-                    1 => cut.piece(&[slice], 0, self.most(), positions),
+                    1 => cut.piece(&[slice], 0, most, positions),
                     _ => slices.push(slice),
                 }
                 first += len;
@@ -334,28 +339,29 @@ impl CutRule {
         let (mut start, mut taken) = (0, 0);
         for i in 0..slices.len() {
             let slots = slices[i].span.len * slices[i].chunks();
-            if taken + slots > self.slots() {
-                cut.round(&slices[start..i], self.most(), positions);
+            if taken + slots > self.slots(most) {
+                cut.round(&slices[start..i], most, positions);
                 (start, taken) = (i, 0);
             }
             slices[i].slot = taken;
             taken += slots;
             cut.slots = cut.slots.max(taken);
         }
-        cut.round(&slices[start..], self.most(), positions);
+        cut.round(&slices[start..], most, positions);
         cut
     }
 }
 
 impl Cut {
-    /// Makes steps that differ by little the same to launch: with pieces and merges of nothing, and slots that are not used.
-    fn fill_up(&mut self, rule: CutRule) {
+    /// Makes steps that differ by little the same to launch: with pieces and merges of nothing, and slots that are
+    /// not used, `most` at most.
+    fn fill_up(&mut self, most: usize) {
         let [round] = &mut self.rounds[..] else { return };
         self.pieces.resize(rounded(self.pieces.len()), Piece::zeroed());
         self.merges.resize(rounded(self.merges.len()), Merge::zeroed());
         *round = Round { pieces: self.pieces.len(), merges: self.merges.len() };
         if self.slots > 0 {
-            self.slots = self.slots.next_power_of_two().min(rule.slots());
+            self.slots = self.slots.next_power_of_two().min(most);
         }
     }
 

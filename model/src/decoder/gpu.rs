@@ -246,7 +246,7 @@ where
         let mut pieces = used.unwrap_or_else(|| Pieces::new(&self.gpu));
         let rows = step.sequences.iter().map(|sequence| sequence.tokens.len()).sum();
         let rule = cut_rule(config, self.gpu.is_invariant());
-        pieces.set(&spans(step), &runs(step, usize::MAX), rule, filled_up(rows))?;
+        pieces.set::<E>(&spans(step), &runs(step, usize::MAX), rule, filled_up(rows))?;
         Ok(pieces)
     }
 

@@ -6,6 +6,9 @@ use proptest::prelude::*;
 
 use super::*;
 
+/// Rows of a block.
+const ROWS: usize = 64;
+
 const RULE: CutRule = CutRule { heads: 32, kv_heads: 8, head_dim: 128, invariant: false, partial_bytes: PARTIAL_BYTES };
 
 /// A sequence of a step: its pages, its position and its rows.
@@ -13,7 +16,7 @@ type Sequence = (Vec<u32>, usize, usize);
 
 fn cut(rule: CutRule, sequences: &[Sequence]) -> Cut {
     let (spans, positions) = lay_out(sequences);
-    rule.cut(&spans, &positions)
+    rule.cut(ROWS / (rule.heads / rule.kv_heads), &spans, &positions)
 }
 
 fn lay_out(sequences: &[Sequence]) -> (Vec<Span<'_>>, Vec<u32>) {
@@ -72,7 +75,7 @@ fn ranges(rule: CutRule, sequences: &[Sequence], cut: &Cut) -> Vec<Vec<Range<usi
         let taken = slots.iter().flatten().count();
         assert_eq!(taken, merged.iter().map(|merge| merge.count as usize).sum::<usize>(), "some are not merged");
     }
-    assert!(pieces.is_empty() && merges.is_empty() && cut.slots <= rule.slots());
+    assert!(pieces.is_empty() && merges.is_empty() && cut.slots <= rule.slots(most));
     for (ranges, position) in found.iter().zip(&positions) {
         let position = *position as usize;
         assert!(ranges[0].start == 0 && ranges.windows(2).all(|pair| pair[0].end == pair[1].start));
@@ -189,7 +192,7 @@ fn partial_results_are_bounded() {
     assert_eq!(Partials::most_bytes(RULE, 1 << 20, 1 << 20), PARTIAL_BYTES / one * one);
     // What a block's rows may need is there in any case.
     let least = CutRule { partial_bytes: 0, ..RULE };
-    assert_eq!(Partials::most_bytes(least, 1 << 20, 1 << 20), 16 * 32 * one);
+    assert_eq!(Partials::most_bytes(least, 1 << 20, 1 << 20), 32 * 32 * one);
     let sequences = family(40, 8000, 1);
     let cut = cut(least, &sequences);
     ranges(least, &sequences, &cut);
@@ -200,7 +203,7 @@ fn partial_results_are_bounded() {
 fn steps_that_differ_by_little_have_one_shape() {
     let shape = |sequences: &[Sequence]| {
         let mut cut = cut(RULE, sequences);
-        cut.fill_up(RULE);
+        cut.fill_up(RULE.slots(ROWS / 4));
         assert!(cut.pieces.len() >= cut.rounds[0].pieces && cut.merges.len() == cut.rounds[0].merges);
         (cut.rounds[0], cut.slots)
     };
