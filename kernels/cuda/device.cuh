@@ -10,6 +10,8 @@
 #include <stdint.h>
 
 #define KERNEL(name, ...) extern "C" __global__ void name(__VA_ARGS__)
+// One with so many threads, a block on a processor.
+#define KERNEL_OF(threads, name, ...) extern "C" __global__ void __launch_bounds__(threads, 1) name(__VA_ARGS__)
 #define DYNAMIC_SHARED(type, name)                              \
     extern __shared__ __align__(16) unsigned char name##_raw[]; \
     type* name = reinterpret_cast<type*>(name##_raw)

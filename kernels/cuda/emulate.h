@@ -47,6 +47,21 @@ A max(A a, A b) {
     return a < b ? b : a;
 }
 
+inline unsigned __float_as_uint(float value) {
+    unsigned bits;
+    memcpy(&bits, &value, sizeof bits);
+    return bits;
+}
+inline float __uint_as_float(unsigned bits) {
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+inline uint64_t __umul64hi(uint64_t a, uint64_t b) { return uint64_t((unsigned __int128)a * b >> 64); }
+
+// Threads take turns only where they wait.
+inline unsigned atomicAdd(unsigned* at, unsigned value) { return std::exchange(*at, *at + value); }
+
 // ---- bf16, rounded to the nearest, ties to even ----
 
 struct __nv_bfloat16 {
@@ -130,6 +145,7 @@ T __shfl_xor_sync(unsigned, T value, int mask) {
 
 #define DYNAMIC_SHARED(type, name) type* name = static_cast<type*>(emulated::dynamic_shared())
 
+#define KERNEL_OF(threads, name, ...) KERNEL(name, __VA_ARGS__)
 #define KERNEL(name, ...)                                                                                     \
     static void name(__VA_ARGS__);                                                                            \
     static emulated::Kernel name##_registered(#name, [](void** arguments) { emulated::call(name, arguments); }); \

@@ -3,6 +3,9 @@
 #![cfg(feature = "gpu")]
 #![expect(clippy::unwrap_used, reason = "a test may stop where it stands, in its helpers too")]
 
+#[path = "sample.rs"]
+mod sample;
+
 use half::bf16;
 use plumb_kernels::activation::Activation;
 use plumb_kernels::attention::{PAGE, Rule, Run, Span};

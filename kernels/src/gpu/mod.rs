@@ -18,6 +18,7 @@ mod linear;
 mod memory;
 mod recording;
 mod rows;
+mod sample;
 
 use std::fmt;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
@@ -28,6 +29,7 @@ pub use head::{MAX_TOP, Vocabulary};
 pub use linear::{Linear, Output};
 pub use memory::{Buffer, View, ViewMut};
 pub use rows::Norm;
+pub use sample::Sampler;
 
 use driver::{Argument, Driver, Recording};
 
