@@ -12,9 +12,10 @@ use std::time::{Duration, Instant};
 use half::bf16;
 use plumb_kernels::activation::Activation;
 use plumb_kernels::attention::{PAGE, Rule, Run, Span};
-use plumb_kernels::gpu::{self, CutRule, Gpu, KvPages, Linear, Partials, Pieces, Prepare, Vocabulary};
+use plumb_kernels::gpu::{self, CutRule, Gpu, KvPages, Linear, Partials, Pieces, Prepare, Sampler, Vocabulary};
 use plumb_kernels::norm::Norm;
 use plumb_kernels::rotary::Rotary;
+use plumb_kernels::sample::Draw;
 
 const HIDDEN: usize = 4096;
 const INNER: usize = 14_336;
@@ -230,6 +231,23 @@ impl Bench {
             sweep.token_log_probs(&head, None, &x, &targets).unwrap();
         });
     }
+
+    /// A token for each stream, the copies of what is asked and answered included.
+    fn draws(&self) {
+        for streams in [1, 64] {
+            let logits: Vec<f32> = numbers_f32(streams * VOCABULARY).into_iter().map(|logit| 8.0 * logit).collect();
+            let logits = self.gpu.upload(&logits).unwrap();
+            let mut sampler = Sampler::new(&self.gpu);
+            let filtered = Draw { top_k: 50, top_p: 0.9, ..Draw::default() };
+            for (name, how) in [("all kept", Draw::default()), ("top-k 50, top-p 0.9", filtered)] {
+                let draws: Vec<_> = (0..streams).map(|row| Draw { row, seed: row as u64, ..how }).collect();
+                let work = Work::bytes(streams * VOCABULARY * size_of::<f32>());
+                self.measure(&format!("draw, {streams} x {VOCABULARY} tokens, {name}"), work, || {
+                    sampler.draw(logits.all(), VOCABULARY, &draws).unwrap();
+                });
+            }
+        }
+    }
 }
 
 /// Copies of so many bytes of weights or cache that together are more than any cache of a GPU holds: in a model other
@@ -263,5 +281,6 @@ fn main() -> ExitCode {
     bench.rows();
     bench.attention();
     bench.products();
+    bench.draws();
     ExitCode::SUCCESS
 }

@@ -27,6 +27,7 @@ pub mod norm;
 pub mod quantised;
 pub mod reference;
 pub mod rotary;
+pub mod sample;
 
 mod gemm;
 mod simd;

@@ -5,6 +5,8 @@
 
 #[path = "gpu/cut_attention.rs"]
 mod cut_attention;
+#[path = "sample.rs"]
+mod sample;
 
 use half::bf16;
 use plumb_kernels::activation::Activation;

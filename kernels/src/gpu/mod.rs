@@ -19,6 +19,7 @@ mod memory;
 mod pieces;
 mod recording;
 mod rows;
+mod sample;
 
 use std::fmt;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
@@ -30,6 +31,7 @@ pub use linear::{Linear, Output};
 pub use memory::{Buffer, View, ViewMut};
 pub use pieces::{CutRule, PARTIAL_BYTES, Partials, Pieces};
 pub use rows::Norm;
+pub use sample::Sampler;
 
 use driver::{Argument, Driver, Recording};
 

@@ -12,6 +12,7 @@ use plumb_kernels::attention::Rule;
 use plumb_kernels::linear::Matrix;
 use plumb_kernels::norm::Norm;
 use plumb_kernels::rotary::Rotary;
+use plumb_kernels::sample::{Draw, Drawn, Undrawn};
 
 use super::Device;
 use super::build::Load;
@@ -226,14 +227,25 @@ pub(super) trait Backend: Clone + Debug + Send + Sync + Sized + 'static {
         scratch: &mut Self::Scratch,
     ) -> Result<(Vec<u32>, Vec<f32>)>;
 
-    /// All logits after each row.
+    /// All logits after each row, which stay in the scratch.
     fn logits(
         &self,
         from: Stream<'_, Self>,
         rows: &[u32],
         head: Vocabulary<'_, Self>,
         scratch: &mut Self::Scratch,
-    ) -> Result<Vec<Vec<f32>>>;
+    ) -> Result<()>;
+
+    /// Some of the rows of logits that are there, of so many tokens each.
+    fn copy_logits(scratch: &Self::Scratch, rows: Range<usize>, vocabulary: usize) -> Result<Vec<Vec<f32>>>;
+
+    /// Draws tokens from the rows of logits that are there, of so many tokens each.
+    fn draw(
+        &self,
+        vocabulary: usize,
+        draws: &[Draw<'_>],
+        scratch: &mut Self::Scratch,
+    ) -> Result<Vec<Result<Drawn, Undrawn>>>;
 }
 
 /// Where tokens' first rows come from.

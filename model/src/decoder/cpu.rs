@@ -11,6 +11,7 @@ use plumb_kernels::linear::{Activated, Kept, Linear, Matrix, PANEL, Store};
 use plumb_kernels::norm::Norm;
 use plumb_kernels::parallel::with_team;
 use plumb_kernels::rotary::Rotary;
+use plumb_kernels::sample::{self, Draw, Drawn, Undrawn};
 
 use super::Device;
 use super::backend::{Backend, Embedding, How, Number, Stream, Tape, Vocabulary};
@@ -43,6 +44,8 @@ pub(super) struct Scratch {
     rows: Gathered,
     /// `[reads, vocab_size]`.
     logits: Vec<f32>,
+    /// What draws compute in, `[draws, vocab_size]`.
+    weights: Vec<f32>,
 }
 
 /// Rows that are read, before and after the norm, `[rows, hidden]`.
@@ -150,7 +153,7 @@ impl<E: Load + Number> Backend for Cpu<E> {
         let qkv = (num_heads + 2 * num_kv_heads) * head_dim;
         let inner = intermediate_size.next_multiple_of(PANEL);
         let chunk = (hidden_size + inner) * element + (hidden_size + qkv) * FLOAT;
-        // Computed, and handed out.
+        // Computed, and handed out or drawn from.
         let logits = if config.head == Head::Language { 2 * vocab_size * FLOAT } else { 0 };
         let of = |count: usize, bytes: usize| count.saturating_mul(bytes) as u64;
         let parts = [of(largest.tokens, row), of(CHUNK.min(largest.tokens), chunk), of(largest.sequences, logits)];
@@ -161,8 +164,8 @@ impl<E: Load + Number> Backend for Cpu<E> {
         Scratch::default()
     }
 
-    fn scratch_bytes(Scratch { rows: Gathered { before, after }, logits }: &Scratch) -> usize {
-        (before.capacity() + after.capacity() + logits.capacity()) * size_of::<f32>()
+    fn scratch_bytes(Scratch { rows: Gathered { before, after }, logits, weights }: &Scratch) -> usize {
+        [before, after, logits, weights].map(Vec::capacity).iter().sum::<usize>() * size_of::<f32>()
     }
 
     fn run<R: Send>(step: impl FnOnce() -> R + Send) -> R {
@@ -333,14 +336,28 @@ impl<E: Load + Number> Backend for Cpu<E> {
         rows: &[u32],
         Vocabulary { logits, softcap, size }: Vocabulary<'_, Self>,
         scratch: &mut Scratch,
-    ) -> Result<Vec<Vec<f32>>> {
+    ) -> Result<()> {
         let normed = scratch.rows.gather(&from, rows);
         let out = resize(&mut scratch.logits, rows.len() * size);
         logits.forward_f32(normed, out, Store::Set);
         if let Some(cap) = softcap {
             soft_cap(out, cap);
         }
-        Ok(out.chunks_exact(size).map(<[f32]>::to_vec).collect())
+        Ok(())
+    }
+
+    fn copy_logits(scratch: &Scratch, rows: Range<usize>, vocabulary: usize) -> Result<Vec<Vec<f32>>> {
+        Ok(rows.map(|row| scratch.logits[row * vocabulary..][..vocabulary].to_vec()).collect())
+    }
+
+    fn draw(
+        &self,
+        vocabulary: usize,
+        draws: &[Draw<'_>],
+        scratch: &mut Scratch,
+    ) -> Result<Vec<Result<Drawn, Undrawn>>> {
+        let weights = resize(&mut scratch.weights, draws.len() * vocabulary);
+        Ok(sample::draw(&scratch.logits, vocabulary, draws, weights))
     }
 }
 

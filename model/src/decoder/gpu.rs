@@ -11,10 +11,11 @@ use std::ops::Range;
 use plumb_kernels::activation::Activation;
 use plumb_kernels::attention::Rule;
 use plumb_kernels::gpu::{
-    self, Buffer, CutRule, Gpu, Graph, KvPages, Linear, Norm, Output, Partials, Pieces, View, ViewMut,
+    self, Buffer, CutRule, Gpu, Graph, KvPages, Linear, Norm, Output, Partials, Pieces, Sampler, View, ViewMut,
     Vocabulary as Sweep,
 };
 use plumb_kernels::linear::{Matrix, Rows};
+use plumb_kernels::sample::{Draw, Drawn, Undrawn};
 use plumb_kernels::{norm, rotary};
 
 use super::Device;
@@ -91,6 +92,7 @@ pub(super) struct Scratch<E> {
     rewards: Buffer<f32>,
     /// `[reads, vocab_size]`.
     logits: Buffer<f32>,
+    sampler: Sampler,
     sweep: Sweep,
 }
 
@@ -212,7 +214,9 @@ where
         let chunk = (hidden_size + qkv + 3 * intermediate_size) * size_of::<E>() + hidden_size * FLOAT;
         let of = |count: usize, bytes: usize| count.saturating_mul(bytes) as u64;
         let logits = match config.head {
-            Head::Language => of(largest.sequences, vocab_size * FLOAT) + Sweep::most_bytes(vocab_size) as u64,
+            Head::Language => of(largest.sequences, vocab_size * FLOAT)
+                .saturating_add(Sampler::most_bytes(largest.sequences, vocab_size) as u64)
+                .saturating_add(Sweep::most_bytes(vocab_size) as u64),
             Head::Reward(_) => 0,
         };
         let rows = filled_up(largest.tokens);
@@ -232,14 +236,16 @@ where
             narrow: gpu.empty(),
             rewards: gpu.empty(),
             logits: gpu.empty(),
+            sampler: Sampler::new(gpu),
             sweep: Sweep::new(gpu),
         }
     }
 
     fn scratch_bytes(scratch: &Scratch<E>) -> usize {
-        let Scratch { ids, partials, sums, rows, normed, narrow, rewards, logits, sweep } = scratch;
+        let Scratch { ids, partials, sums, rows, normed, narrow, rewards, logits, sampler, sweep } = scratch;
         let floats = [normed, rewards, logits].map(Buffer::bytes).iter().sum::<usize>();
-        ids.bytes() + partials.bytes() + sums.bytes() + rows.bytes() + narrow.bytes() + floats + sweep.bytes()
+        let others = partials.bytes() + sampler.bytes() + sweep.bytes();
+        ids.bytes() + sums.bytes() + rows.bytes() + narrow.bytes() + floats + others
     }
 
     fn cut<'a>(&self, config: &Config, step: &Step<'a>, used: Option<Pieces>) -> Result<Pieces> {
@@ -439,18 +445,32 @@ where
         rows: &[u32],
         head: Vocabulary<'_, Self>,
         scratch: &mut Scratch<E>,
-    ) -> Result<Vec<Vec<f32>>> {
+    ) -> Result<()> {
         self.gather(&from, rows, scratch)?;
         let logits = self.resize(&mut scratch.logits, rows.len() * head.size)?;
         head.logits.forward(&self.gpu, scratch.narrow.view(0..rows.len() * from.width), logits)?;
         if let Some(cap) = head.softcap {
             self.gpu.soft_cap(scratch.logits.view_mut(0..rows.len() * head.size), cap)?;
         }
-        let mut result = vec![vec![0.0; head.size]; rows.len()];
-        for (row, logits) in result.iter_mut().enumerate() {
-            scratch.logits.read(row * head.size, logits)?;
-        }
-        Ok(result)
+        Ok(())
+    }
+
+    fn copy_logits(scratch: &Scratch<E>, rows: Range<usize>, vocabulary: usize) -> Result<Vec<Vec<f32>>> {
+        let copy = |row: usize| {
+            let mut logits = vec![0.0; vocabulary];
+            scratch.logits.read(row * vocabulary, &mut logits)?;
+            Ok(logits)
+        };
+        rows.map(copy).collect()
+    }
+
+    fn draw(
+        &self,
+        vocabulary: usize,
+        draws: &[Draw<'_>],
+        scratch: &mut Scratch<E>,
+    ) -> Result<Vec<Result<Drawn, Undrawn>>> {
+        Ok(scratch.sampler.draw(scratch.logits.all(), vocabulary, draws)?)
     }
 }
 
