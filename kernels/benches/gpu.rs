@@ -9,11 +9,14 @@
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
-use half::bf16;
+use half::{bf16, f16};
 use plumb_kernels::activation::Activation;
 use plumb_kernels::attention::{PAGE, Rule, Run, Span};
-use plumb_kernels::gpu::{self, CutRule, Gpu, KvPages, Linear, Partials, Pieces, Prepare, Sampler, Vocabulary};
+use plumb_kernels::fp8::Fp8Rows;
+use plumb_kernels::gpu::{self, CutRule, Gpu, KvPages, Linear, Partials, Pieces, Prepare, Room, Sampler, Vocabulary};
+use plumb_kernels::linear::{Matrix, Rows};
 use plumb_kernels::norm::Norm;
+use plumb_kernels::quantised::{Described, QuantRows, Scales};
 use plumb_kernels::rotary::Rotary;
 use plumb_kernels::sample::Draw;
 
@@ -162,6 +165,59 @@ impl Bench {
         }
     }
 
+    /// Products with weights that are no bf16. The limit of e4m3 is that of bf16, which it passes.
+    fn narrow_products(&self) {
+        let gpu = &self.gpu;
+        let (inputs, outputs) = (HIDDEN, 2 * INNER);
+        let (count, room) = (inputs * outputs, Room::new(gpu));
+        let scales = |len: usize, integers| Scales {
+            factors: vec![f16::from_f32(0.01); len],
+            integers: vec![3; if integers { count / 32 } else { 0 }],
+        };
+        let q8 = Described { group: 32, block: 1, least: -128, bits: 8, offsets: false };
+        let q4 = Described { group: 32, block: 8, least: 0, bits: 4, offsets: true };
+        let codes = |modulus: usize| (0..count).map(|i| (i * 31 % modulus) as i8).collect();
+        let q8 = QuantRows {
+            inputs,
+            described: q8,
+            codes: codes(128),
+            scales: scales(count / 32, false),
+            offsets: Scales::default(),
+        };
+        let q4 = QuantRows {
+            inputs,
+            described: q4,
+            codes: codes(16),
+            scales: scales(count / 256, true),
+            offsets: scales(count / 256, true),
+        };
+        let fp8 = Fp8Rows::quantise(&numbers(count), inputs);
+        let kinds = [("Q8_0", Rows::Quantised(&q8)), ("Q4_K", Rows::Quantised(&q4)), ("fp8", Rows::Fp8(&fp8))];
+        for (kind, weights) in kinds {
+            let part = Matrix { weights, bias: None };
+            let layer = || Linear::<bf16>::stacked(gpu, &[part], inputs, &room);
+            let first = match layer() {
+                Ok(layer) => layer,
+                Err(error) => {
+                    eprintln!("skipped: {error}");
+                    continue;
+                }
+            };
+            let held = first.bytes();
+            let layers: Vec<_> = (1..copies(held)).map(|_| layer().unwrap()).chain([first]).collect();
+            let mut layers = layers.iter().cycle();
+            for rows in [1, 8, 16, 32, 64, 256, ROWS] {
+                let x = gpu.upload(&numbers(rows * inputs)).unwrap();
+                let mut y = gpu.zeros::<bf16>(rows * outputs).unwrap();
+                let bytes = held + 2 * rows * (inputs + outputs);
+                let work = Work { bytes, operations: 2.0 * (rows * count) as f64 };
+                self.measure(&format!("up and gate in {kind}, {rows} rows"), work, || {
+                    layers.next().unwrap().forward(gpu, x.all(), y.all_mut()).unwrap();
+                });
+            }
+        }
+    }
+
     /// Seconds of attention and of what makes it ready, for sequences of so many tokens behind so many.
     fn attend(&self, dim: usize, heads: usize, kv_heads: usize, sequences: &[(usize, usize)]) -> (f64, f64) {
         let gpu = &self.gpu;
@@ -282,5 +338,6 @@ fn main() -> ExitCode {
     bench.attention();
     bench.products();
     bench.draws();
+    bench.narrow_products();
     ExitCode::SUCCESS
 }

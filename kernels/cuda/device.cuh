@@ -7,6 +7,7 @@
 
 #ifdef __CUDACC__
 #include <cuda_bf16.h>
+#include <cuda_fp16.h>
 #include <stdint.h>
 
 #define KERNEL(name, ...) extern "C" __global__ void name(__VA_ARGS__)

@@ -24,6 +24,9 @@
 struct uint3 {
     unsigned x, y, z;
 };
+struct alignas(8) uint2 {
+    unsigned x, y;
+};
 struct alignas(8) float2 {
     float x, y;
 };
@@ -82,6 +85,22 @@ inline __nv_bfloat16 __float2bfloat16_rn(float value) {
     memcpy(&bits, &value, sizeof bits);
     if (value != value) return {0x7fff};
     return {uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
+}
+
+// ---- f16 ----
+
+struct __half {
+    uint16_t bits;
+};
+
+inline __half __ushort_as_half(uint16_t bits) { return {bits}; }
+
+inline float __half2float(__half value) {
+    const uint32_t exponent = value.bits >> 10 & 31, fraction = value.bits & 1023;
+    const float size = exponent == 31  ? (fraction ? NAN : INFINITY)
+                       : exponent == 0 ? ldexpf(float(fraction), -24)
+                                       : ldexpf(float(1024 + fraction), int(exponent) - 25);
+    return value.bits >> 15 ? -size : size;
 }
 
 // ---- what threads do together ----

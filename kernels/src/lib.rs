@@ -18,6 +18,7 @@ pub mod memory;
 
 pub mod activation;
 pub mod attention;
+pub mod fp8;
 #[cfg(feature = "gpu")]
 pub mod gpu;
 pub mod gradient;

@@ -16,6 +16,11 @@ use plumb_kernels::norm::Norm;
 use plumb_kernels::rotary::Rotary;
 use plumb_kernels::{Element, reference};
 
+#[path = "gpu/fp8.rs"]
+mod fp8;
+#[path = "gpu/quantised.rs"]
+mod quantised;
+
 /// Runs a test on each.
 fn on_each(test: impl Fn(&Gpu)) {
     #[cfg(feature = "emulated")]
@@ -198,6 +203,39 @@ where
             assert_within(&part.to_vec().unwrap(), &expected, wide, &what);
         }
     }
+}
+
+fn products_with_gelu<E: gpu::Output<E>>(gpu: &Gpu)
+where
+    f32: gpu::Output<E>,
+{
+    let (rows, inputs, outputs) = (5, 40, 72);
+    let (x, w): (Vec<E>, Vec<E>) = (rounded(&numbers(rows * inputs, 1)), rounded(&numbers(outputs * inputs, 2)));
+    let bias = numbers(outputs, 3);
+    for bias in [None, Some(&bias[..])] {
+        let layer = gpu::Linear::new(gpu, &w, bias, inputs).unwrap();
+        let narrow = bias.map(|bias| widened(&rounded::<E>(bias)));
+        let sums = reference::linear(&widened(&x), &widened(&w), narrow.as_deref(), inputs);
+        let gelu = |x: f64| 0.5 * x * (1.0 + (0.797_884_560_8 * (x + 0.044_715 * x * x * x)).tanh());
+        let expected: Vec<f32> = sums.iter().map(|x| gelu(f64::from(*x)) as f32).collect();
+        let gpu_x = gpu.upload(&x).unwrap();
+        let mut y = gpu.zeros::<E>(rows * outputs).unwrap();
+        // A device may have no such product in f32.
+        if layer.forward_gelu_tanh(gpu, gpu_x.all(), y.all_mut()).unwrap() {
+            assert_within(&y.to_vec().unwrap(), &expected, if size_of::<E>() == 2 { 1.0 / 64.0 } else { 1e-4 }, "gelu");
+        } else {
+            assert_ne!(gpu.name(), "emulated");
+        }
+        assert!(!layer.forward_gelu_tanh(&gpu.clone().invariant(), gpu_x.all(), y.all_mut()).unwrap());
+    }
+}
+
+#[test]
+fn products_with_their_non_linearity_are_those_of_the_reference() {
+    on_each(|gpu| {
+        products_with_gelu::<f32>(gpu);
+        products_with_gelu::<bf16>(gpu);
+    });
 }
 
 #[test]

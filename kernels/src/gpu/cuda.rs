@@ -64,7 +64,7 @@ pub(super) struct Cuda {
     allocations: Allocations,
     functions: Mutex<HashMap<String, Function>>,
     /// What was found out about products: by everything but their addresses.
-    plans: Mutex<HashMap<PlanKey, Plan>>,
+    plans: Mutex<Plans>,
     /// How products are computed that are to be invariant: the same for any number of rows, which is 0 here.
     invariant: Mutex<HashMap<PlanKey, blas_sys::cublasLtMatmulAlgo_t>>,
 }
@@ -87,7 +87,34 @@ struct Function {
     shared_bytes: u32,
 }
 
-type PlanKey = (Number, Number, [bool; 3], [usize; 3]);
+/// Also of products that cuBLASLt does not do.
+type Plans = HashMap<PlanKey, Result<Plan, blas::CublasError>>;
+
+/// What a plan goes by.
+#[derive(PartialEq, Eq, Hash)]
+struct PlanKey {
+    inputs_are: Number,
+    outputs_are: Number,
+    scaled: bool,
+    bias: bool,
+    add: bool,
+    gelu: bool,
+    invariant: bool,
+    /// Rows, inputs, outputs and stride.
+    sizes: [usize; 4],
+    /// Of w, x and y.
+    alignments: [u32; 3],
+}
+
+impl PlanKey {
+    fn of(product: &Product) -> Self {
+        let Product { inputs_are, outputs_are, w, x, y, rows, inputs, outputs, stride, add, gelu, invariant, .. } =
+            *product;
+        let (sizes, alignments) = ([rows, inputs, outputs, stride], [w, x, y].map(alignment));
+        let (scaled, bias) = (product.scales.is_some(), product.bias != 0);
+        Self { inputs_are, outputs_are, scaled, bias, add, gelu, invariant, sizes, alignments }
+    }
+}
 
 /// How cuBLASLt computes a product.
 struct Plan {
@@ -181,9 +208,20 @@ impl Cuda {
         Ok(handle)
     }
 
+    fn plan<'a>(&self, plans: &'a mut Plans, product: &Product) -> &'a Result<Plan, blas::CublasError> {
+        let key = PlanKey::of(product);
+        if plans.len() >= MAX_PLANS && !plans.contains_key(&key) {
+            plans.clear();
+        }
+        match plans.entry(key) {
+            Entry::Occupied(plan) => plan.into_mut(),
+            Entry::Vacant(place) => place.insert(self.new_plan(product)),
+        }
+    }
+
     fn new_plan(&self, product: &Product) -> Result<Plan, blas::CublasError> {
         use blas_sys::cublasLtMatmulDescAttributes_t as Attribute;
-        let Product { outputs_are, bias, invariant, .. } = *product;
+        let Product { scales, bias, bias_is, gelu, invariant, .. } = *product;
         let description = Description(blas::create_matmul_desc(
             // No TF32: a model in f32 is asked for its precision.
             blas_sys::cublasComputeType_t::CUBLAS_COMPUTE_32F,
@@ -195,15 +233,28 @@ impl Cuda {
             unsafe { blas::set_matmul_desc_attribute(description.0, attribute, value, size_of::<i32>()) }
         };
         set(Attribute::CUBLASLT_MATMUL_DESC_TRANSA, &OP_T)?;
+        use blas_sys::cublasLtEpilogue_t as Epilogue;
+        // Its GELU is the one by tanh.
+        let epilogue = match (bias != 0, gelu) {
+            (false, false) => Epilogue::CUBLASLT_EPILOGUE_DEFAULT,
+            (true, false) => Epilogue::CUBLASLT_EPILOGUE_BIAS,
+            (false, true) => Epilogue::CUBLASLT_EPILOGUE_GELU,
+            (true, true) => Epilogue::CUBLASLT_EPILOGUE_GELU_BIAS,
+        };
+        set(Attribute::CUBLASLT_MATMUL_DESC_EPILOGUE, &(epilogue as i32))?;
         if bias != 0 {
-            let epilogue = blas_sys::cublasLtEpilogue_t::CUBLASLT_EPILOGUE_BIAS as i32;
-            set(Attribute::CUBLASLT_MATMUL_DESC_EPILOGUE, &epilogue)?;
-            set(Attribute::CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE, &(kind(outputs_are) as i32))?;
+            set(Attribute::CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE, &(kind(bias_is) as i32))?;
+        }
+        if let Some(scales) = scales {
+            let of_rows = blas_sys::cublasLtMatmulMatrixScale_t::CUBLASLT_MATMUL_MATRIX_SCALE_OUTER_VEC_32F as i32;
+            set(Attribute::CUBLASLT_MATMUL_DESC_A_SCALE_MODE, &of_rows)?;
+            set(Attribute::CUBLASLT_MATMUL_DESC_B_SCALE_MODE, &of_rows)?;
+            description.set_scales(scales)?;
         }
         let layouts = Layouts::new(product)?;
         let algorithm = match invariant {
             true => self.invariant_algorithm(&description, product)?,
-            false => self.algorithms(&description, &layouts, WORKSPACE, 1)?[0],
+            false => self.algorithms(product, &description, &layouts, WORKSPACE, 1)?[0],
         };
         Ok(Plan { description, layouts, algorithm })
     }
@@ -215,9 +266,8 @@ impl Cuda {
         description: &Description,
         product: &Product,
     ) -> Result<blas_sys::cublasLtMatmulAlgo_t, blas::CublasError> {
-        let Product { inputs_are, outputs_are, bias, inputs, outputs, add, .. } = *product;
         let mut known = lock(&self.invariant);
-        let key = (inputs_are, outputs_are, [add, bias != 0, true], [0, inputs, outputs]);
+        let key = PlanKey::of(&Product { rows: 0, ..*product });
         if let Some(algorithm) = known.get(&key) {
             return Ok(*algorithm);
         }
@@ -226,7 +276,7 @@ impl Cuda {
             .into_iter()
             .collect::<Result<Vec<_>, _>>()?;
         let does = |algorithm: &_| layouts.iter().all(|layouts| self.does(description, layouts, algorithm));
-        let best = self.algorithms(description, &layouts[0], 0, CANDIDATES)?;
+        let best = self.algorithms(product, description, &layouts[0], 0, CANDIDATES)?;
         let algorithm = best
             .into_iter()
             .find(does)
@@ -239,6 +289,7 @@ impl Cuda {
     /// they add up in one go.
     fn algorithms(
         &self,
+        product: &Product,
         description: &Description,
         layouts: &Layouts,
         workspace: usize,
@@ -247,6 +298,18 @@ impl Cuda {
         use blas_sys::cublasLtMatmulPreferenceAttributes_t as Attribute;
         let preference = blas::create_matmul_pref()?;
         let [w, x, y] = layouts.0;
+        let alignments = [
+            (Attribute::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, product.w),
+            (Attribute::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, product.x),
+            (Attribute::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, product.y),
+            (Attribute::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, product.y),
+        ];
+        let align = |(attribute, address)| {
+            let bytes = alignment(address);
+            let bytes = std::ptr::from_ref(&bytes).cast::<c_void>();
+            // SAFETY: the preference is there, and these attributes are of four bytes.
+            unsafe { blas::set_matmul_pref_attribute(preference, attribute, bytes, size_of::<u32>()) }
+        };
         let mut found = Vec::with_capacity(count);
         let mut length = 0;
         // SAFETY: all of them are there, the first attribute is of eight bytes, the second of four, and there is room for
@@ -260,7 +323,7 @@ impl Cuda {
                 let mask = std::ptr::from_ref(&NO_REDUCTION).cast::<c_void>();
                 set = set.and_then(|()| blas::set_matmul_pref_attribute(preference, attribute, mask, size_of::<u32>()));
             }
-            set.and_then(|()| {
+            set.and_then(|()| alignments.into_iter().try_for_each(align)).and_then(|()| {
                 let (handle, answers): (_, *mut blas_sys::cublasLtMatmulHeuristicResult_t) =
                     (self.handles.blas, found.as_mut_ptr());
                 let asked = blas_sys::cublasLtMatmulAlgoGetHeuristic(
@@ -306,9 +369,22 @@ impl Cuda {
 
 impl Description {
     fn set_bias(&self, address: u64) -> Result<(), blas::CublasError> {
-        let attribute = blas_sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_BIAS_POINTER;
+        self.set_address(blas_sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_BIAS_POINTER, address)
+    }
+
+    fn set_scales(&self, [w, x]: [u64; 2]) -> Result<(), blas::CublasError> {
+        use blas_sys::cublasLtMatmulDescAttributes_t as Attribute;
+        self.set_address(Attribute::CUBLASLT_MATMUL_DESC_A_SCALE_POINTER, w)?;
+        self.set_address(Attribute::CUBLASLT_MATMUL_DESC_B_SCALE_POINTER, x)
+    }
+
+    fn set_address(
+        &self,
+        attribute: blas_sys::cublasLtMatmulDescAttributes_t,
+        address: u64,
+    ) -> Result<(), blas::CublasError> {
         let address = std::ptr::from_ref(&address).cast::<c_void>();
-        // SAFETY: the description is there, and the attribute is of eight bytes.
+        // SAFETY: the description is there, and these attributes are of eight bytes.
         unsafe { blas::set_matmul_desc_attribute(self.0, attribute, address, size_of::<u64>()) }
     }
 }
@@ -322,11 +398,15 @@ impl Drop for Description {
 
 impl Layouts {
     fn new(product: &Product) -> Result<Self, blas::CublasError> {
-        let Product { inputs_are, outputs_are, rows, inputs, outputs, .. } = *product;
+        let Product { inputs_are, outputs_are, rows, inputs, outputs, stride, .. } = *product;
         let mut layouts = Self([std::ptr::null_mut(); 3]);
-        let shapes = [(inputs_are, inputs, outputs), (inputs_are, inputs, rows), (outputs_are, outputs, rows)];
-        for (layout, (number, height, width)) in layouts.0.iter_mut().zip(shapes) {
-            *layout = blas::create_matrix_layout(kind(number), height as u64, width as u64, height as i64)?;
+        let shapes = [
+            (inputs_are, inputs, outputs, inputs),
+            (inputs_are, inputs, rows, inputs),
+            (outputs_are, outputs, rows, stride),
+        ];
+        for (layout, (number, height, width, stride)) in layouts.0.iter_mut().zip(shapes) {
+            *layout = blas::create_matrix_layout(kind(number), height as u64, width as u64, stride as i64)?;
         }
         Ok(layouts)
     }
@@ -454,19 +534,15 @@ impl Driver for Cuda {
     unsafe fn multiply(&self, product: &Product) -> Result<()> {
         self.bind()?;
         let failed = |error| blas_failed(product, error);
-        let Product { inputs_are, outputs_are, bias, rows, inputs, outputs, add, invariant, .. } = *product;
-        let key = (inputs_are, outputs_are, [add, bias != 0, invariant], [rows, inputs, outputs]);
-        // Held until the product is asked for: the bias is part of a description, which has been taken then.
+        let Product { scales, bias, add, invariant, .. } = *product;
+        // Held until the product is asked for: bias and scales are part of a description, which has been taken then.
         let mut plans = lock(&self.plans);
-        if plans.len() >= MAX_PLANS && !plans.contains_key(&key) {
-            plans.clear();
-        }
-        let plan = match plans.entry(key) {
-            Entry::Occupied(plan) => plan.into_mut(),
-            Entry::Vacant(place) => place.insert(self.new_plan(product).map_err(failed)?),
-        };
+        let plan = self.plan(&mut plans, product).as_ref().map_err(|error| failed(*error))?;
         if bias != 0 {
             plan.description.set_bias(bias).map_err(failed)?;
+        }
+        if let Some(scales) = scales {
+            plan.description.set_scales(scales).map_err(failed)?;
         }
         let (one, beta) = (1.0f32, if add { 1.0f32 } else { 0.0 });
         let [w, x, y] = plan.layouts.0;
@@ -493,6 +569,10 @@ impl Driver for Cuda {
             )
         }
         .map_err(failed)
+    }
+
+    fn multiplies(&self, product: &Product) -> bool {
+        self.bind().is_ok() && self.plan(&mut lock(&self.plans), product).is_ok()
     }
 
     fn begin_recording(&self) -> Result<()> {
@@ -583,7 +663,13 @@ fn kind(number: Number) -> blas_sys::cudaDataType {
     match number {
         Number::F32 => blas_sys::cudaDataType::CUDA_R_32F,
         Number::Bf16 => blas_sys::cudaDataType::CUDA_R_16BF,
+        Number::Fp8 => blas_sys::cudaDataType::CUDA_R_8F_E4M3,
     }
+}
+
+/// Of which power of two an address is a multiple, as far as cuBLASLt cares.
+fn alignment(address: u64) -> u32 {
+    1 << address.trailing_zeros().min(8)
 }
 
 /// An address of the device's, which is not one of this process's.

@@ -11,6 +11,7 @@ use half::bf16;
 use super::driver::{Argument, Driver, Number, Product, Recording};
 use super::recording::{Allocations, Validity};
 use super::{GpuError, Memory, Result};
+use crate::fp8;
 
 unsafe extern "C" {
     /// See `cuda/emulate.cpp`.
@@ -200,6 +201,11 @@ impl Driver for Emulated {
         Ok(())
     }
 
+    fn multiplies(&self, product: &Product) -> bool {
+        // As a device would that scales some products itself and leaves others to be scaled afterwards.
+        product.scales.is_none() || !product.add
+    }
+
     fn begin_recording(&self) -> Result<()> {
         self.allocations.begin()
     }
@@ -258,17 +264,37 @@ unsafe fn run(kernel: &str, grid: [u32; 3], threads: u32, shared_bytes: u32, arg
 /// # Safety
 /// See [`Driver::multiply`].
 unsafe fn multiply(product: &Product) {
-    let Product { inputs_are, outputs_are, w, x, y, bias, rows, inputs, outputs, add, invariant: _ } = *product;
+    let Product {
+        inputs_are,
+        outputs_are,
+        w,
+        x,
+        y,
+        scales,
+        bias,
+        bias_is,
+        rows,
+        inputs,
+        outputs,
+        stride,
+        add,
+        gelu,
+        ..
+    } = *product;
     // SAFETY: as much memory is there.
     let (w, x) = unsafe { (numbers(inputs_are, w, outputs * inputs), numbers(inputs_are, x, rows * inputs)) };
     // SAFETY: as before.
-    let bias = (bias != 0).then(|| unsafe { numbers(outputs_are, bias, outputs) });
+    let bias = (bias != 0).then(|| unsafe { numbers(bias_is, bias, outputs) });
+    // SAFETY: as before.
+    let scales = scales.map(|[w, x]| unsafe { (numbers(Number::F32, w, outputs), numbers(Number::F32, x, rows)) });
     for row in 0..rows {
         for output in 0..outputs {
             let pairs = x[row * inputs..][..inputs].iter().zip(&w[output * inputs..][..inputs]);
             let sum: f32 = pairs.map(|(x, w)| x * w).sum();
+            let sum = scales.as_ref().map_or(sum, |(w, x)| sum * w[output] * x[row]);
             let sum = sum + bias.as_ref().map_or(0.0, |bias| bias[output]);
-            let at = row * outputs + output;
+            let sum = if gelu { gelu_tanh(sum) } else { sum };
+            let at = row * stride + output;
             // SAFETY: as before.
             unsafe {
                 match outputs_are {
@@ -277,10 +303,16 @@ unsafe fn multiply(product: &Product) {
                         *to = if add { *to + sum } else { sum };
                     }
                     Number::Bf16 => *pointer::<bf16>(y).add(at) = bf16::from_f32(sum),
+                    Number::Fp8 => *pointer::<u8>(y).add(at) = fp8::from_f32(sum),
                 }
             }
         }
     }
+}
+
+/// As cuBLASLt has it.
+fn gelu_tanh(x: f32) -> f32 {
+    0.5 * x * (1.0 + (0.797_884_6 * (x + 0.044_715 * x * x * x)).tanh())
 }
 
 fn pointer<T>(address: u64) -> *mut T {
@@ -296,6 +328,9 @@ unsafe fn numbers(are: Number, address: u64, len: usize) -> Vec<f32> {
             Number::F32 => std::slice::from_raw_parts(pointer::<f32>(address), len).to_vec(),
             Number::Bf16 => {
                 std::slice::from_raw_parts(pointer::<bf16>(address), len).iter().map(|x| x.to_f32()).collect()
+            }
+            Number::Fp8 => {
+                std::slice::from_raw_parts(pointer::<u8>(address), len).iter().map(|x| fp8::to_f32(*x)).collect()
             }
         }
     }

@@ -13,10 +13,12 @@ mod cuda;
 mod driver;
 #[cfg(feature = "emulated")]
 mod emulated;
+mod fp8;
 mod head;
 mod linear;
 mod memory;
 mod pieces;
+mod quantised;
 mod recording;
 mod rows;
 mod sample;
@@ -27,7 +29,7 @@ use std::sync::Arc;
 
 pub use attention::{KvPages, Prepare, padded};
 pub use head::{MAX_TOP, Vocabulary};
-pub use linear::{Linear, Output};
+pub use linear::{Linear, Output, Room, stacked_bytes};
 pub use memory::{Buffer, View, ViewMut};
 pub use pieces::{CutRule, PARTIAL_BYTES, Partials, Pieces};
 pub use rows::Norm;
@@ -74,6 +76,8 @@ pub enum GpuError {
         /// Bytes that were asked for.
         bytes: usize,
     },
+    /// It is not made for what is asked of it.
+    Unsupported(String),
     /// It refused, or is lost: nothing that is asked of it from now on can be relied on.
     Failed(String),
 }
@@ -83,6 +87,7 @@ impl fmt::Display for GpuError {
         match self {
             Self::Missing(reason) => write!(formatter, "no GPU: {reason}"),
             Self::OutOfMemory { bytes } => write!(formatter, "the GPU has no memory for an array of {bytes} bytes"),
+            Self::Unsupported(reason) => formatter.write_str(reason),
             Self::Failed(reason) => write!(formatter, "the GPU failed: {reason}"),
         }
     }

@@ -9,7 +9,7 @@ use std::ops::Range;
 use bytemuck::Pod;
 use plumb_kernels::activation::Activation;
 use plumb_kernels::attention::Rule;
-use plumb_kernels::linear::Matrix;
+use plumb_kernels::linear::{Held, Matrix};
 use plumb_kernels::norm::Norm;
 use plumb_kernels::rotary::Rotary;
 use plumb_kernels::sample::{Draw, Drawn, Undrawn};
@@ -59,7 +59,7 @@ pub(super) trait Backend: Clone + Debug + Send + Sync + Sized + 'static {
 
     /// Rows that go through a linear layer together.
     const CHUNK: usize;
-    /// Whether weights are packed into panels, and stay quantised, in the memory of the process.
+    /// Whether weights are packed into panels, in the memory of the process.
     const PACKED: bool;
 
     /// That of a device.
@@ -84,6 +84,9 @@ pub(super) trait Backend: Clone + Debug + Send + Sync + Sized + 'static {
     fn linear(&self, parts: &[Matrix<'_, Self::Element>], inputs: usize) -> Result<Self::Linear>;
     /// Bytes that it takes.
     fn linear_bytes(linear: &Self::Linear) -> usize;
+    /// Bytes that matrices on top of one another will take, each of so many outputs, and those of
+    /// what they take beside that, which all layers share.
+    fn stacked_bytes(parts: &[(usize, Held)], inputs: usize) -> [usize; 2];
     fn activated(
         &self,
         activation: Activation,

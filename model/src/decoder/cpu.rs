@@ -7,9 +7,10 @@ use plumb_kernels::activation::Activation;
 use plumb_kernels::attention::{KvPages, Prepare, Rule, Run, Work, attention, padded, prepare};
 use plumb_kernels::element::round_all;
 use plumb_kernels::head::{dot, soft_cap, token_log_probs, top_log_probs};
-use plumb_kernels::linear::{Activated, Kept, Linear, Matrix, PANEL, Store};
+use plumb_kernels::linear::{Activated, Held, Kept, Linear, Matrix, PANEL, Store};
 use plumb_kernels::norm::Norm;
 use plumb_kernels::parallel::with_team;
+use plumb_kernels::quantised::packed_bytes;
 use plumb_kernels::rotary::Rotary;
 use plumb_kernels::sample::{self, Draw, Drawn, Undrawn};
 
@@ -110,6 +111,16 @@ impl<E: Load + Number> Backend for Cpu<E> {
 
     fn linear_bytes(linear: &Linear<E>) -> usize {
         linear.bytes()
+    }
+
+    fn stacked_bytes(parts: &[(usize, Held)], inputs: usize) -> [usize; 2] {
+        let outputs = parts.iter().map(|part| part.0).sum();
+        let described = |part: &(_, Held)| match part.1 {
+            Held::Quantised(described) => Some(described),
+            Held::Plain | Held::Fp8 => None,
+        };
+        let quantised: Option<Vec<_>> = parts.iter().map(described).collect();
+        [quantised.map_or_else(|| Linear::<E>::packed_bytes(outputs, inputs), |q| packed_bytes(&q, outputs, inputs)), 0]
     }
 
     fn activated(

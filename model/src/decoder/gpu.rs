@@ -1,8 +1,9 @@
 //! A GPU as a backend: arrays are in its memory, and the kernels are asked for in order.
 //!
-//! Weights that are quantised in the checkpoint are expanded when they are read. What two operations of a row pass on to
-//! one another is in the weights' type, the residual stream and what is read in the end are f32, but for the rows that
-//! meet a vocabulary, which are in the weights' type too, as in Transformers.
+//! Weights that are quantised in the checkpoint stay so, a language head among them, but for an embedding that is no
+//! language head and what an adapter changes. What two operations of a row pass on to one another is in the weights' type,
+//! the residual stream and what is read in the end are f32, but for the rows that meet a vocabulary, which are in the
+//! weights' type too, as in Transformers.
 
 use std::collections::VecDeque;
 use std::marker::PhantomData;
@@ -11,10 +12,10 @@ use std::ops::Range;
 use plumb_kernels::activation::Activation;
 use plumb_kernels::attention::Rule;
 use plumb_kernels::gpu::{
-    self, Buffer, CutRule, Gpu, Graph, KvPages, Linear, Norm, Output, Partials, Pieces, Sampler, View, ViewMut,
+    self, Buffer, CutRule, Gpu, Graph, KvPages, Linear, Norm, Output, Partials, Pieces, Room, Sampler, View, ViewMut,
     Vocabulary as Sweep,
 };
-use plumb_kernels::linear::{Matrix, Rows};
+use plumb_kernels::linear::{Held, Matrix};
 use plumb_kernels::sample::{Draw, Drawn, Undrawn};
 use plumb_kernels::{norm, rotary};
 
@@ -60,6 +61,8 @@ pub(super) struct Graphs(VecDeque<(Shape, Option<Graph>)>);
 #[derive(Clone, Debug)]
 pub(super) struct OnGpu<E> {
     gpu: Gpu,
+    /// What layers share whose weights are no numbers of the type.
+    room: Room,
     element: PhantomData<E>,
 }
 
@@ -123,7 +126,7 @@ where
 
     fn on(device: &Device) -> Result<Self> {
         match device {
-            Device::Gpu(gpu) => Ok(Self { gpu: gpu.clone(), element: PhantomData }),
+            Device::Gpu(gpu) => Ok(Self { gpu: gpu.clone(), room: Room::new(gpu), element: PhantomData }),
             Device::Cpu => Err(Error::Device("the CPU is no GPU".to_owned())),
         }
     }
@@ -154,23 +157,15 @@ where
     }
 
     fn linear(&self, parts: &[Matrix<'_, E>], inputs: usize) -> Result<Linear<E>> {
-        let mut rows: Vec<E> = Vec::new();
-        let mut bias = Vec::new();
-        for part in parts {
-            let before = rows.len();
-            match part.weights {
-                Rows::Plain(values) => rows.extend_from_slice(values),
-                Rows::Quantised(quantised) => rows.extend(quantised.expand::<E>()),
-            }
-            bias.extend_from_slice(part.bias.unwrap_or_default());
-            bias.resize(bias.len() + if part.bias.is_none() { (rows.len() - before) / inputs } else { 0 }, 0.0);
-        }
-        let bias = parts.iter().any(|part| part.bias.is_some()).then_some(&bias[..]);
-        Ok(Linear::new(&self.gpu, &rows, bias, inputs)?)
+        Ok(Linear::stacked(&self.gpu, parts, inputs, &self.room)?)
     }
 
     fn linear_bytes(linear: &Linear<E>) -> usize {
         linear.bytes()
+    }
+
+    fn stacked_bytes(parts: &[(usize, Held)], inputs: usize) -> [usize; 2] {
+        gpu::stacked_bytes::<E>(parts, inputs)
     }
 
     fn activated(
@@ -312,11 +307,11 @@ where
     ) -> Result<()> {
         scratch.ids.grow(ids.len())?;
         scratch.ids.write(0, ids)?;
-        let table = match table {
-            Embedding::Table(table) => table.all(),
-            Embedding::Head(head) => head.weights(),
-        };
-        Ok(self.gpu.embed(table, scratch.ids.view(0..ids.len()), scale, width, x)?)
+        let ids = scratch.ids.view(0..ids.len());
+        Ok(match table {
+            Embedding::Table(table) => self.gpu.embed(table.all(), ids, scale, width, x)?,
+            Embedding::Head(head) => head.embed(&self.gpu, ids, scale, x)?,
+        })
     }
 
     fn normed(&self, norm: &Norm, x: View<'_, f32>, out: ViewMut<'_, E>) -> Result<()> {
@@ -380,11 +375,14 @@ where
         &self,
         activated: &Activated<E>,
         x: View<'_, E>,
-        out: ViewMut<'_, E>,
+        mut out: ViewMut<'_, E>,
         _: Option<std::convert::Infallible>,
         scratch: &mut Scratch<E>,
     ) -> Result<()> {
         let Activated { linear, activation, gated } = activated;
+        if !gated && *activation == Activation::GeluTanh && linear.forward_gelu_tanh(&self.gpu, x, out.reborrow())? {
+            return Ok(());
+        }
         let rows = x.len() / linear.inputs();
         let width = linear.outputs() / if *gated { 2 } else { 1 };
         let sums = self.resize(&mut scratch.sums, rows * linear.outputs())?;
