@@ -3,10 +3,11 @@
 #
 #     tests/gpu.sh build FOLDER        on a machine with CUDA's compiler: packs programs and fixtures into FOLDER
 #     FOLDER/gpu.sh run [SECONDS]      on a machine with a GPU, its driver and cuBLAS of CUDA 13, and nothing else
+#     FOLDER/gpu.sh bench [...]        there too, with PyTorch, Transformers and safetensors beside
 #
 # `run` prints the device's name, then runs the kernels against their reference, all architectures against Transformers'
 # values in f32 and bf16, where there is NCCL also as parts of a model on all GPUs, and, where there is compute-sanitizer,
-# the kernels under it. Exit code 1 if anything failed.
+# the kernels under it. Exit code 1 if anything failed. `bench` takes what tests/benchmarks/gpu.py takes after the folder.
 set -euo pipefail
 
 build() {
@@ -14,7 +15,7 @@ build() {
     cd "$(dirname "$0")/.."
     # Feature by feature the same programs as `cargo test --workspace` makes, and the GPU.
     local log
-    log=$(cargo test --release --no-run --locked --workspace --features plumb-model/cuda --test gpu --test golden 2>&1) ||
+    log=$(cargo test --release --no-run --locked --workspace --features plumb-server/cuda --test gpu --test golden 2>&1) ||
         { echo "$log" && exit 1; }
     mkdir -p "$folder/tests"
     for test in gpu golden; do
@@ -23,8 +24,20 @@ build() {
         cp "$program" "$folder/$test"
         strip "$folder/$test"
     done
-    cp -r tests/fixtures "$folder/tests/"
+    log=$(cargo bench --no-run --locked --workspace --features plumb-server/cuda --bench gpu 2>&1) ||
+        { echo "$log" && exit 1; }
+    cp "$(sed -nE 's|.*Executable benches/gpu\.rs \((.*)\)|\1|p' <<<"$log")" "$folder/kernel-benchmark"
+    cargo build --release --locked --workspace --features plumb-server/cuda --bin plumb-server --bin plumb
+    cp "${CARGO_TARGET_DIR:-target}"/release/{plumb-server,plumb} "$folder/"
+    strip "$folder"/{kernel-benchmark,plumb-server,plumb}
+    cp -r tests/fixtures tests/benchmarks "$folder/tests/"
     cp tests/gpu.sh "$folder/"
+}
+
+bench() {
+    local folder
+    folder=$(dirname "$0")
+    python3 "$folder/tests/benchmarks/gpu.py" "$folder" "$@"
 }
 
 run() {
@@ -51,6 +64,6 @@ run() {
 }
 
 case ${1:-} in
-build | run) "$@" ;;
-*) sed -n '2,9s/^# \{0,1\}//p' "$0" && exit 64 ;;
+build | run | bench) "$@" ;;
+*) sed -n '2,11s/^# \{0,1\}//p' "$0" && exit 64 ;;
 esac

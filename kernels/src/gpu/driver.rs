@@ -2,7 +2,10 @@
 
 use std::any::Any;
 use std::ffi::c_void;
+use std::fmt::Debug;
 use std::sync::Arc;
+
+use half::bf16;
 
 use super::{Gpu, GpuError, Memory, Result};
 
@@ -10,12 +13,21 @@ use super::{Gpu, GpuError, Memory, Result};
 pub(super) trait Driver: Any + Send + Sync {
     fn name(&self) -> &str;
 
+    /// Whether it runs what is compiled for compute capability 9.0 alone: Hopper's warp groups.
+    fn has_warp_groups(&self) -> bool;
+
     fn memory(&self) -> Result<Memory>;
 
     fn synchronize(&self) -> Result<()>;
 
-    /// So many zero bytes, at least one, at an address that is a multiple of 256.
+    /// So many bytes, at least one, at an address that is a multiple of 256. What they are is not said.
     fn allocate(&self, bytes: usize) -> Result<u64>;
+
+    /// Makes them zero.
+    ///
+    /// # Safety
+    /// So many bytes are allocated there.
+    unsafe fn clear(&self, address: u64, bytes: usize) -> Result<()>;
 
     /// # Safety
     /// The address is one that [`Driver::allocate`] gave, once.
@@ -26,6 +38,18 @@ pub(super) trait Driver: Any + Send + Sync {
     /// # Safety
     /// So many bytes are allocated there.
     unsafe fn write(&self, address: u64, bytes: &[u8]) -> Result<()>;
+
+    /// Copies to the device beside everything that was asked for, and waits until that is done.
+    ///
+    /// # Safety
+    /// So many bytes are allocated there, and nothing that was asked for uses them.
+    unsafe fn load(&self, address: u64, bytes: &[u8]) -> Result<()>;
+
+    /// Copies inside the device, in order.
+    ///
+    /// # Safety
+    /// So many bytes are allocated at both addresses, and no byte is in both.
+    unsafe fn copy(&self, from: u64, to: u64, bytes: usize) -> Result<()>;
 
     /// Copies from the device, once everything before is done.
     ///
@@ -52,6 +76,19 @@ pub(super) trait Driver: Any + Send + Sync {
     /// The addresses are those of as much memory.
     unsafe fn multiply(&self, product: &Product) -> Result<()>;
 
+    /// Whether it can do such a product.
+    fn multiplies(&self, product: &Product) -> bool;
+
+    /// Kernels and products that this thread asks for are not run but kept, until [`Driver::end_recording`]. Nothing else
+    /// can be asked for by it meanwhile; one thread records at a time.
+    fn begin_recording(&self) -> Result<()>;
+
+    /// What was asked for since [`Driver::begin_recording`].
+    fn end_recording(&self) -> Result<Box<dyn Recording>>;
+
+    /// Runs a recording of this device; answers false, and does nothing, if an array that it uses is gone.
+    fn replay(&self, recording: &dyn Recording) -> Result<bool>;
+
     /// A group of these, which are all devices of this kind.
     fn group(&self, gpus: &[Gpu]) -> Result<Arc<dyn Collective>>;
 }
@@ -61,7 +98,7 @@ pub(super) trait Collective: Send + Sync {
     /// Number of devices.
     fn len(&self) -> usize;
 
-    /// The numbers at the addresses, one of each device in the group's order, all become their sum.
+    /// The numbers at the addresses, one of each device in the group's order, all become their sum. It is not recorded.
     ///
     /// # Safety
     /// So many f32 are allocated at each address, on its device.
@@ -76,6 +113,9 @@ pub(super) fn all_of<D: Driver>(gpus: &[Gpu]) -> Result<Vec<Arc<D>>> {
     };
     gpus.iter().map(of).collect()
 }
+
+/// Kernels and products in their order.
+pub(super) trait Recording: Any + Debug + Send + Sync {}
 
 /// An argument of a kernel.
 #[derive(Clone, Copy, Debug)]
@@ -106,6 +146,18 @@ impl Argument<'_> {
 pub(super) enum Number {
     F32,
     Bf16,
+    /// e4m3.
+    Fp8,
+}
+
+impl Number {
+    pub(super) fn bytes(self) -> usize {
+        match self {
+            Self::F32 => size_of::<f32>(),
+            Self::Bf16 => size_of::<bf16>(),
+            Self::Fp8 => size_of::<u8>(),
+        }
+    }
 }
 
 /// A product of matrices.
@@ -113,16 +165,37 @@ pub(super) enum Number {
 pub(super) struct Product {
     /// Of `w` and `x`; sums are f32.
     pub(super) inputs_are: Number,
-    /// Of `y`: f32, or that of the inputs.
+    /// Of `y`: f32, or that of the inputs, or bf16 of e4m3.
     pub(super) outputs_are: Number,
     pub(super) w: u64,
     pub(super) x: u64,
     pub(super) y: u64,
-    /// `[outputs]` of the type of `y`, or 0.
+    /// Of `w` and `x`, if they are e4m3: `[outputs]` and `[rows]` in f32, with which sums are multiplied.
+    pub(super) scales: Option<[u64; 2]>,
+    /// `[outputs]`, or 0.
     pub(super) bias: u64,
+    /// Of the bias: that of `y`, or bf16 if the inputs are e4m3.
+    pub(super) bias_is: Number,
     pub(super) rows: usize,
     pub(super) inputs: usize,
     pub(super) outputs: usize,
+    /// Numbers from one row of `y` to the next.
+    pub(super) stride: usize,
     /// To what is in `y` already; then `y` is f32.
     pub(super) add: bool,
+    /// `y` is the GELU of that, by tanh; then nothing is added.
+    pub(super) gelu: bool,
+    /// A row of `y` has the same bits whatever `rows` is.
+    pub(super) invariant: bool,
+}
+
+impl Product {
+    /// That of so many outputs from the `first` on; `w` is still that of all.
+    pub(super) fn part(&self, first: usize, outputs: usize) -> Self {
+        let after = |address: u64, number: Number| match address {
+            0 => 0,
+            _ => address + (first * number.bytes()) as u64,
+        };
+        Self { y: after(self.y, self.outputs_are), bias: after(self.bias, self.bias_is), outputs, ..*self }
+    }
 }

@@ -1,14 +1,17 @@
 //! The CPU, doing what a GPU would, one thread after the other.
 
-use std::alloc::{Layout, alloc_zeroed, dealloc};
+use std::alloc::{Layout, alloc, dealloc};
+use std::any::Any;
 use std::collections::HashMap;
 use std::ffi::{CStr, CString, c_char, c_void};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use half::bf16;
 
-use super::driver::{Argument, Collective, Driver, Number, Product, all_of};
+use super::driver::{Argument, Collective, Driver, Number, Product, Recording, all_of};
+use super::recording::{Allocations, Validity};
 use super::{Gpu, GpuError, Memory, Result};
+use crate::fp8;
 
 unsafe extern "C" {
     /// See `cuda/emulate.cpp`.
@@ -30,17 +33,74 @@ const MEMORY: usize = 4 << 30;
 #[derive(Default)]
 pub(super) struct Emulated {
     allocated: Mutex<HashMap<u64, Layout>>,
+    allocations: Allocations,
+    recorded: Mutex<Vec<Work>>,
 }
+
+/// What is recorded.
+#[derive(Debug)]
+enum Work {
+    Launch { kernel: String, grid: [u32; 3], threads: u32, shared_bytes: u32, arguments: Vec<Owned> },
+    Product(Product),
+}
+
+/// An argument of a kernel.
+#[derive(Debug)]
+enum Owned {
+    Address(u64),
+    U32(u32),
+    U64(u64),
+    F32(f32),
+    Bytes(Vec<u8>),
+}
+
+impl Owned {
+    fn of(argument: &Argument<'_>) -> Self {
+        match *argument {
+            Argument::Address(value) => Self::Address(value),
+            Argument::U32(value) => Self::U32(value),
+            Argument::U64(value) => Self::U64(value),
+            Argument::F32(value) => Self::F32(value),
+            Argument::Bytes(bytes) => Self::Bytes(bytes.to_vec()),
+        }
+    }
+
+    fn argument(&self) -> Argument<'_> {
+        match self {
+            Self::Address(value) => Argument::Address(*value),
+            Self::U32(value) => Argument::U32(*value),
+            Self::U64(value) => Argument::U64(*value),
+            Self::F32(value) => Argument::F32(*value),
+            Self::Bytes(bytes) => Argument::Bytes(bytes),
+        }
+    }
+}
+
+#[derive(Debug)]
+struct Recorded {
+    work: Vec<Work>,
+    validity: Validity,
+}
+
+impl Recording for Recorded {}
 
 impl Emulated {
     fn allocated(&self) -> MutexGuard<'_, HashMap<u64, Layout>> {
         self.allocated.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn recorded(&self) -> MutexGuard<'_, Vec<Work>> {
+        self.recorded.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl Driver for Emulated {
     fn name(&self) -> &str {
         "emulated"
+    }
+
+    fn has_warp_groups(&self) -> bool {
+        true
     }
 
     fn memory(&self) -> Result<Memory> {
@@ -53,35 +113,62 @@ impl Driver for Emulated {
     }
 
     fn allocate(&self, bytes: usize) -> Result<u64> {
+        self.allocations.refuse_recording("taking memory")?;
         let refused = GpuError::OutOfMemory { bytes };
         if bytes > self.memory()?.free {
             return Err(refused);
         }
         let layout = Layout::from_size_align(bytes, 256).map_err(|_| refused.clone())?;
         // SAFETY: the size is not 0.
-        let pointer = unsafe { alloc_zeroed(layout) };
+        let pointer = unsafe { alloc(layout) };
         if pointer.is_null() {
             return Err(refused);
         }
+        // No numbers, so that a result shows who reads them.
+        // SAFETY: so many bytes were just allocated.
+        unsafe { pointer.write_bytes(0xff, bytes) };
         let address = pointer.expose_provenance() as u64;
         self.allocated().insert(address, layout);
+        self.allocations.allocated(address);
         Ok(address)
+    }
+
+    unsafe fn clear(&self, address: u64, bytes: usize) -> Result<()> {
+        self.allocations.refuse_recording("clearing memory")?;
+        // SAFETY: so many bytes are allocated there, and no kernel is running.
+        unsafe { pointer::<u8>(address).write_bytes(0, bytes) };
+        Ok(())
     }
 
     unsafe fn free(&self, address: u64) {
         if let Some(layout) = self.allocated().remove(&address) {
-            // SAFETY: it came from `alloc_zeroed` with this layout.
+            self.allocations.freed(address);
+            // SAFETY: it came from `alloc` with this layout.
             unsafe { dealloc(pointer(address), layout) };
         }
     }
 
+    unsafe fn load(&self, address: u64, bytes: &[u8]) -> Result<()> {
+        // SAFETY: as above; there is nothing beside which it could be done.
+        unsafe { self.write(address, bytes) }
+    }
+
     unsafe fn write(&self, address: u64, bytes: &[u8]) -> Result<()> {
+        self.allocations.refuse_recording("a copy")?;
         // SAFETY: so many bytes are allocated there, and no kernel is running.
         unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), pointer(address), bytes.len()) };
         Ok(())
     }
 
+    unsafe fn copy(&self, from: u64, to: u64, bytes: usize) -> Result<()> {
+        self.allocations.refuse_recording("a copy")?;
+        // SAFETY: so many bytes are at both places, which have none in common, and no kernel is running.
+        unsafe { std::ptr::copy_nonoverlapping(pointer::<u8>(from), pointer::<u8>(to), bytes) };
+        Ok(())
+    }
+
     unsafe fn read(&self, address: u64, bytes: &mut [u8]) -> Result<()> {
+        self.allocations.refuse_recording("a copy")?;
         // SAFETY: so many bytes are allocated there, and no kernel is running.
         unsafe { std::ptr::copy_nonoverlapping(pointer::<u8>(address), bytes.as_mut_ptr(), bytes.len()) };
         Ok(())
@@ -95,67 +182,78 @@ impl Driver for Emulated {
         shared_bytes: u32,
         arguments: &[Argument<'_>],
     ) -> Result<()> {
-        let name = CString::new(kernel).map_err(|error| GpuError::Failed(error.to_string()))?;
-        let mut arguments: Vec<*mut c_void> = arguments.iter().map(Argument::pointer).collect();
-        let block = [threads, 1, 1];
-        let name: &CStr = &name;
-        let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
-        // SAFETY: the arguments are the kernel's, and live until it returns.
-        let found = unsafe {
-            plumb_emulated_launch(
-                name.as_ptr(),
-                grid.as_ptr(),
-                block.as_ptr(),
-                shared_bytes as usize,
-                arguments.as_mut_ptr(),
-            )
-        };
-        if found { Ok(()) } else { Err(GpuError::Failed(format!("there is no kernel {kernel}"))) }
+        if self.allocations.note_launch(arguments) {
+            let arguments = arguments.iter().map(Owned::of).collect();
+            self.recorded().push(Work::Launch { kernel: kernel.to_owned(), grid, threads, shared_bytes, arguments });
+            return Ok(());
+        }
+        // SAFETY: as above.
+        unsafe { run(kernel, grid, threads, shared_bytes, arguments) }
     }
 
     unsafe fn multiply(&self, product: &Product) -> Result<()> {
-        let Product { inputs_are, outputs_are, w, x, y, bias, rows, inputs, outputs, add } = *product;
-        // SAFETY: as much memory is there.
-        let (w, x) = unsafe { (numbers(inputs_are, w, outputs * inputs), numbers(inputs_are, x, rows * inputs)) };
-        // SAFETY: as before.
-        let bias = (bias != 0).then(|| unsafe { numbers(outputs_are, bias, outputs) });
-        for row in 0..rows {
-            for output in 0..outputs {
-                let pairs = x[row * inputs..][..inputs].iter().zip(&w[output * inputs..][..inputs]);
-                let sum: f32 = pairs.map(|(x, w)| x * w).sum();
-                let sum = sum + bias.as_ref().map_or(0.0, |bias| bias[output]);
-                let at = row * outputs + output;
-                // SAFETY: as before.
-                unsafe {
-                    match outputs_are {
-                        Number::F32 => {
-                            let to = pointer::<f32>(y).add(at);
-                            *to = if add { *to + sum } else { sum };
-                        }
-                        Number::Bf16 => *pointer::<bf16>(y).add(at) = bf16::from_f32(sum),
-                    }
-                }
-            }
+        if self.allocations.note_product(product) {
+            self.recorded().push(Work::Product(*product));
+            return Ok(());
         }
+        // SAFETY: as above.
+        unsafe { multiply(product) };
         Ok(())
     }
 
+    fn multiplies(&self, product: &Product) -> bool {
+        // As a device would that scales some products itself and leaves others to be scaled afterwards.
+        product.scales.is_none() || !product.add
+    }
+
+    fn begin_recording(&self) -> Result<()> {
+        self.allocations.begin()
+    }
+
+    fn end_recording(&self) -> Result<Box<dyn Recording>> {
+        let work = std::mem::take(&mut *self.recorded());
+        Ok(Box::new(Recorded { work, validity: self.allocations.end() }))
+    }
+
+    fn replay(&self, recording: &dyn Recording) -> Result<bool> {
+        let recording: &dyn Any = recording;
+        let Some(Recorded { work, validity }) = recording.downcast_ref() else {
+            return Err(GpuError::Failed("a recording of another kind of device".into()));
+        };
+        self.allocations.replay(validity, || {
+            work.iter().try_for_each(|work| {
+                // SAFETY: it was asked for with these, and the arrays are still there.
+                unsafe {
+                    match work {
+                        Work::Launch { kernel, grid, threads, shared_bytes, arguments } => {
+                            let arguments: Vec<_> = arguments.iter().map(Owned::argument).collect();
+                            run(kernel, *grid, *threads, *shared_bytes, &arguments)
+                        }
+                        Work::Product(product) => {
+                            multiply(product);
+                            Ok(())
+                        }
+                    }
+                }
+            })
+        })
+    }
+
     fn group(&self, gpus: &[Gpu]) -> Result<Arc<dyn Collective>> {
-        Ok(Arc::new(EmulatedGroup { size: all_of::<Self>(gpus)?.len() }))
+        Ok(Arc::new(EmulatedGroup(all_of(gpus)?)))
     }
 }
 
 /// Devices that all have the memory of this process.
-struct EmulatedGroup {
-    size: usize,
-}
+struct EmulatedGroup(Vec<Arc<Emulated>>);
 
 impl Collective for EmulatedGroup {
     fn len(&self) -> usize {
-        self.size
+        self.0.len()
     }
 
     unsafe fn all_reduce(&self, addresses: &[u64], len: usize) -> Result<()> {
+        self.0.iter().try_for_each(|gpu| gpu.allocations.refuse_recording("a sum over GPUs"))?;
         for i in 0..len {
             // SAFETY: so many are there, and no kernel is running.
             unsafe {
@@ -165,6 +263,81 @@ impl Collective for EmulatedGroup {
         }
         Ok(())
     }
+}
+
+/// # Safety
+/// See `Gpu::launch`.
+unsafe fn run(kernel: &str, grid: [u32; 3], threads: u32, shared_bytes: u32, arguments: &[Argument<'_>]) -> Result<()> {
+    let name = CString::new(kernel).map_err(|error| GpuError::Failed(error.to_string()))?;
+    let mut arguments: Vec<*mut c_void> = arguments.iter().map(Argument::pointer).collect();
+    let block = [threads, 1, 1];
+    let name: &CStr = &name;
+    let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+    // SAFETY: the arguments are the kernel's, and live until it returns.
+    let found = unsafe {
+        plumb_emulated_launch(
+            name.as_ptr(),
+            grid.as_ptr(),
+            block.as_ptr(),
+            shared_bytes as usize,
+            arguments.as_mut_ptr(),
+        )
+    };
+    if found { Ok(()) } else { Err(GpuError::Failed(format!("there is no kernel {kernel}"))) }
+}
+
+/// # Safety
+/// See [`Driver::multiply`].
+unsafe fn multiply(product: &Product) {
+    let Product {
+        inputs_are,
+        outputs_are,
+        w,
+        x,
+        y,
+        scales,
+        bias,
+        bias_is,
+        rows,
+        inputs,
+        outputs,
+        stride,
+        add,
+        gelu,
+        ..
+    } = *product;
+    // SAFETY: as much memory is there.
+    let (w, x) = unsafe { (numbers(inputs_are, w, outputs * inputs), numbers(inputs_are, x, rows * inputs)) };
+    // SAFETY: as before.
+    let bias = (bias != 0).then(|| unsafe { numbers(bias_is, bias, outputs) });
+    // SAFETY: as before.
+    let scales = scales.map(|[w, x]| unsafe { (numbers(Number::F32, w, outputs), numbers(Number::F32, x, rows)) });
+    for row in 0..rows {
+        for output in 0..outputs {
+            let pairs = x[row * inputs..][..inputs].iter().zip(&w[output * inputs..][..inputs]);
+            let sum: f32 = pairs.map(|(x, w)| x * w).sum();
+            let sum = scales.as_ref().map_or(sum, |(w, x)| sum * w[output] * x[row]);
+            let sum = sum + bias.as_ref().map_or(0.0, |bias| bias[output]);
+            let sum = if gelu { gelu_tanh(sum) } else { sum };
+            let at = row * stride + output;
+            // SAFETY: as before.
+            unsafe {
+                match outputs_are {
+                    Number::F32 => {
+                        let to = pointer::<f32>(y).add(at);
+                        *to = if add { *to + sum } else { sum };
+                    }
+                    Number::Bf16 => *pointer::<bf16>(y).add(at) = bf16::from_f32(sum),
+                    Number::Fp8 => *pointer::<u8>(y).add(at) = fp8::from_f32(sum),
+                }
+            }
+        }
+    }
+}
+
+/// As cuBLASLt has it.
+fn gelu_tanh(x: f32) -> f32 {
+    0.5 * x * (1.0 + (0.797_884_6 * (x + 0.044_715 * x * x * x)).tanh())
 }
 
 fn pointer<T>(address: u64) -> *mut T {
@@ -180,6 +353,9 @@ unsafe fn numbers(are: Number, address: u64, len: usize) -> Vec<f32> {
             Number::F32 => std::slice::from_raw_parts(pointer::<f32>(address), len).to_vec(),
             Number::Bf16 => {
                 std::slice::from_raw_parts(pointer::<bf16>(address), len).iter().map(|x| x.to_f32()).collect()
+            }
+            Number::Fp8 => {
+                std::slice::from_raw_parts(pointer::<u8>(address), len).iter().map(|x| fp8::to_f32(*x)).collect()
             }
         }
     }

@@ -111,15 +111,17 @@ impl Collective for Communicators {
 
     unsafe fn all_reduce(&self, addresses: &[u64], len: usize) -> Result<()> {
         let nccl = self.nccl;
+        let streams = self.members.iter().map(|(gpu, _)| gpu.running_stream()).collect::<Result<Vec<_>>>()?;
         let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
         // SAFETY: nothing is asked for between the two but sums in place, each of a communicator on its own GPU's stream;
         // so many numbers are there.
         unsafe {
             nccl.check((nccl.group_start)())?;
-            let asked = self.members.iter().zip(addresses).try_for_each(|((gpu, handle), address)| {
-                let at = std::ptr::without_provenance_mut(*address as usize);
-                nccl.check((nccl.all_reduce)(at, at, len, FLOAT32, SUM, *handle, gpu.stream()))
-            });
+            let asked =
+                self.members.iter().zip(addresses).zip(streams).try_for_each(|(((_, handle), address), stream)| {
+                    let at = std::ptr::without_provenance_mut(*address as usize);
+                    nccl.check((nccl.all_reduce)(at, at, len, FLOAT32, SUM, *handle, stream))
+                });
             let ended = nccl.check((nccl.group_end)());
             asked.and(ended)
         }

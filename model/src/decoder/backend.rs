@@ -9,9 +9,10 @@ use std::ops::Range;
 use bytemuck::Pod;
 use plumb_kernels::activation::Activation;
 use plumb_kernels::attention::Rule;
-use plumb_kernels::linear::Matrix;
+use plumb_kernels::linear::{Held, Matrix};
 use plumb_kernels::norm::Norm;
 use plumb_kernels::rotary::Rotary;
+use plumb_kernels::sample::{Draw, Drawn, Undrawn};
 
 use super::Device;
 use super::build::Load;
@@ -47,14 +48,18 @@ pub(super) trait Backend: Clone + Debug + Send + Sync + Sized + 'static {
     type Cut<'a>;
     /// What can be used again of one.
     type Used: Debug + Send + Sync;
+    /// What steps have in common that do the same with other numbers.
+    type Shape;
+    /// How the layers of steps have run, by their shapes.
+    type Graphs: Debug + Default + Send + Sync;
     /// Where an activated layer puts what its gradient needs.
     type Kept<'a>;
-    /// What reading needs beside the residual stream.
+    /// What attention and reading need beside the residual stream.
     type Scratch: Debug + Send + Sync;
 
     /// Rows that go through a linear layer together.
     const CHUNK: usize;
-    /// Whether weights are packed into panels, and stay quantised, in the memory of the process.
+    /// Whether weights are packed into panels, in the memory of the process.
     const PACKED: bool;
 
     /// That of a device.
@@ -96,6 +101,9 @@ pub(super) trait Backend: Clone + Debug + Send + Sync + Sized + 'static {
     }
     /// Bytes that it takes.
     fn linear_bytes(linear: &Self::Linear) -> usize;
+    /// Bytes that matrices on top of one another will take, each of so many outputs, and those of
+    /// what they take beside that, which all layers share.
+    fn stacked_bytes(parts: &[(usize, Held)], inputs: usize) -> [usize; 2];
     /// Up and gate, each shard with an equal part of their outputs.
     fn activated(
         &self,
@@ -127,7 +135,12 @@ pub(super) trait Backend: Clone + Debug + Send + Sync + Sized + 'static {
 
     fn cut<'a>(&self, config: &Config, step: &Step<'a>, used: Option<Self::Used>) -> Result<Self::Cut<'a>>;
     fn used(cut: Self::Cut<'_>) -> Self::Used;
+    /// Rows of a step: those of its tokens, and after them perhaps some that are of none.
     fn rows(cut: &Self::Cut<'_>) -> usize;
+    /// What a step and its cache have in common with others whose layers do the same.
+    fn shape(cut: &Self::Cut<'_>, kv: &Self::KvPages) -> Self::Shape;
+    /// Has the layers of a step done: by `run`, or as they were before for a step of the same shape.
+    fn layers(&self, shape: Self::Shape, known: &mut Self::Graphs, run: &mut dyn FnMut() -> Result<()>) -> Result<()>;
     /// Elements of q for a row.
     fn q_width(config: &Config) -> usize;
 
@@ -181,6 +194,7 @@ pub(super) trait Backend: Clone + Debug + Send + Sync + Sized + 'static {
         layer: usize,
     ) -> Result<()>;
 
+    #[expect(clippy::too_many_arguments, reason = "what it reads, how, and what it writes")]
     fn attention(
         &self,
         q: Self::Part<'_, Self::Element>,
@@ -189,6 +203,7 @@ pub(super) trait Backend: Clone + Debug + Send + Sync + Sized + 'static {
         cut: &Self::Cut<'_>,
         rule: Rule,
         out: Self::PartMut<'_, Self::Element>,
+        scratch: &mut Self::Scratch,
     ) -> Result<()>;
 
     /// `out = activation(gate(x)) * up(x)`, or what there is of it.
@@ -234,14 +249,25 @@ pub(super) trait Backend: Clone + Debug + Send + Sync + Sized + 'static {
         scratch: &mut Self::Scratch,
     ) -> Result<(Vec<u32>, Vec<f32>)>;
 
-    /// All logits after each row.
+    /// All logits after each row, which stay in the scratch.
     fn logits(
         &self,
         from: Stream<'_, Self>,
         rows: &[u32],
         head: Vocabulary<'_, Self>,
         scratch: &mut Self::Scratch,
-    ) -> Result<Vec<Vec<f32>>>;
+    ) -> Result<()>;
+
+    /// Some of the rows of logits that are there, of so many tokens each.
+    fn copy_logits(scratch: &Self::Scratch, rows: Range<usize>, vocabulary: usize) -> Result<Vec<Vec<f32>>>;
+
+    /// Draws tokens from the rows of logits that are there, of so many tokens each.
+    fn draw(
+        &self,
+        vocabulary: usize,
+        draws: &[Draw<'_>],
+        scratch: &mut Self::Scratch,
+    ) -> Result<Vec<Result<Drawn, Undrawn>>>;
 }
 
 /// Where tokens' first rows come from.

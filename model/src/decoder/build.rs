@@ -4,10 +4,12 @@ use candle_core::{DType as TensorType, Tensor};
 use half::bf16;
 use plumb_kernels::Element;
 use plumb_kernels::activation::Activation;
+use plumb_kernels::fp8::Fp8Rows;
 use plumb_kernels::linear::{Matrix, Rows};
 use plumb_kernels::norm::Norm;
 use plumb_kernels::quantised::QuantRows;
 use plumb_kernels::rotary::Rotary;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::backend::Backend;
 use super::names::{LayerNames, Names, Qkv};
@@ -48,7 +50,9 @@ impl<B: Backend> Stack<B> {
             (0..config.num_layers).map(|i| taker.layer(&LayerNames::of(config, i))).collect::<Result<Vec<_>>>()?;
         let final_norm = taker.norm(names.final_norm, config.hidden_size)?;
         let parameters = taker.parameters;
+        static STACKS: AtomicU64 = AtomicU64::new(1);
         Ok(Self {
+            number: STACKS.fetch_add(1, Ordering::Relaxed),
             embedding,
             layers,
             final_norm,
@@ -86,6 +90,7 @@ struct Part<E> {
 enum Values<E> {
     Plain(Vec<E>),
     Quantised(QuantRows),
+    Fp8(Fp8Rows),
 }
 
 impl<E: Load> Part<E> {
@@ -93,6 +98,7 @@ impl<E: Load> Part<E> {
         let weights = match &self.weights {
             Values::Plain(rows) => Rows::Plain(rows),
             Values::Quantised(rows) => Rows::Quantised(rows),
+            Values::Fp8(rows) => Rows::Fp8(rows),
         };
         Matrix { weights, bias: self.bias.as_deref() }
     }
@@ -104,6 +110,7 @@ impl<E: Load> Values<E> {
         match self {
             Self::Plain(rows) => rows,
             Self::Quantised(rows) => rows.expand(),
+            Self::Fp8(rows) => rows.expand(),
         }
     }
 }
@@ -131,11 +138,23 @@ impl<B: Backend> Taker<'_, B> {
         let weights = match self.weights.take_stored(&format!("{name}.weight"), &[outputs, inputs])? {
             Stored::Plain(tensor) => Values::Plain(B::Element::load(&tensor)?),
             Stored::Quantised(rows) => Values::Quantised(rows),
+            Stored::Fp8(rows) => Values::Fp8(rows),
         };
         self.parameters += (outputs * inputs) as u64;
         refuse_beyond(self.parameters as usize * size_of::<B::Element>())?;
         let bias = if bias { Some(self.vector(&format!("{name}.bias"), &[outputs])?) } else { None };
         Ok(Part { weights, bias })
+    }
+
+    /// As [`Taker::part`], of a layer of the stack, whose weights may be wanted in e4m3.
+    fn inner(&mut self, name: &str, shape: [usize; 2], bias: bool) -> Result<Part<B::Element>> {
+        let part = self.part(name, shape, bias)?;
+        Ok(match part.weights {
+            Values::Plain(rows) if self.weights.are_rounded_to_fp8() => {
+                Part { weights: Values::Fp8(Fp8Rows::quantise(&rows, shape[1])), ..part }
+            }
+            _ => part,
+        })
     }
 
     /// The embedding, unless the head holds the same numbers, and the head.
@@ -180,21 +199,21 @@ impl<B: Backend> Taker<'_, B> {
     /// q, k and v, on top of one another.
     fn stacked_qkv(&mut self, names: &[String; 3], outputs: [usize; 3]) -> Result<B::Linear> {
         let Config { hidden_size, qkv_bias, .. } = *self.config;
-        let parts = names.iter().zip(outputs).map(|(name, outputs)| self.part(name, [outputs, hidden_size], qkv_bias));
+        let parts = names.iter().zip(outputs).map(|(name, outputs)| self.inner(name, [outputs, hidden_size], qkv_bias));
         let parts = parts.collect::<Result<Vec<_>>>()?;
         self.backend.split_outputs(&parts.iter().map(|part| vec![part.matrix()]).collect::<Vec<_>>(), hidden_size)
     }
 
     /// What leads back to the residual stream.
     fn back(&mut self, name: &str, inputs: usize, bias: bool) -> Result<B::Linear> {
-        let part = self.part(name, [self.config.hidden_size, inputs], bias)?;
+        let part = self.inner(name, [self.config.hidden_size, inputs], bias)?;
         self.backend.split_inputs(part.matrix(), inputs)
     }
 
     /// The first half of a feed-forward layer.
     fn activated(&mut self, up: &str, gate: Option<&str>) -> Result<B::Activated> {
         let Config { hidden_size: inputs, intermediate_size: outputs, mlp_bias, .. } = *self.config;
-        let mut part = |name: &str| self.part(name, [outputs, inputs], mlp_bias);
+        let mut part = |name: &str| self.inner(name, [outputs, inputs], mlp_bias);
         let (up, gate) = (part(up)?, gate.map(part).transpose()?);
         let activation = match self.config.activation {
             config::Activation::Silu => Activation::Silu,
@@ -235,9 +254,15 @@ impl<B: Backend> Taker<'_, B> {
         let Config { hidden_size, num_heads, head_dim, qkv_bias, .. } = *self.config;
         let Part { weights, bias } = self.part(name, [3 * num_heads * head_dim, hidden_size], qkv_bias)?;
         let rows = weights.into_plain();
-        let heads: Vec<_> = interleaved(num_heads, head_dim)
-            .map(|start| Matrix {
-                weights: Rows::Plain(&rows[start * hidden_size..(start + head_dim) * hidden_size]),
+        let starts = || interleaved(num_heads, head_dim);
+        let of_head = |start: usize| &rows[start * hidden_size..(start + head_dim) * hidden_size];
+        let in_fp8 = self.weights.are_rounded_to_fp8();
+        let in_fp8: Option<Vec<Fp8Rows>> =
+            in_fp8.then(|| starts().map(|start| Fp8Rows::quantise(of_head(start), hidden_size)).collect());
+        let heads: Vec<_> = starts()
+            .enumerate()
+            .map(|(head, start)| Matrix {
+                weights: in_fp8.as_ref().map_or(Rows::Plain(of_head(start)), |heads| Rows::Fp8(&heads[head])),
                 bias: bias.as_ref().map(|bias| &bias[start..start + head_dim]),
             })
             .collect();

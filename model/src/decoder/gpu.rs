@@ -1,18 +1,22 @@
 //! A GPU as a backend: arrays are in its memory, and the kernels are asked for in order.
 //!
-//! Weights that are quantised in the checkpoint are expanded when they are read. What two operations of a row pass on to
-//! one another is in the weights' type, the residual stream and what is read in the end are f32, but for the rows that
-//! meet a vocabulary, which are in the weights' type too, as in Transformers.
+//! Weights that are quantised in the checkpoint stay so, a language head among them, but for an embedding that is no
+//! language head and what an adapter changes. What two operations of a row pass on to one another is in the weights' type,
+//! the residual stream and what is read in the end are f32, but for the rows that meet a vocabulary, which are in the
+//! weights' type too, as in Transformers.
 
+use std::collections::VecDeque;
 use std::marker::PhantomData;
 use std::ops::Range;
 
 use plumb_kernels::activation::Activation;
 use plumb_kernels::attention::Rule;
 use plumb_kernels::gpu::{
-    self, Buffer, Gpu, Group, KvPages, Linear, Norm, Output, Pieces, View, ViewMut, Vocabulary as Sweep,
+    self, Buffer, CutRule, Gpu, Graph, Group, KvPages, Linear, Norm, Output, Partials, Pieces, Room, Sampler, View,
+    ViewMut, Vocabulary as Sweep,
 };
-use plumb_kernels::linear::{Matrix, Rows};
+use plumb_kernels::linear::{Held, Matrix};
+use plumb_kernels::sample::{Draw, Drawn, Undrawn};
 use plumb_kernels::{norm, rotary};
 
 use super::backend::{Backend, Embedding, How, Number, Stream, Vocabulary};
@@ -28,10 +32,38 @@ use crate::{Error, Result};
 /// small beside the weights.
 const CHUNK: usize = 8192;
 
+/// Steps of up to so many rows are recorded, as to ask for their operations one by one takes longer than to do them.
+const MAX_RECORDED_ROWS: usize = 1024;
+/// Shapes of steps of which recordings are kept.
+const MAX_RECORDED: usize = 64;
+
+/// Rows of a step of so many tokens: a small one is filled up, so that there are few shapes.
+fn filled_up(rows: usize) -> usize {
+    match rows {
+        0..=8 => rows.next_power_of_two(),
+        9..=64 => rows.next_multiple_of(8),
+        65..=MAX_RECORDED_ROWS => rows.next_multiple_of(64),
+        _ => rows,
+    }
+}
+
+/// Of a step, and of the cache that it uses.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Shape {
+    step: [usize; 4],
+    cache: u64,
+}
+
+/// Steps' shapes, the last ones first. The layers of a shape that comes for the second time are recorded.
+#[derive(Debug, Default)]
+pub(super) struct Graphs(VecDeque<(Shape, Option<Graph>)>);
+
 /// A GPU, with weights of one type.
 #[derive(Clone, Debug)]
 pub(super) struct OnGpu<E> {
     gpu: Gpu,
+    /// What layers share whose weights are no numbers of the type.
+    room: Room,
     element: PhantomData<E>,
 }
 
@@ -54,6 +86,7 @@ pub(super) struct Rotary {
 #[derive(Debug)]
 pub(super) struct Scratch<E> {
     ids: Buffer<u32>,
+    partials: Partials,
     /// What a non-linearity is given, `[CHUNK, 2 * intermediate]`.
     sums: Buffer<E>,
     /// Which rows are read, and what the norm makes of them.
@@ -63,6 +96,7 @@ pub(super) struct Scratch<E> {
     rewards: Buffer<f32>,
     /// `[reads, vocab_size]`.
     logits: Buffer<f32>,
+    sampler: Sampler,
     sweep: Sweep,
 }
 
@@ -82,6 +116,8 @@ where
     type KvPages = KvPages<E>;
     type Cut<'a> = Pieces;
     type Used = Pieces;
+    type Shape = Option<Shape>;
+    type Graphs = Graphs;
     // There is no gradient here yet, and so nothing that could be kept.
     type Kept<'a> = std::convert::Infallible;
     type Scratch = Scratch<E>;
@@ -91,7 +127,7 @@ where
 
     fn on(device: &Device) -> Result<Self> {
         match device {
-            Device::Gpu(gpu) => Ok(Self { gpu: gpu.clone(), element: PhantomData }),
+            Device::Gpu(gpu) => Ok(Self { gpu: gpu.clone(), room: Room::new(gpu), element: PhantomData }),
             _ => Err(Error::Device(format!("{} is no GPU", device.name()))),
         }
     }
@@ -122,23 +158,15 @@ where
     }
 
     fn linear(&self, parts: &[Matrix<'_, E>], inputs: usize) -> Result<Linear<E>> {
-        let mut rows: Vec<E> = Vec::new();
-        let mut bias = Vec::new();
-        for part in parts {
-            let before = rows.len();
-            match part.weights {
-                Rows::Plain(values) => rows.extend_from_slice(values),
-                Rows::Quantised(quantised) => rows.extend(quantised.expand::<E>()),
-            }
-            bias.extend_from_slice(part.bias.unwrap_or_default());
-            bias.resize(bias.len() + if part.bias.is_none() { (rows.len() - before) / inputs } else { 0 }, 0.0);
-        }
-        let bias = parts.iter().any(|part| part.bias.is_some()).then_some(&bias[..]);
-        Ok(Linear::new(&self.gpu, &rows, bias, inputs)?)
+        Ok(Linear::stacked(&self.gpu, parts, inputs, &self.room)?)
     }
 
     fn linear_bytes(linear: &Linear<E>) -> usize {
         linear.bytes()
+    }
+
+    fn stacked_bytes(parts: &[(usize, Held)], inputs: usize) -> [usize; 2] {
+        gpu::stacked_bytes::<E>(parts, inputs)
     }
 
     fn activated(
@@ -182,35 +210,45 @@ where
         let chunk = (hidden_size + qkv + 3 * intermediate_size) * size_of::<E>() + hidden_size * FLOAT;
         let of = |count: usize, bytes: usize| count.saturating_mul(bytes) as u64;
         let logits = match config.head {
-            Head::Language => of(largest.sequences, vocab_size * FLOAT) + Sweep::most_bytes(vocab_size) as u64,
+            Head::Language => of(largest.sequences, vocab_size * FLOAT)
+                .saturating_add(Sampler::most_bytes(largest.sequences, vocab_size) as u64)
+                .saturating_add(Sweep::most_bytes(vocab_size) as u64),
             Head::Reward(_) => 0,
         };
-        [of(largest.tokens, row), of(CHUNK.min(largest.tokens), chunk), logits].into_iter().fold(0, u64::saturating_add)
+        let rows = filled_up(largest.tokens);
+        let partials = Partials::most_bytes(cut_rule(config, false), rows, config.max_position_embeddings) as u64;
+        let parts = [of(rows, row), of(CHUNK.min(rows), chunk), logits, partials];
+        parts.into_iter().fold(0, u64::saturating_add)
     }
 
     fn scratch(&self) -> Scratch<E> {
         let gpu = &self.gpu;
         Scratch {
             ids: gpu.empty(),
+            partials: Partials::new(gpu),
             sums: gpu.empty(),
             rows: gpu.empty(),
             normed: gpu.empty(),
             narrow: gpu.empty(),
             rewards: gpu.empty(),
             logits: gpu.empty(),
+            sampler: Sampler::new(gpu),
             sweep: Sweep::new(gpu),
         }
     }
 
     fn scratch_bytes(scratch: &Scratch<E>) -> usize {
-        let Scratch { ids, sums, rows, normed, narrow, rewards, logits, sweep } = scratch;
+        let Scratch { ids, partials, sums, rows, normed, narrow, rewards, logits, sampler, sweep } = scratch;
         let floats = [normed, rewards, logits].map(Buffer::bytes).iter().sum::<usize>();
-        ids.bytes() + sums.bytes() + rows.bytes() + narrow.bytes() + floats + sweep.bytes()
+        let others = partials.bytes() + sampler.bytes() + sweep.bytes();
+        ids.bytes() + sums.bytes() + rows.bytes() + narrow.bytes() + floats + others
     }
 
     fn cut<'a>(&self, config: &Config, step: &Step<'a>, used: Option<Pieces>) -> Result<Pieces> {
         let mut pieces = used.unwrap_or_else(|| Pieces::new(&self.gpu));
-        pieces.set(&spans(step), &runs(step, usize::MAX), config.num_heads / config.num_kv_heads)?;
+        let rows = step.sequences.iter().map(|sequence| sequence.tokens.len()).sum();
+        let rule = cut_rule(config, self.gpu.is_invariant());
+        pieces.set::<E>(&spans(step), &runs(step, usize::MAX), rule, filled_up(rows))?;
         Ok(pieces)
     }
 
@@ -220,6 +258,39 @@ where
 
     fn rows(cut: &Pieces) -> usize {
         cut.rows()
+    }
+
+    fn shape(cut: &Pieces, kv: &KvPages<E>) -> Option<Shape> {
+        kv.check(cut);
+        cut.shape().map(|step| Shape { step, cache: kv.number() })
+    }
+
+    fn layers(&self, shape: Option<Shape>, graphs: &mut Graphs, run: &mut dyn FnMut() -> Result<()>) -> Result<()> {
+        let Some(shape) = shape.filter(|shape| shape.step[0] <= MAX_RECORDED_ROWS) else { return run() };
+        // After an error arrays may be missing, so that nothing is known any more.
+        let mut shapes = std::mem::take(&mut graphs.0);
+        let place = shapes.iter().position(|(other, _)| *other == shape);
+        let graph = match place.and_then(|place| shapes.remove(place)) {
+            // All arrays are there: the layers of such a step have run before.
+            Some((_, Some(graph))) if graph.replay()? => Some(graph),
+            Some((_, None)) => {
+                let graph = self.gpu.record(&mut *run)?;
+                let all_there = graph.replay()?;
+                if !all_there {
+                    run()?;
+                }
+                all_there.then_some(graph)
+            }
+            // Not seen yet, or an array had to grow since.
+            _ => {
+                run()?;
+                None
+            }
+        };
+        shapes.truncate(MAX_RECORDED - 1);
+        shapes.push_front((shape, graph));
+        graphs.0 = shapes;
+        Ok(())
     }
 
     fn q_width(config: &Config) -> usize {
@@ -237,11 +308,11 @@ where
     ) -> Result<()> {
         scratch.ids.grow(ids.len())?;
         scratch.ids.write(0, ids)?;
-        let table = match table {
-            Embedding::Table(table) => table.all(),
-            Embedding::Head(head) => head.weights(),
-        };
-        Ok(self.gpu.embed(table, scratch.ids.view(0..ids.len()), scale, width, x)?)
+        let ids = scratch.ids.view(0..ids.len());
+        Ok(match table {
+            Embedding::Table(table) => self.gpu.embed(table.all(), ids, scale, width, x)?,
+            Embedding::Head(head) => head.embed(&self.gpu, ids, scale, x)?,
+        })
     }
 
     fn normed(&self, norm: &Norm, x: View<'_, f32>, out: ViewMut<'_, E>) -> Result<()> {
@@ -292,19 +363,23 @@ where
         cut: &Pieces,
         rule: Rule,
         out: ViewMut<'_, E>,
+        scratch: &mut Scratch<E>,
     ) -> Result<()> {
-        Ok(self.gpu.attention(q, kv, layer, cut, rule, out)?)
+        Ok(self.gpu.attention(q, kv, layer, cut, rule, &mut scratch.partials, out, None)?)
     }
 
     fn activate(
         &self,
         activated: &Activated<E>,
         x: View<'_, E>,
-        out: ViewMut<'_, E>,
+        mut out: ViewMut<'_, E>,
         _: Option<std::convert::Infallible>,
         scratch: &mut Scratch<E>,
     ) -> Result<()> {
         let Activated { linear, activation, gated } = activated;
+        if !gated && *activation == Activation::GeluTanh && linear.forward_gelu_tanh(&self.gpu, x, out.reborrow())? {
+            return Ok(());
+        }
         let rows = x.len() / linear.inputs();
         let width = linear.outputs() / if *gated { 2 } else { 1 };
         let sums = self.resize(&mut scratch.sums, rows * linear.outputs())?;
@@ -365,18 +440,32 @@ where
         rows: &[u32],
         head: Vocabulary<'_, Self>,
         scratch: &mut Scratch<E>,
-    ) -> Result<Vec<Vec<f32>>> {
+    ) -> Result<()> {
         self.gather(&from, rows, scratch)?;
         let logits = self.resize(&mut scratch.logits, rows.len() * head.size)?;
         head.logits.forward(&self.gpu, scratch.narrow.view(0..rows.len() * from.width), logits)?;
         if let Some(cap) = head.softcap {
             self.gpu.soft_cap(scratch.logits.view_mut(0..rows.len() * head.size), cap)?;
         }
-        let mut result = vec![vec![0.0; head.size]; rows.len()];
-        for (row, logits) in result.iter_mut().enumerate() {
-            scratch.logits.read(row * head.size, logits)?;
-        }
-        Ok(result)
+        Ok(())
+    }
+
+    fn copy_logits(scratch: &Scratch<E>, rows: Range<usize>, vocabulary: usize) -> Result<Vec<Vec<f32>>> {
+        let copy = |row: usize| {
+            let mut logits = vec![0.0; vocabulary];
+            scratch.logits.read(row * vocabulary, &mut logits)?;
+            Ok(logits)
+        };
+        rows.map(copy).collect()
+    }
+
+    fn draw(
+        &self,
+        vocabulary: usize,
+        draws: &[Draw<'_>],
+        scratch: &mut Scratch<E>,
+    ) -> Result<Vec<Result<Drawn, Undrawn>>> {
+        Ok(scratch.sampler.draw(scratch.logits.all(), vocabulary, draws)?)
     }
 }
 
@@ -404,6 +493,18 @@ where
         scratch.set_rows(rows)?;
         let narrow = self.resize(&mut scratch.narrow, rows.len() * from.width)?;
         Ok(from.norm.forward(&self.gpu, from.x, Some(scratch.rows.view(0..rows.len())), narrow)?)
+    }
+}
+
+/// How attention is cut: unless it is invariant, a score may depend in its last bits on how its sequence is cut into
+/// steps, as it does on the number of rows that its products had beside it.
+fn cut_rule(config: &Config, invariant: bool) -> CutRule {
+    CutRule {
+        heads: config.num_heads,
+        kv_heads: config.num_kv_heads,
+        head_dim: config.head_dim,
+        invariant,
+        partial_bytes: gpu::PARTIAL_BYTES,
     }
 }
 

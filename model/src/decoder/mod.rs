@@ -27,6 +27,7 @@ use plumb_kernels::memory::OutOfMemory;
 
 pub use device::{Device, Split};
 pub use plumb_kernels::head::log_sum_exp;
+pub use plumb_kernels::sample::{Draw, Drawn, TokenSet, Undrawn};
 pub use step::{Progress, Read, Step, StepSequence, StepSize};
 
 use crate::checkpoint::Weights;
@@ -113,6 +114,7 @@ trait Computes: Debug + Send + Sync {
     fn workspace(&self) -> Workspace;
     fn size(&self) -> (u64, u64);
     fn step(&self, step: &Step<'_>, kv: &mut KvStore, workspace: &mut Workspace) -> Result<Vec<Vec<f32>>>;
+    fn draw(&self, draws: &[Draw<'_>], workspace: &mut Workspace) -> Result<Vec<Result<Drawn, Undrawn>>>;
 }
 
 /// Pages of some backend.
@@ -159,6 +161,14 @@ impl<B: Backend> Computes for Stack<B> {
         match (kv.downcast_mut(), buffers.downcast_mut()) {
             (Some(kv), Some(buffers)) => B::run(|| Stack::step(self, step, kv, buffers)),
             _ => Err(Error::InvalidInput("the cache belongs to a model of another type".into())),
+        }
+    }
+
+    fn draw(&self, draws: &[Draw<'_>], workspace: &mut Workspace) -> Result<Vec<Result<Drawn, Undrawn>>> {
+        let buffers: &mut dyn Any = &mut *workspace.0;
+        match buffers.downcast_mut() {
+            Some(buffers) => B::run(|| Stack::draw(self, draws, buffers)),
+            None => Err(Error::InvalidInput("the workspace belongs to a model of another type".into())),
         }
     }
 }
@@ -239,6 +249,17 @@ impl Decoder {
     pub fn step(&self, step: &Step<'_>, kv: &mut KvStore, workspace: &mut Workspace) -> Result<Vec<Vec<f32>>> {
         self.computes.step(step, kv, workspace)
     }
+
+    /// Draws tokens from logits that the last step has left in the workspace, as often as is wanted: row `i` is that of
+    /// the `i`-th sequence that asked for [`Read::Draw`]. Only tokens and their log-probabilities leave the device; the
+    /// same draw from the same logits gives the same token on every one.
+    ///
+    /// # Errors
+    /// [`Error::InvalidInput`] if there is no such row, a number is out of its range, or a set of tokens is one of
+    /// another vocabulary.
+    pub fn draw(&self, draws: &[Draw<'_>], workspace: &mut Workspace) -> Result<Vec<Result<Drawn, Undrawn>>> {
+        self.computes.draw(draws, workspace)
+    }
 }
 
 /// Fails if a test wants no model to have so much memory.
@@ -252,6 +273,8 @@ fn refuse_beyond(bytes: usize) -> Result<()> {
 /// Embedding, layers, final norm and head.
 #[derive(Debug)]
 struct Stack<B: Backend> {
+    /// No other one's.
+    number: u64,
     backend: B,
     /// Of each shard, where the model is split.
     config: Config,

@@ -4,14 +4,14 @@
 
 use std::marker::PhantomData;
 
-use plumb_kernels::linear::{Linear, PANEL};
-use plumb_kernels::quantised;
+use half::f16;
+use plumb_kernels::linear::{Held, PANEL};
 
 use super::backend::Backend;
 use super::names::{LayerNames, Names, Qkv};
 use super::{DType, Decoder, Device, StepSize, on};
 use crate::Result;
-use crate::checkpoint::Weights;
+use crate::checkpoint::{Foreseen, Weights};
 use crate::config::{Config, Head, Norm};
 
 /// Bytes that a decoder takes.
@@ -19,7 +19,7 @@ use crate::config::{Config, Head, Norm};
 pub(crate) struct Plan {
     /// Linear layers, embedding and head: what [`Decoder::size`] will say, or a little more.
     pub(crate) weights: u64,
-    /// Norms and the rotary embedding's table.
+    /// Norms, the rotary embedding's table, and what all layers share.
     pub(crate) tables: u64,
     /// By how much the most that is taken at a time, copies on the way from the file included, is above what is held in
     /// the end. Little: the largest matrices come first.
@@ -34,7 +34,7 @@ impl Decoder {
         let mut share = plan(shards);
         if shards > 1 {
             // A matrix is read as a whole, and the copies of a share are less than the whole packed.
-            share.reading = plan(1).reading;
+            share.reading = share.reading.max(plan(1).reading);
         }
         share.times(device.in_memory())
     }
@@ -73,6 +73,8 @@ struct Planner<'a, B> {
     plan: Plan,
     /// The most at a time so far.
     peak: u64,
+    /// Bytes of what all layers share.
+    shared: usize,
     backend: PhantomData<B>,
 }
 
@@ -82,17 +84,18 @@ struct Part {
     reading: usize,
     /// Until it is packed.
     kept: usize,
-    quantised: Option<quantised::Described>,
+    held: Held,
 }
 
 impl<'a, B: Backend> Planner<'a, B> {
     fn plan(config: &'a Config, weights: &'a Weights, positions: usize, shards: usize) -> Plan {
-        let mut planner = Self { config, shards, weights, plan: Plan::default(), peak: 0, backend: PhantomData };
+        let plan = Plan::default();
+        let mut planner = Self { config, shards, weights, plan, peak: 0, shared: 0, backend: PhantomData };
         planner.ends();
         (0..config.num_layers).for_each(|layer| planner.layer(&LayerNames::of(config, layer)));
         planner.norm(config.hidden_size);
         planner.plan.reading = planner.peak.saturating_sub(planner.held());
-        planner.plan.tables += (positions * config.rope.dim * size_of::<f32>()) as u64;
+        planner.plan.tables += (positions * config.rope.dim * size_of::<f32>() + planner.shared) as u64;
         planner.plan
     }
 
@@ -124,9 +127,12 @@ impl<'a, B: Backend> Planner<'a, B> {
             }
             // Cut into heads, for which it has to be expanded.
             Qkv::Interleaved(name) => {
-                let part = self.part(name, 3 * q * hidden);
+                let part = self.part(name, [3 * q, hidden], true);
+                let held = if self.weights.are_rounded_to_fp8() { Held::Fp8 } else { Held::Plain };
                 let outputs = 3 * q / self.shards;
-                self.reads(&[part], Self::bytes(outputs, hidden), config.qkv_bias.then_some(outputs));
+                let [bytes, shared] = B::stacked_bytes(&[(outputs, held)], hidden);
+                self.shared = self.shared.max(shared);
+                self.reads(&[part], bytes, config.qkv_bias.then_some(outputs), true);
             }
         }
         self.linear(&[(&names.output, hidden)], q, 1, config.attention_output_bias, Cut::Inputs);
@@ -150,54 +156,75 @@ impl<'a, B: Backend> Planner<'a, B> {
         }
     }
 
-    /// Matrices that become one layer.
+    /// Matrices that become one layer; those of which a shard gets a part are inside of the stack.
     fn linear(&mut self, parts: &[(impl AsRef<str>, usize)], inputs: usize, align: usize, bias: bool, cut: Cut) {
         let align = if B::PACKED { align } else { 1 };
-        let read: Vec<Part> = parts.iter().map(|(name, outputs)| self.part(name.as_ref(), outputs * inputs)).collect();
+        let inner = cut != Cut::Nothing;
+        let part = |(name, outputs): &(_, usize)| self.part(AsRef::as_ref(name), [*outputs, inputs], inner);
+        let read: Vec<Part> = parts.iter().map(part).collect();
         let among = |of| if cut == of { self.shards } else { 1 };
         let inputs = inputs / among(Cut::Inputs);
-        let outputs = parts.iter().map(|(_, outputs)| (outputs / among(Cut::Outputs)).next_multiple_of(align)).sum();
-        let quantised: Vec<_> = read.iter().filter_map(|part| part.quantised).collect();
-        let whole_groups = quantised.iter().all(|quantised| inputs.is_multiple_of(quantised.group));
-        let bytes = match B::PACKED && quantised.len() == read.len() && whole_groups {
-            true => quantised::packed_bytes(&quantised, outputs, inputs),
-            false => Self::bytes(outputs, inputs),
+        // Where a shard ends within a block, its part has to be expanded.
+        let is_whole = |part: &Part| match part.held {
+            Held::Quantised(described) => described.are_whole(inputs),
+            Held::Plain | Held::Fp8 => true,
         };
-        self.reads(&read, bytes, bias.then_some(outputs));
+        let share = |(part, (_, outputs)): (&Part, &(_, usize))| {
+            let held = if is_whole(part) { part.held } else { Held::Plain };
+            ((outputs / among(Cut::Outputs)).next_multiple_of(align), held)
+        };
+        let parts: Vec<_> = read.iter().zip(parts).map(share).collect();
+        let outputs: usize = parts.iter().map(|(outputs, _)| outputs).sum();
+        let [bytes, shared] = B::stacked_bytes(&parts, inputs);
+        self.shared = self.shared.max(shared);
+        // In one form are only those panels whose parts are all quantised.
+        let packs_others = B::PACKED && read.iter().any(|part| !matches!(part.held, Held::Quantised(_)));
+        let expanding = packs_others || !read.iter().all(is_whole);
+        self.reads(&read, bytes, bias.then_some(outputs), expanding);
     }
 
     /// The table from which rows are taken: not packed.
     fn embedding(&mut self, name: &str) {
         let len = self.config.vocab_size * self.config.hidden_size;
-        let part = self.part(name, len);
+        let part = self.part(name, [self.config.vocab_size, self.config.hidden_size], false);
         let held = len * size_of::<B::Element>();
-        let expanding = if part.quantised.is_some() { part.kept + held } else { held };
+        let expanding = if part.held == Held::Plain { held } else { part.kept + held };
         self.takes(part.reading.max(expanding));
         self.plan.weights += held as u64;
     }
 
-    fn part(&self, name: &str, len: usize) -> Part {
-        let foreseen = self.weights.foresee(&format!("{name}.weight"));
-        if let Some(quantised) = foreseen.quantised {
-            // Codes of a byte, scales and offsets of f32.
-            let kept = len + 2 * len / quantised.group * size_of::<f32>();
-            return Part { reading: len * foreseen.reading, kept, quantised: Some(quantised) };
+    fn part(&self, name: &str, [outputs, inputs]: [usize; 2], inner: bool) -> Part {
+        let Foreseen { dtype, held, reading } = self.weights.foresee(&format!("{name}.weight"));
+        let len = outputs * inputs;
+        let as_fp8 = len + outputs * size_of::<f32>();
+        match held {
+            Held::Plain => {
+                let kept = len * size_of::<B::Element>();
+                let converted = if dtype.size_in_bytes() == size_of::<B::Element>() { 0 } else { kept };
+                let reading = len * reading + converted + kept;
+                match inner && self.weights.are_rounded_to_fp8() {
+                    true => Part { reading: reading.max(kept + as_fp8), kept: as_fp8, held: Held::Fp8 },
+                    false => Part { reading, kept, held },
+                }
+            }
+            // Codes of a byte, scales and offsets of two at most.
+            Held::Quantised(described) => {
+                let kept = len + 2 * len / described.group * size_of::<f16>();
+                Part { reading: len * reading, kept, held }
+            }
+            Held::Fp8 => Part { reading: len * reading + as_fp8, kept: as_fp8, held },
         }
-        let kept = len * size_of::<B::Element>();
-        let converted = if foreseen.dtype.size_in_bytes() == size_of::<B::Element>() { 0 } else { kept };
-        Part { reading: len * foreseen.reading + converted + kept, kept, quantised: None }
     }
 
-    /// One is read while those before it wait for the last; then all are packed into so many bytes, the longest of them
-    /// perhaps expanded first, where others are not quantised.
-    fn reads(&mut self, parts: &[Part], packed: usize, bias: Option<usize>) {
+    /// One is read while those before it wait for the last; then all are packed into so many bytes, the longest that is
+    /// quantised expanded first where `expanding`.
+    fn reads(&mut self, parts: &[Part], packed: usize, bias: Option<usize>, expanding: bool) {
         let mut kept = 0;
         for part in parts {
             self.takes(kept + part.reading);
             kept += part.kept;
         }
-        let mixed = !B::PACKED || parts.iter().any(|part| part.quantised.is_none());
-        let expanded = parts.iter().filter(|part| mixed && part.quantised.is_some());
+        let expanded = parts.iter().filter(|part| expanding && part.held != Held::Plain);
         self.takes(kept + packed + expanded.map(|part| part.kept * size_of::<B::Element>()).max().unwrap_or(0));
         // Where it is not packed, it is there for results of both types.
         let of_bias = size_of::<f32>() + if B::PACKED { 0 } else { size_of::<B::Element>() };
@@ -212,14 +239,6 @@ impl<'a, B: Backend> Planner<'a, B> {
     /// Of the weights so far, what is in the process's own memory.
     fn held(&self) -> u64 {
         if B::PACKED { self.plan.weights } else { 0 }
-    }
-
-    /// Of weights that are not quantised.
-    fn bytes(outputs: usize, inputs: usize) -> usize {
-        match B::PACKED {
-            true => Linear::<B::Element>::packed_bytes(outputs, inputs),
-            false => outputs * inputs * size_of::<B::Element>(),
-        }
     }
 
     fn norm(&mut self, width: usize) {

@@ -10,9 +10,10 @@ use std::ops::Range;
 
 use plumb_kernels::activation::Activation;
 use plumb_kernels::attention::Rule;
-use plumb_kernels::linear::Matrix;
+use plumb_kernels::linear::{Held, Matrix};
 use plumb_kernels::norm::Norm;
 use plumb_kernels::rotary::Rotary;
+use plumb_kernels::sample::{Draw, Drawn, Undrawn};
 
 use super::backend::{Backend, Embedding, How, Number, Stream, Vocabulary};
 use super::slices::Slice;
@@ -106,6 +107,9 @@ impl<B: Joined> Backend for Shards<B> {
     type KvPages = Vec<B::KvPages>;
     type Cut<'a> = Vec<B::Cut<'a>>;
     type Used = Vec<B::Used>;
+    // Sums over the shards are not recorded.
+    type Shape = ();
+    type Graphs = ();
     // Training has one device.
     type Kept<'a> = std::convert::Infallible;
     type Scratch = Vec<B::Scratch>;
@@ -176,6 +180,10 @@ impl<B: Joined> Backend for Shards<B> {
         linear.iter().map(B::linear_bytes).sum()
     }
 
+    fn stacked_bytes(parts: &[(usize, Held)], inputs: usize) -> [usize; 2] {
+        B::stacked_bytes(parts, inputs)
+    }
+
     fn activated(
         &self,
         activation: Activation,
@@ -238,6 +246,12 @@ impl<B: Joined> Backend for Shards<B> {
 
     fn rows(cut: &Vec<B::Cut<'_>>) -> usize {
         cut.first().map_or(0, B::rows)
+    }
+
+    fn shape(_: &Vec<B::Cut<'_>>, _: &Vec<B::KvPages>) {}
+
+    fn layers(&self, (): (), (): &mut (), run: &mut dyn FnMut() -> Result<()>) -> Result<()> {
+        run()
     }
 
     fn q_width(config: &Config) -> usize {
@@ -329,8 +343,9 @@ impl<B: Joined> Backend for Shards<B> {
         cut: &Vec<B::Cut<'_>>,
         rule: Rule,
         mut out: PartMut<'_, B, B::Element>,
+        scratch: &mut Vec<B::Scratch>,
     ) -> Result<()> {
-        self.ask(|i, shard| shard.attention(q.of(i), &kv[i], layer, &cut[i], rule, out.of(i)))
+        self.ask(|i, shard| shard.attention(q.of(i), &kv[i], layer, &cut[i], rule, out.of(i), &mut scratch[i]))
     }
 
     fn activate(
@@ -384,8 +399,21 @@ impl<B: Joined> Backend for Shards<B> {
         rows: &[u32],
         head: Vocabulary<'_, Self>,
         scratch: &mut Vec<B::Scratch>,
-    ) -> Result<Vec<Vec<f32>>> {
+    ) -> Result<()> {
         self.first()?.logits(first_stream(from), rows, first_head(head), &mut scratch[0])
+    }
+
+    fn copy_logits(scratch: &Vec<B::Scratch>, rows: Range<usize>, vocabulary: usize) -> Result<Vec<Vec<f32>>> {
+        B::copy_logits(&scratch[0], rows, vocabulary)
+    }
+
+    fn draw(
+        &self,
+        vocabulary: usize,
+        draws: &[Draw<'_>],
+        scratch: &mut Vec<B::Scratch>,
+    ) -> Result<Vec<Result<Drawn, Undrawn>>> {
+        self.first()?.draw(vocabulary, draws, &mut scratch[0])
     }
 }
 

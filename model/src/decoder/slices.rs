@@ -4,6 +4,7 @@ use std::borrow::Cow;
 use std::ops::Range;
 
 use plumb_kernels::Element;
+use plumb_kernels::fp8::Fp8Rows;
 use plumb_kernels::linear::{Matrix, Rows};
 use plumb_kernels::quantised::{QuantRows, columns};
 
@@ -18,6 +19,7 @@ pub(super) struct Slice<'a, E: Clone> {
 enum Weights<'a, E: Clone> {
     Plain(Cow<'a, [E]>),
     Quantised(Cow<'a, QuantRows>),
+    Fp8(Cow<'a, Fp8Rows>),
 }
 
 impl<'a, E: Element> Slice<'a, E> {
@@ -47,11 +49,13 @@ impl<'a, E: Element> Slice<'a, E> {
             Rows::Plain(rows) if shards == 1 => Weights::Plain(Cow::Borrowed(rows)),
             Rows::Plain(rows) => Weights::Plain(columns(rows, inputs, range).into()),
             Rows::Quantised(rows) if shards == 1 => Weights::Quantised(Cow::Borrowed(rows)),
-            Rows::Quantised(rows) if range.len().is_multiple_of(rows.group) => {
+            Rows::Quantised(rows) if rows.described.are_whole(range.len()) => {
                 Weights::Quantised(Cow::Owned(rows.columns(range)))
             }
-            // Where a shard ends within a group, there is no scale for what it has of it.
+            // Where a shard ends within a block, there is no factor for what it has of it.
             Rows::Quantised(rows) => Weights::Plain(columns(&rows.expand(), inputs, range).into()),
+            Rows::Fp8(rows) if shards == 1 => Weights::Fp8(Cow::Borrowed(rows)),
+            Rows::Fp8(rows) => Weights::Fp8(Cow::Owned(rows.columns(range))),
         };
         Self { weights, bias: matrix.bias.filter(|_| shard == 0) }
     }
@@ -61,6 +65,8 @@ impl<'a, E: Element> Slice<'a, E> {
             Rows::Plain(rows) => Weights::Plain(rows[range.start * inputs..range.end * inputs].into()),
             Rows::Quantised(rows) if range == (0..rows.rows()) => Weights::Quantised(Cow::Borrowed(rows)),
             Rows::Quantised(rows) => Weights::Quantised(Cow::Owned(rows.select(range.clone()))),
+            Rows::Fp8(rows) if range == (0..rows.rows()) => Weights::Fp8(Cow::Borrowed(rows)),
+            Rows::Fp8(rows) => Weights::Fp8(Cow::Owned(rows.select(range.clone()))),
         };
         Self { weights, bias: matrix.bias.map(|bias| &bias[range]) }
     }
@@ -69,6 +75,7 @@ impl<'a, E: Element> Slice<'a, E> {
         match &self.weights {
             Weights::Plain(rows) => rows.is_empty(),
             Weights::Quantised(rows) => rows.codes.is_empty(),
+            Weights::Fp8(rows) => rows.codes.is_empty(),
         }
     }
 
@@ -76,6 +83,7 @@ impl<'a, E: Element> Slice<'a, E> {
         let weights = match &self.weights {
             Weights::Plain(rows) => Rows::Plain(rows),
             Weights::Quantised(rows) => Rows::Quantised(rows),
+            Weights::Fp8(rows) => Rows::Fp8(rows),
         };
         Matrix { weights, bias: self.bias }
     }
@@ -89,5 +97,6 @@ fn outputs<E>(matrix: &Matrix<'_, E>, inputs: usize) -> usize {
     match matrix.weights {
         Rows::Plain(rows) => rows.len() / inputs,
         Rows::Quantised(rows) => rows.rows(),
+        Rows::Fp8(rows) => rows.rows(),
     }
 }
