@@ -1,7 +1,10 @@
 //! Drawing tokens, on the CPU and every GPU that there is, the emulated one among them: against the reference, and to
 //! the bit against one another.
 
-#![expect(clippy::unwrap_used, reason = "a test may stop where it stands, in its helpers too")]
+#![cfg_attr(
+    feature = "gpu",
+    expect(clippy::unwrap_used, reason = "a test may stop where it stands, in its helpers too")
+)]
 
 #[cfg(feature = "gpu")]
 use plumb_kernels::gpu::{Gpu, Sampler};
