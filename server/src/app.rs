@@ -220,7 +220,7 @@ impl Server {
         let (grpc, metrics) = (address(&listener)?, address(&metrics_listener)?);
         let admin = admin_listener.as_ref().map(address).transpose()?;
 
-        let device = device::open(config.device)?;
+        let device = device::open(config.device, config.engine.batch_invariant)?;
         let engine = Engine::start(EngineOptions {
             max_batch_tokens: config.engine.max_batch_tokens,
             max_batch_sequences: config.engine.max_batch_sequences,
@@ -237,6 +237,8 @@ impl Server {
             engine.clone(),
             load_options(&config, hhh, device),
             largest_step,
+            // Each model in two versions, as while one replaces the other.
+            config.engine.kv_cache_bytes.is_none().then_some(2 * config.models.len().max(1)),
             config.defaults.clone(),
             &config.versions,
         );
@@ -468,6 +470,9 @@ fn warn_if_open(config: &Config, grpc: SocketAddr, admin: Option<SocketAddr>) {
     }
 }
 
+/// Bytes of keys and values of a model on the CPU, where nothing is said.
+const DEFAULT_KV_CACHE: usize = 1 << 30;
+
 fn load_options(config: &Config, hhh: HhhPrompts, device: Device) -> LoadOptions {
     LoadOptions {
         dtype: match config.dtype {
@@ -478,7 +483,7 @@ fn load_options(config: &Config, hhh: HhhPrompts, device: Device) -> LoadOptions
         },
         hhh: Arc::new(hhh),
         max_input_tokens: config.limits.max_input_tokens,
-        kv_cache_bytes: config.engine.kv_cache_bytes,
+        kv_cache_bytes: config.engine.kv_cache_bytes.unwrap_or(DEFAULT_KV_CACHE),
         device,
         background: Background {
             threads: Some(config.engine.load_threads),

@@ -6,11 +6,11 @@ use crate::config::DeviceChoice;
 use crate::error::{Error, Result};
 use crate::telemetry::events::Computing;
 
-/// Opens it.
+/// Opens it, to be invariant or not.
 ///
 /// # Errors
 /// If a GPU was named that is not there, or that this program was not built for.
-pub(crate) fn open(choice: DeviceChoice) -> Result<Device> {
+pub(crate) fn open(choice: DeviceChoice, invariant: bool) -> Result<Device> {
     let (device, reason) = match choice {
         DeviceChoice::Cpu => (Device::Cpu, None),
         DeviceChoice::Cuda(number) => (gpu(number).map_err(Error::failed_precondition)?, None),
@@ -20,7 +20,7 @@ pub(crate) fn open(choice: DeviceChoice) -> Result<Device> {
         },
     };
     Computing { device: &device, reason }.emit();
-    Ok(device)
+    Ok(if invariant { device.invariant() } else { device })
 }
 
 #[cfg(feature = "cuda")]

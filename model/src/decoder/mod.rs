@@ -109,6 +109,29 @@ impl Device {
             Self::Gpu(gpu) => Ok(Some(gpu.memory()?.free as u64)),
         }
     }
+
+    /// All bytes of its own memory, of several where they are the fewest; `None` if it has none of its own.
+    ///
+    /// # Errors
+    /// [`Error::Device`] if it is lost.
+    pub fn total_memory(&self) -> Result<Option<u64>> {
+        match self {
+            Self::Cpu => Ok(None),
+            #[cfg(feature = "gpu")]
+            Self::Gpu(gpu) => Ok(Some(gpu.memory()?.total as u64)),
+        }
+    }
+
+    /// The same, with results that do not depend on what stands beside, as a CPU's never do, see
+    /// [`Gpu::invariant`](plumb_kernels::gpu::Gpu::invariant).
+    #[must_use]
+    pub fn invariant(&self) -> Self {
+        match self {
+            Self::Cpu => Self::Cpu,
+            #[cfg(feature = "gpu")]
+            Self::Gpu(gpu) => Self::Gpu(gpu.invariant()),
+        }
+    }
 }
 
 /// An expression for the backend of a device and a type.

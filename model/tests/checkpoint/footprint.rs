@@ -72,6 +72,21 @@ fn the_largest_step_computes_in_what_is_foretold() {
     }
 }
 
+#[test]
+#[cfg(feature = "emulated")]
+fn a_cache_on_a_gpu_leaves_room_for_a_second_version() {
+    let gpu = plumb_kernels::gpu::Gpu::emulated();
+    let total = gpu.memory().unwrap().total as u64;
+    let options = LoadOptions { device: plumb_model::decoder::Device::Gpu(gpu), ..options(DTypeChoice::Auto) };
+    let (source, largest) = (source(&fixture("llama-pm")), StepSize { tokens: 64, sequences: 4 });
+    let planned = LoadedModel::planned_cache(&source, &options, largest, 2).unwrap().unwrap();
+    let options = LoadOptions { kv_cache_bytes: planned, ..options };
+    let footprint = LoadedModel::footprint(&source, &options, largest).unwrap();
+    assert!(planned > 1 << 30 && 2 * footprint.device_peak() <= total, "{planned}, {footprint}");
+    let on_cpu = LoadOptions { device: Default::default(), ..options };
+    assert_eq!(LoadedModel::planned_cache(&source, &on_cpu, largest, 2).unwrap(), None);
+}
+
 /// Their keys are cut, and what becomes of them takes room.
 #[test]
 #[cfg(feature = "emulated")]

@@ -101,9 +101,15 @@ impl Registry {
         let local = blocking(move || Local::new(source)).await?;
         let turn = self.loads.acquire().await.map_err(|_| Error::Draining)?;
         self.change(|catalog| catalog.loading(name, version));
-        let (options, largest) = (self.options.clone(), self.largest_step);
+        let (mut options, largest, versions) = (self.options.clone(), self.largest_step, self.planned_versions);
         // Reads and converts gigabytes.
-        let model = blocking(move || local.load(&options, largest)).await?;
+        let model = blocking(move || {
+            if let Some(versions) = versions {
+                local.plan_cache(&mut options, largest, versions)?;
+            }
+            local.load(&options, largest)
+        })
+        .await?;
         let facts = Facts { weights_digest: model.info.weights_digest.clone(), details: details(&model) };
         let weights_digest = facts.weights_digest.clone();
         self.change(|catalog| catalog.warming(name, version, facts));

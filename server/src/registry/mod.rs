@@ -53,6 +53,8 @@ pub(crate) struct Registry {
     options: LoadOptions,
     /// What a model has to have memory for beside itself.
     largest_step: StepSize,
+    /// For how many versions a device's memory is to do, where caches are to be planned by that.
+    planned_versions: Option<usize>,
     /// For so long a new version may be taken back.
     rollback_window: Duration,
     /// Usage of inputs, by model: a new version is warmed with those of the ones before.
@@ -66,6 +68,7 @@ impl Registry {
         engine: Engine,
         options: LoadOptions,
         largest_step: StepSize,
+        planned_versions: Option<usize>,
         defaults: Defaults,
         versions: &Versions,
     ) -> Arc<Self> {
@@ -76,6 +79,7 @@ impl Registry {
             engine,
             options,
             largest_step,
+            planned_versions,
             rollback_window: versions.rollback_window,
             usage: Mutex::default(),
             loads: Semaphore::new(1),
