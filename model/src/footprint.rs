@@ -131,9 +131,57 @@ impl LoadedModel {
     }
 }
 
+impl LoadedModel {
+    /// Bytes of keys and values for a model whose device is to have room for so many `versions` like it, each with steps up
+    /// to the `largest`; if there is none, for this one beside what is there. Of several devices that share it, those on
+    /// all together. `None` if the device has no memory of its
+    /// own.
+    ///
+    /// # Errors
+    /// As those of [`LoadedModel::footprint`], or that the device is lost.
+    pub fn planned_cache(
+        source: &Source,
+        options: &LoadOptions,
+        largest: StepSize,
+        versions: usize,
+    ) -> Result<Option<usize>> {
+        let (Some(total), Some(free)) = (options.device.total_memory()?, options.device.free_memory()?) else {
+            return Ok(None);
+        };
+        let most = LoadOptions { kv_cache_bytes: usize::MAX, ..options.clone() };
+        let footprint = Self::footprint(source, &most, largest)?;
+        let others = footprint.device_peak() - footprint.cache;
+        let cache = cache_beside(others, total, free, versions as u64);
+        Ok(Some(options.device.over_all(usize::try_from(cache).unwrap_or(usize::MAX))))
+    }
+}
+
+/// Bytes that versions which take so many others may take for keys and values.
+fn cache_beside(others: u64, total: u64, free: u64, versions: u64) -> u64 {
+    // Some of it is the driver's, and other programs'.
+    let most = |bytes: u64| bytes / 10 * 9;
+    match (most(total) / versions.max(1)).checked_sub(others) {
+        Some(cache) if cache > 0 => cache.min(most(free.saturating_sub(others))),
+        _ => most(free.saturating_sub(others)),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn caches_leave_room_for_other_versions() {
+        const GIB: u64 = 1 << 30;
+        // Two of 17 GiB in 80: 36 GiB each.
+        assert_eq!(cache_beside(17 * GIB, 80 * GIB, 79 * GIB, 2), 80 * GIB / 10 * 9 / 2 - 17 * GIB);
+        // The second of them finds that much.
+        let cache = cache_beside(17 * GIB, 80 * GIB, 43 * GIB, 2);
+        assert!(cache == 80 * GIB / 10 * 9 / 2 - 17 * GIB && cache + 17 * GIB < 43 * GIB);
+        // Two of 17 GiB do not fit into 24: one, with most of what it leaves.
+        assert_eq!(cache_beside(17 * GIB, 24 * GIB, 23 * GIB, 2), 6 * GIB / 10 * 9);
+        assert_eq!(cache_beside(17 * GIB, 24 * GIB, GIB, 2), 0);
+    }
 
     #[test]
     fn what_does_not_fit_is_told_with_what_would() {

@@ -222,6 +222,7 @@ impl Server {
 
         let places = Places::open(
             &config.devices,
+            config.engine.batch_invariant,
             EngineOptions {
                 max_batch_tokens: config.engine.max_batch_tokens,
                 max_batch_sequences: config.engine.max_batch_sequences,
@@ -235,8 +236,15 @@ impl Server {
         let lost = places.lost();
         let largest_step =
             StepSize { tokens: config.engine.max_batch_tokens, sequences: config.engine.max_batch_sequences };
-        let registry =
-            Registry::new(places, load_options(&config, hhh), largest_step, config.defaults.clone(), &config.versions);
+        let names = || config.models.iter().map(|model| model.name.clone()).collect();
+        let registry = Registry::new(
+            places,
+            load_options(&config, hhh),
+            largest_step,
+            config.engine.kv_cache_bytes.is_none().then(names),
+            config.defaults.clone(),
+            &config.versions,
+        );
         let (reporter, health_service) = tonic_health::server::health_reporter();
         let health = Health::new(reporter).await;
         let gate = Gate::new(config.limits.max_concurrent_requests);
@@ -463,6 +471,9 @@ fn warn_if_open(config: &Config, grpc: SocketAddr, admin: Option<SocketAddr>) {
     }
 }
 
+/// Bytes of keys and values of a model on the CPU, where nothing is said.
+const DEFAULT_KV_CACHE: usize = 1 << 30;
+
 fn load_options(config: &Config, hhh: HhhPrompts) -> LoadOptions {
     LoadOptions {
         dtype: match config.dtype {
@@ -473,7 +484,7 @@ fn load_options(config: &Config, hhh: HhhPrompts) -> LoadOptions {
         },
         hhh: Arc::new(hhh),
         max_input_tokens: config.limits.max_input_tokens,
-        kv_cache_bytes: config.engine.kv_cache_bytes,
+        kv_cache_bytes: config.engine.kv_cache_bytes.unwrap_or(DEFAULT_KV_CACHE),
         device: Device::default(),
         background: Background {
             threads: Some(config.engine.load_threads),

@@ -83,6 +83,11 @@ impl Device {
         bytes / self.parts().len() * self.in_memory()
     }
 
+    /// Of bytes that each of the devices has room for, those that they have together.
+    pub(crate) fn over_all(&self, bytes: usize) -> usize {
+        bytes.saturating_mul(self.parts().len() / self.in_memory())
+    }
+
     pub(super) fn kind(&self) -> Kind {
         match self {
             Self::Cpu => Kind::Cpu,
@@ -128,6 +133,37 @@ impl Device {
             Self::Split(split) => {
                 let free = split.devices.iter().map(Self::free_memory).collect::<Result<Vec<_>>>()?;
                 Ok(free.into_iter().flatten().min())
+            }
+        }
+    }
+
+    /// All bytes of its own memory, of several where they are the fewest; `None` if it has none of its own.
+    ///
+    /// # Errors
+    /// [`Error::Device`] if it is lost.
+    pub fn total_memory(&self) -> Result<Option<u64>> {
+        match self {
+            Self::Cpu => Ok(None),
+            #[cfg(feature = "gpu")]
+            Self::Gpu(gpu) => Ok(Some(gpu.memory()?.total as u64)),
+            Self::Split(split) => {
+                let total = split.devices.iter().map(Self::total_memory).collect::<Result<Vec<_>>>()?;
+                Ok(total.into_iter().flatten().min())
+            }
+        }
+    }
+
+    /// The same, with results that do not depend on what stands beside, as a CPU's never do, see
+    /// [`Gpu::invariant`](plumb_kernels::gpu::Gpu::invariant). Sums over more than two GPUs may still, in their last bits.
+    #[must_use]
+    pub fn invariant(&self) -> Self {
+        match self {
+            Self::Cpu => Self::Cpu,
+            #[cfg(feature = "gpu")]
+            Self::Gpu(gpu) => Self::Gpu(gpu.invariant()),
+            Self::Split(split) => {
+                let devices = split.devices.iter().map(Self::invariant).collect();
+                Self::Split(Split { devices, ..split.clone() })
             }
         }
     }

@@ -1,8 +1,9 @@
 //! The one decoder: packed token ids in, rewards, log-probabilities or logits out.
 //!
 //! A [`Step`] holds slices of many sequences, none padded. Their keys and values live in pages (see [`crate::cache`]),
-//! so a slice may continue what earlier steps, or other sequences with the same beginning, have computed. A row's
-//! result has the same bits whatever else the step holds and however a sequence was cut into steps.
+//! so a slice may continue what earlier steps, or other sequences with the same beginning, have computed. On a CPU,
+//! and on a GPU that is to be invariant, a row's result has the same bits whatever else the step holds and however a
+//! sequence was cut into steps.
 
 mod backend;
 mod build;

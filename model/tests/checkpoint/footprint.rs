@@ -113,6 +113,26 @@ fn the_largest_step_computes_in_what_is_foretold() {
     }
 }
 
+#[test]
+#[cfg(feature = "emulated")]
+fn a_cache_on_a_gpu_leaves_room_for_a_second_version() {
+    let gpu = || Device::Gpu(plumb_kernels::gpu::Gpu::emulated());
+    let (source, largest) = (source(&fixture("llama-pm")), StepSize { tokens: 64, sequences: 4 });
+    let planned = |device: Device| {
+        let total = device.total_memory().unwrap().unwrap();
+        let options = LoadOptions { device, ..options(DTypeChoice::Auto) };
+        let planned = LoadedModel::planned_cache(&source, &options, largest, 2).unwrap().unwrap();
+        let options = LoadOptions { kv_cache_bytes: planned, ..options };
+        let footprint = LoadedModel::footprint(&source, &options, largest).unwrap();
+        assert!(planned > 1 << 30 && 2 * footprint.device_peak() <= total, "{planned}, {footprint}");
+        planned
+    };
+    let (one, two) = (planned(gpu()), planned(Device::split(vec![gpu(), gpu()]).unwrap()));
+    assert!(two >= 2 * one, "{one} on one and {two} on two");
+    let on_cpu = LoadOptions { device: Device::Cpu, ..options(DTypeChoice::Auto) };
+    assert_eq!(LoadedModel::planned_cache(&source, &on_cpu, largest, 2).unwrap(), None);
+}
+
 /// Their keys are cut, and what becomes of them takes room.
 #[test]
 #[cfg(feature = "emulated")]

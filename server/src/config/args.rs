@@ -172,9 +172,17 @@ pub(crate) struct EngineFlags {
     )]
     pub(crate) no_prefix_cache: bool,
     /// Most memory for the key-value cache of each model, over all GPUs that share it, in MiB; taken when the model is
-    /// loaded. Small models take less.
-    #[arg(long, env = "PLUMB_KV_CACHE_MIB", default_value_t = 1024, value_parser = count(), value_name = "MIB")]
-    pub(crate) kv_cache_mib: usize,
+    /// loaded. Small models take less [default: 1024; on a GPU, what is left if each model is there twice, as while one
+    /// version replaces another].
+    #[arg(long, env = "PLUMB_KV_CACHE_MIB", value_parser = count(), value_name = "MIB")]
+    pub(crate) kv_cache_mib: Option<usize>,
+    /// On a GPU, or two that share a model, give a text the same bits whatever else is in the batch, as on a CPU:
+    /// algorithms are chosen without regard to the number of rows, which costs some speed.
+    #[arg(
+        long, env = "PLUMB_BATCH_INVARIANT", value_parser = BoolishValueParser::new(),
+        default_value_t = false, default_missing_value = "true", num_args = 0..=1, require_equals = true
+    )]
+    pub(crate) batch_invariant: bool,
     /// Threads, of low priority, that read, check and pack a model while others are served. Each is mostly one thread's
     /// work; more help with checkpoints of several files.
     #[arg(long, env = "PLUMB_LOAD_THREADS", default_value = "1", value_parser = nonzero, value_name = "N")]

@@ -91,8 +91,10 @@ pub struct EngineSizes {
     pub decode_share: f64,
     /// Sequences may use what others have computed.
     pub prefix_cache: bool,
-    /// Key-value cache of each model.
-    pub kv_cache_bytes: usize,
+    /// Key-value cache of each model; `None` if it follows from what there is.
+    pub kv_cache_bytes: Option<usize>,
+    /// On a GPU, bits do not depend on the batch.
+    pub batch_invariant: bool,
     /// Threads that load a model.
     pub load_threads: NonZeroUsize,
     /// Bytes a second that a load reads.
@@ -384,7 +386,8 @@ impl Config {
                 max_prefill_beside_decode: engine.max_prefill_beside_decode,
                 decode_share: engine.decode_share,
                 prefix_cache: !engine.no_prefix_cache,
-                kv_cache_bytes: engine.kv_cache_mib << 20,
+                kv_cache_bytes: engine.kv_cache_mib.map(|mib| mib << 20),
+                batch_invariant: engine.batch_invariant,
                 load_threads: engine.load_threads,
                 load_bytes_per_second: engine.load_rate_mib_per_sec,
                 // The physical count is of the machine, the logical one of what a container may use.

@@ -102,10 +102,17 @@ impl Registry {
         let turn = self.loads.acquire().await.map_err(|_| Error::Draining)?;
         self.change(|catalog| catalog.loading(name, version));
         let place = self.places.of(name);
-        let options = LoadOptions { device: place.device.clone(), ..self.options.clone() };
+        let mut options = LoadOptions { device: place.device.clone(), ..self.options.clone() };
+        let versions = self.planned.as_ref().map(|models| 2 * self.places.beside(name, models).max(1));
         let largest = self.largest_step;
         // Reads and converts gigabytes.
-        let model = blocking(move || local.load(&options, largest)).await?;
+        let model = blocking(move || {
+            if let Some(versions) = versions {
+                local.plan_cache(&mut options, largest, versions)?;
+            }
+            local.load(&options, largest)
+        })
+        .await?;
         let facts = Facts { weights_digest: model.info.weights_digest.clone(), details: details(&model) };
         let weights_digest = facts.weights_digest.clone();
         self.change(|catalog| catalog.warming(name, version, facts));

@@ -33,6 +33,17 @@ impl Local {
         Ok(Self { asked, files, _unpacked: unpacked })
     }
 
+    /// Sets how large its cache is, if its device has memory of its own, which is to do for so many `versions` like it.
+    ///
+    /// # Errors
+    /// What is wrong with its files, as far as headers tell.
+    pub(super) fn plan_cache(&self, options: &mut LoadOptions, largest: StepSize, versions: usize) -> Result<()> {
+        if let Some(bytes) = LoadedModel::planned_cache(&self.files, options, largest, versions)? {
+            options.kv_cache_bytes = bytes;
+        }
+        Ok(())
+    }
+
     /// Loads it, if there is memory for it and for steps up to the `largest`.
     ///
     /// # Errors

@@ -54,6 +54,9 @@ pub(crate) struct Registry {
     options: LoadOptions,
     /// What a model has to have memory for beside itself.
     largest_step: StepSize,
+    /// Models whose caches are to leave room for one another's on their devices, each in two versions, as while one
+    /// replaces the other; `None` if the size of caches is given.
+    planned: Option<Vec<String>>,
     /// For so long a new version may be taken back.
     rollback_window: Duration,
     /// Usage of inputs, by model: a new version is warmed with those of the ones before.
@@ -67,6 +70,7 @@ impl Registry {
         places: Places,
         options: LoadOptions,
         largest_step: StepSize,
+        planned: Option<Vec<String>>,
         defaults: Defaults,
         versions: &Versions,
     ) -> Arc<Self> {
@@ -77,6 +81,7 @@ impl Registry {
             places,
             options,
             largest_step,
+            planned,
             rollback_window: versions.rollback_window,
             usage: Mutex::default(),
             loads: Semaphore::new(1),
