@@ -8,7 +8,7 @@ use cudarc::cublaslt::{result as blas, sys as blas_sys};
 use cudarc::driver::result::{self, DriverError};
 use cudarc::driver::{CudaContext, sys};
 
-use super::driver::{Argument, Driver, Number, Product};
+use super::driver::{Argument, Driver, Number, Order, Product};
 use super::{GpuError, Memory, Result};
 
 /// Bytes at an address that is a multiple of 16.
@@ -28,7 +28,8 @@ static MODULES: &[&[u8]] = include!(concat!(env!("OUT_DIR"), "/modules.rs"));
 /// What cuBLASLt computes in, as NVIDIA advises for Hopper.
 const WORKSPACE: usize = 32 << 20;
 
-/// `CUBLAS_OP_T` of cublas_api.h.
+/// `CUBLAS_OP_N` and `CUBLAS_OP_T` of cublas_api.h.
+const OP_N: i32 = 0;
 const OP_T: i32 = 1;
 
 pub(super) struct Cuda {
@@ -55,7 +56,9 @@ struct Function {
     shared_bytes: u32,
 }
 
-type PlanKey = (Number, Number, bool, bool, [usize; 3]);
+/// Types, whether something is added and whether there is a bias, how the matrices lie, shapes, and what addresses are
+/// multiples of.
+type PlanKey = ([Number; 2], [bool; 2], [Order; 2], [usize; 4], [u32; 3]);
 
 /// How cuBLASLt computes a product.
 #[derive(Clone, Copy)]
@@ -127,8 +130,10 @@ impl Cuda {
     }
 
     fn plan(&self, product: &Product) -> Result<Plan> {
-        let Product { inputs_are, outputs_are, bias, rows, inputs, outputs, add, .. } = *product;
-        let key = (inputs_are, outputs_are, add, bias != 0, [rows, inputs, outputs]);
+        let Product { inputs_are, outputs_are, bias, rows, inputs, outputs, x_is, x_stride, w_is, add, .. } = *product;
+        let alignments = [product.w, product.x, product.y].map(alignment);
+        let flags = [add, bias != 0];
+        let key = ([inputs_are, outputs_are], flags, [x_is, w_is], [rows, inputs, outputs, x_stride], alignments);
         let mut plans = lock(&self.plans);
         if let Some(plan) = plans.get(&key) {
             return Ok(*plan);
@@ -139,10 +144,10 @@ impl Cuda {
     }
 
     /// cuBLASLt thinks in columns: `y^T[outputs, rows] = w^T^T x^T`, where a matrix in row order is its transpose in
-    /// column order.
+    /// column order. So a `w` that lies by its outputs is transposed once more, and an `x` that lies by its inputs.
     fn new_plan(&self, product: &Product) -> Result<Plan, blas::CublasError> {
         use blas_sys::cublasLtMatmulDescAttributes_t as Attribute;
-        let Product { inputs_are, outputs_are, bias, rows, inputs, outputs, .. } = *product;
+        let Product { inputs_are, outputs_are, bias, rows, inputs, outputs, x_is, x_stride, w_is, .. } = *product;
         let [rows, inputs, outputs] = [rows, inputs, outputs].map(|n| n as u64);
         let description = blas::create_matmul_desc(
             // No TF32: a model in f32 is asked for its precision.
@@ -154,27 +159,52 @@ impl Cuda {
             // SAFETY: the description is there, and these attributes are of four bytes.
             unsafe { blas::set_matmul_desc_attribute(description, attribute, value, size_of::<i32>()) }
         };
-        set(Attribute::CUBLASLT_MATMUL_DESC_TRANSA, &OP_T)?;
+        let (w_operation, w_shape) = match w_is {
+            Order::Plain => (OP_T, [inputs, outputs]),
+            Order::Transposed => (OP_N, [outputs, inputs]),
+        };
+        let (x_operation, x_shape) = match x_is {
+            Order::Plain => (OP_N, [inputs, rows]),
+            Order::Transposed => (OP_T, [rows, inputs]),
+        };
+        set(Attribute::CUBLASLT_MATMUL_DESC_TRANSA, &w_operation)?;
+        set(Attribute::CUBLASLT_MATMUL_DESC_TRANSB, &x_operation)?;
         if bias != 0 {
             let epilogue = blas_sys::cublasLtEpilogue_t::CUBLASLT_EPILOGUE_BIAS as i32;
             set(Attribute::CUBLASLT_MATMUL_DESC_EPILOGUE, &epilogue)?;
             set(Attribute::CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE, &(kind(outputs_are) as i32))?;
         }
         let layouts = [
-            blas::create_matrix_layout(kind(inputs_are), inputs, outputs, inputs as i64)?,
-            blas::create_matrix_layout(kind(inputs_are), inputs, rows, inputs as i64)?,
+            blas::create_matrix_layout(kind(inputs_are), w_shape[0], w_shape[1], w_shape[0] as i64)?,
+            blas::create_matrix_layout(kind(inputs_are), x_shape[0], x_shape[1], x_stride as i64)?,
             blas::create_matrix_layout(kind(outputs_are), outputs, rows, outputs as i64)?,
         ];
         let preference = blas::create_matmul_pref()?;
-        let attribute = blas_sys::cublasLtMatmulPreferenceAttributes_t::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES;
-        // SAFETY: all of them are there, and the attribute is of eight bytes.
-        let found = unsafe {
-            let most = std::ptr::from_ref(&WORKSPACE).cast::<c_void>();
-            blas::set_matmul_pref_attribute(preference, attribute, most, size_of::<usize>()).and_then(|()| {
-                let [w, x, y] = layouts;
-                blas::get_matmul_algo_heuristic(self.handles.blas, description, w, x, y, y, preference)
-            })
+        use blas_sys::cublasLtMatmulPreferenceAttributes_t as Preference;
+        let prefer = |attribute, value: *const c_void, bytes| {
+            // SAFETY: the preference is there, and the value is of as many bytes as the attribute.
+            unsafe { blas::set_matmul_pref_attribute(preference, attribute, value, bytes) }
         };
+        let most = std::ptr::from_ref(&WORKSPACE).cast();
+        let [w_at, x_at, y_at] = [product.w, product.x, product.y].map(alignment);
+        let aligned = [
+            (Preference::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, &w_at),
+            (Preference::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, &x_at),
+            (Preference::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, &y_at),
+            (Preference::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, &y_at),
+        ];
+        let [w, x, y] = layouts;
+        let found = prefer(Preference::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, most, size_of::<usize>())
+            .and_then(|()| {
+                let mut values = aligned.into_iter();
+                values.try_for_each(|(attribute, value)| {
+                    prefer(attribute, std::ptr::from_ref(value).cast(), size_of::<u32>())
+                })
+            })
+            .and_then(|()| {
+                // SAFETY: all of them are there.
+                unsafe { blas::get_matmul_algo_heuristic(self.handles.blas, description, w, x, y, y, preference) }
+            });
         // SAFETY: nobody uses it any more.
         let _ = unsafe { blas::destroy_matmul_pref(preference) };
         Ok(Plan { description, layouts, algorithm: found?.algo })
@@ -323,6 +353,11 @@ fn kind(number: Number) -> blas_sys::cudaDataType {
         Number::F32 => blas_sys::cudaDataType::CUDA_R_32F,
         Number::Bf16 => blas_sys::cudaDataType::CUDA_R_16BF,
     }
+}
+
+/// What an address is a multiple of, as far as cuBLASLt asks.
+fn alignment(address: u64) -> u32 {
+    1 << address.trailing_zeros().min(8)
 }
 
 /// An address of the device's, which is not one of this process's.

@@ -7,7 +7,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use half::bf16;
 
-use super::driver::{Argument, Driver, Number, Product};
+use super::driver::{Argument, Driver, Number, Order, Product};
 use super::{GpuError, Memory, Result};
 
 unsafe extern "C" {
@@ -114,15 +114,27 @@ impl Driver for Emulated {
     }
 
     unsafe fn multiply(&self, product: &Product) -> Result<()> {
-        let Product { inputs_are, outputs_are, w, x, y, bias, rows, inputs, outputs, add } = *product;
+        let Product { inputs_are, outputs_are, w, x, y, bias, rows, inputs, outputs, x_is, x_stride, w_is, add } =
+            *product;
+        let x_len = match x_is {
+            Order::Plain => (rows - 1) * x_stride + inputs,
+            Order::Transposed => (inputs - 1) * x_stride + rows,
+        };
         // SAFETY: as much memory is there.
-        let (w, x) = unsafe { (numbers(inputs_are, w, outputs * inputs), numbers(inputs_are, x, rows * inputs)) };
+        let (w, x) = unsafe { (numbers(inputs_are, w, outputs * inputs), numbers(inputs_are, x, x_len)) };
         // SAFETY: as before.
         let bias = (bias != 0).then(|| unsafe { numbers(outputs_are, bias, outputs) });
+        let x_at = |row: usize, input: usize| match x_is {
+            Order::Plain => x[row * x_stride + input],
+            Order::Transposed => x[input * x_stride + row],
+        };
+        let w_at = |output: usize, input: usize| match w_is {
+            Order::Plain => w[output * inputs + input],
+            Order::Transposed => w[input * outputs + output],
+        };
         for row in 0..rows {
             for output in 0..outputs {
-                let pairs = x[row * inputs..][..inputs].iter().zip(&w[output * inputs..][..inputs]);
-                let sum: f32 = pairs.map(|(x, w)| x * w).sum();
+                let sum: f32 = (0..inputs).map(|input| x_at(row, input) * w_at(output, input)).sum();
                 let sum = sum + bias.as_ref().map_or(0.0, |bias| bias[output]);
                 let at = row * outputs + output;
                 // SAFETY: as before.

@@ -2,24 +2,24 @@
 
 use half::bf16;
 
-use super::driver::{Number, Product};
+use super::driver::{Number, Order, Product};
 use super::{Buffer, Gpu, Result, View, ViewMut};
 use crate::Element;
 
 /// A linear layer `y = W x + b`, its weights `[outputs, inputs]` in row order.
 #[derive(Debug)]
 pub struct Linear<E> {
-    weights: Buffer<E>,
-    bias: Option<Bias<E>>,
+    pub(super) weights: Buffer<E>,
+    pub(super) bias: Option<Bias<E>>,
     inputs: usize,
     outputs: usize,
 }
 
 /// As cuBLASLt wants it: in the type of the result.
 #[derive(Debug)]
-struct Bias<E> {
-    wide: Buffer<f32>,
-    narrow: Buffer<E>,
+pub(super) struct Bias<E> {
+    pub(super) wide: Buffer<f32>,
+    pub(super) narrow: Buffer<E>,
 }
 
 impl<E: Element> Bias<E> {
@@ -44,7 +44,7 @@ impl Output<f32> for f32 {}
 impl Output<bf16> for f32 {}
 impl Output<bf16> for bf16 {}
 
-fn number<T: Element>() -> Number {
+pub(super) fn number<T: Element>() -> Number {
     if size_of::<T>() == size_of::<f32>() { Number::F32 } else { Number::Bf16 }
 }
 
@@ -152,6 +152,9 @@ impl<E: Element> Linear<E> {
             rows,
             inputs: self.inputs,
             outputs: count,
+            x_is: Order::Plain,
+            x_stride: self.inputs,
+            w_is: Order::Plain,
             add,
         };
         // SAFETY: the shapes are those of the buffers, and only f32 is added to.

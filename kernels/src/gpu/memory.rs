@@ -58,7 +58,17 @@ impl Gpu {
     }
 }
 
-impl<T> View<'_, T> {
+impl<'a, T> View<'a, T> {
+    /// Part of it.
+    ///
+    /// # Panics
+    /// If the range is not inside.
+    pub fn part(self, range: Range<usize>) -> Self {
+        assert!(range.start <= range.end && range.end <= self.len, "{range:?} of an array of {}", self.len);
+        let address = self.address + (range.start * size_of::<T>()) as u64;
+        View { address, len: range.len(), numbers: PhantomData::<&'a T> }
+    }
+
     /// Number of elements.
     pub fn len(&self) -> usize {
         self.len
@@ -74,6 +84,15 @@ impl<T> ViewMut<'_, T> {
     /// The same, for a while.
     pub fn reborrow(&mut self) -> ViewMut<'_, T> {
         ViewMut { address: self.address, len: self.len, numbers: PhantomData }
+    }
+
+    /// Part of it.
+    ///
+    /// # Panics
+    /// If the range is not inside.
+    pub fn part(&mut self, range: Range<usize>) -> ViewMut<'_, T> {
+        let View { address, len, .. } = self.as_view().part(range);
+        ViewMut { address, len, numbers: PhantomData }
     }
 
     /// The same, to be read.
