@@ -156,6 +156,7 @@ impl<E: Element> Linear<E> {
             x_stride: self.inputs,
             w_is: Order::Plain,
             add,
+            invariant: gpu.is_invariant(),
         };
         // SAFETY: the shapes are those of the buffers, and only f32 is added to.
         unsafe { gpu.0.multiply(&product) }

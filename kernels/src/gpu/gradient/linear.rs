@@ -100,6 +100,7 @@ where
             x_stride: count,
             w_is: Order::Transposed,
             add,
+            invariant: gpu.is_invariant(),
         };
         // SAFETY: the shapes are those of the buffers.
         unsafe { gpu.0.multiply(&product) }
@@ -168,6 +169,7 @@ impl Gpu {
             x_stride: dy.stride(),
             w_is: Order::Transposed,
             add: true,
+            invariant: false,
         };
         // SAFETY: the shapes are those of the buffers.
         unsafe { self.0.multiply(&product) }
