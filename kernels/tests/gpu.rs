@@ -3,6 +3,9 @@
 #![cfg(feature = "gpu")]
 #![expect(clippy::unwrap_used, reason = "a test may stop where it stands, in its helpers too")]
 
+mod common;
+
+use common::{numbers, on_each, rounded, runs, widened};
 use half::bf16;
 use plumb_kernels::activation::Activation;
 use plumb_kernels::attention::{PAGE, Rule, Run, Span};
@@ -10,33 +13,6 @@ use plumb_kernels::gpu::{self, Gpu, KvPages, Pieces, Prepare};
 use plumb_kernels::norm::Norm;
 use plumb_kernels::rotary::Rotary;
 use plumb_kernels::{Element, reference};
-
-/// Runs a test on each.
-fn on_each(test: impl Fn(&Gpu)) {
-    #[cfg(feature = "emulated")]
-    test(&Gpu::emulated());
-    #[cfg(feature = "cuda")]
-    match Gpu::cuda(0) {
-        Ok(gpu) => test(&gpu),
-        Err(error) => {
-            assert!(std::env::var_os("PLUMB_REQUIRE_GPU").is_none(), "{error}");
-            eprintln!("skipped: {error}");
-        }
-    }
-}
-
-/// Numbers from -1 to 1.
-fn numbers(n: usize, seed: usize) -> Vec<f32> {
-    (0..n).map(|i| ((i * 7919 + seed * 104_729) % 2003) as f32 / 1001.0 - 1.0).collect()
-}
-
-fn rounded<E: Element>(values: &[f32]) -> Vec<E> {
-    values.iter().map(|value| E::from_f32(*value)).collect()
-}
-
-fn widened<E: Element>(values: &[E]) -> Vec<f32> {
-    values.iter().map(|value| value.to_f32()).collect()
-}
 
 /// Compares with what the reference makes of inputs that were rounded to `E`, which then rounds once.
 #[track_caller]
@@ -236,16 +212,6 @@ impl Case {
     fn norm(&self, q: bool) -> Vec<f32> {
         numbers(self.dim, if q { 11 } else { 12 })
     }
-}
-
-/// Rows from `row` on, of so many positions from `position` on.
-fn runs(row: usize, position: usize, len: usize, pages: &[u32]) -> Vec<Run> {
-    let starts = (position..position + len).filter(|p| *p == position || p % PAGE == 0);
-    let run = |start: usize| {
-        let end = (start / PAGE * PAGE + PAGE).min(position + len);
-        Run { row: row + start - position, len: end - start, position: start, page: pages[start / PAGE] }
-    };
-    starts.map(run).collect()
 }
 
 /// A device with the pages of a case.

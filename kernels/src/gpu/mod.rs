@@ -13,6 +13,7 @@ mod cuda;
 mod driver;
 #[cfg(feature = "emulated")]
 mod emulated;
+pub mod gradient;
 mod head;
 mod linear;
 mod memory;

@@ -1,0 +1,42 @@
+//! What the tests of kernels for GPUs share.
+
+use plumb_kernels::Element;
+use plumb_kernels::attention::{PAGE, Run};
+use plumb_kernels::gpu::Gpu;
+
+/// Runs a test on each.
+pub(crate) fn on_each(test: impl Fn(&Gpu)) {
+    #[cfg(feature = "emulated")]
+    test(&Gpu::emulated());
+    #[cfg(feature = "cuda")]
+    match Gpu::cuda(0) {
+        Ok(gpu) => test(&gpu),
+        Err(error) => {
+            assert!(std::env::var_os("PLUMB_REQUIRE_GPU").is_none(), "{error}");
+            eprintln!("skipped: {error}");
+        }
+    }
+}
+
+/// Numbers from -1 to 1.
+pub(crate) fn numbers(n: usize, seed: usize) -> Vec<f32> {
+    (0..n).map(|i| ((i * 7919 + seed * 104_729) % 2003) as f32 / 1001.0 - 1.0).collect()
+}
+
+pub(crate) fn rounded<E: Element>(values: &[f32]) -> Vec<E> {
+    values.iter().map(|value| E::from_f32(*value)).collect()
+}
+
+pub(crate) fn widened<E: Element>(values: &[E]) -> Vec<f32> {
+    values.iter().map(|value| value.to_f32()).collect()
+}
+
+/// Rows from `row` on, of so many positions from `position` on.
+pub(crate) fn runs(row: usize, position: usize, len: usize, pages: &[u32]) -> Vec<Run> {
+    let starts = (position..position + len).filter(|p| *p == position || p % PAGE == 0);
+    let run = |start: usize| {
+        let end = (start / PAGE * PAGE + PAGE).min(position + len);
+        Run { row: row + start - position, len: end - start, position: start, page: pages[start / PAGE] }
+    };
+    starts.map(run).collect()
+}
