@@ -471,3 +471,54 @@ fn memory_that_is_not_there_is_refused() {
         gpu.synchronize().unwrap();
     });
 }
+
+#[test]
+fn what_was_recorded_is_done_again_with_what_is_there_then() {
+    on_each(|gpu| {
+        let layer = gpu::Linear::new(gpu, &numbers(8 * 16, 1), None, 16).unwrap();
+        let mut x = gpu.upload(&numbers(3 * 16, 2)).unwrap();
+        let mut y = gpu.zeros::<f32>(3 * 8).unwrap();
+        let mut activated = gpu.zeros::<f32>(3 * 8).unwrap();
+        let mut work = |x: &gpu::Buffer<f32>, y: &mut gpu::Buffer<f32>| {
+            layer.forward(gpu, x.all(), y.all_mut())?;
+            gpu.activate(Activation::Silu, false, y.all(), 8, activated.all_mut())
+        };
+        work(&x, &mut y).unwrap();
+        let before = y.to_vec().unwrap();
+        let graph = gpu.record(|| work(&x, &mut y)).unwrap();
+        x.write(0, &numbers(3 * 16, 3)).unwrap();
+        assert_eq!(y.to_vec().unwrap(), before, "nothing is done while it is recorded");
+        assert!(graph.replay().unwrap());
+        let again = (y.to_vec().unwrap(), activated.to_vec().unwrap());
+        assert_ne!(again.0, before);
+        let refused = gpu.record(|| gpu.upload(&[1u32]).map(drop));
+        assert!(matches!(refused, Err(gpu::GpuError::Failed(_))), "{refused:?}");
+        let mut other = gpu.zeros::<f32>(3 * 8).unwrap();
+        layer.forward(gpu, x.all(), other.all_mut()).unwrap();
+        assert_eq!(other.to_vec().unwrap(), again.0, "after a recording that failed, all is as before");
+
+        drop(y);
+        assert!(!graph.replay().unwrap(), "an array is gone");
+        assert_eq!(activated.to_vec().unwrap(), again.1);
+    });
+}
+
+#[test]
+fn an_invariant_gpu_computes_a_row_by_itself() {
+    on_each(|gpu| {
+        let gpu = &gpu.clone().invariant();
+        let (inputs, outputs, most) = (768, 264, 300);
+        let w: Vec<bf16> = rounded(&numbers(outputs * inputs, 1));
+        let layer = gpu::Linear::new(gpu, &w, None, inputs).unwrap();
+        let x = gpu.upload(&rounded::<bf16>(&numbers(most * inputs, 2))).unwrap();
+        let rows = |rows: std::ops::Range<usize>| {
+            let mut y = gpu.zeros::<f32>(rows.len() * outputs).unwrap();
+            layer.forward(gpu, x.view(rows.start * inputs..rows.end * inputs), y.all_mut()).unwrap();
+            y.to_vec().unwrap()
+        };
+        let all = rows(0..most);
+        for part in [0..1, 1..3, 8..24, 100..164, 7..263] {
+            assert_eq!(rows(part.clone()), all[part.start * outputs..part.end * outputs], "{part:?}");
+        }
+    });
+}

@@ -1,6 +1,10 @@
 //! NVIDIA GPUs, through the driver and cuBLASLt.
 
+mod staging;
+
+use std::any::Any;
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::ffi::{CString, c_void};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -8,8 +12,10 @@ use cudarc::cublaslt::{result as blas, sys as blas_sys};
 use cudarc::driver::result::{self, DriverError};
 use cudarc::driver::{CudaContext, sys};
 
-use super::driver::{Argument, Driver, Number, Product};
+use super::driver::{Argument, Driver, Number, Product, Recording};
+use super::recording::{Arrays, Whole};
 use super::{GpuError, Memory, Result};
+use staging::Staging;
 
 /// Bytes at an address that is a multiple of 16.
 #[repr(C, align(16))]
@@ -31,11 +37,27 @@ const WORKSPACE: usize = 32 << 20;
 /// `CUBLAS_OP_T` of cublas_api.h.
 const OP_T: i32 = 1;
 
+/// Products that are to be invariant are computed as is best for so many rows.
+const INVARIANT_ROWS: usize = 1024;
+/// `CUBLASLT_REDUCTION_SCHEME_NONE` of cublasLt.h.
+const NO_REDUCTION: u32 = 0;
+
+/// Plans that are kept: those of as many products as a few hundred batches of different sizes have.
+const MAX_PLANS: usize = 4096;
+
+/// Where a step's lists wait for the device: a few steps' worth.
+const STEP_STAGING: (usize, usize) = (8, 256 << 10);
+/// Where weights do: one place is filled while the device takes the other.
+const LOAD_STAGING: (usize, usize) = (2, 16 << 20);
+
 pub(super) struct Cuda {
     context: Arc<CudaContext>,
     name: String,
     handles: Handles,
     workspace: u64,
+    /// For the stream, and for that of loads.
+    staging: [Mutex<Staging>; 2],
+    arrays: Arrays,
     functions: Mutex<HashMap<String, Function>>,
     /// What was found out about products: by everything but their addresses.
     plans: Mutex<HashMap<PlanKey, Plan>>,
@@ -44,6 +66,10 @@ pub(super) struct Cuda {
 /// What belongs to the context.
 struct Handles {
     stream: sys::CUstream,
+    /// For copies that go on beside it.
+    loads: sys::CUstream,
+    /// For what is not to be run but recorded.
+    recorder: sys::CUstream,
     modules: Vec<sys::CUmodule>,
     blas: blas_sys::cublasLtHandle_t,
 }
@@ -55,16 +81,21 @@ struct Function {
     shared_bytes: u32,
 }
 
-type PlanKey = (Number, Number, bool, bool, [usize; 3]);
+type PlanKey = (Number, Number, [bool; 3], [usize; 3]);
 
 /// How cuBLASLt computes a product.
-#[derive(Clone, Copy)]
 struct Plan {
-    description: blas_sys::cublasLtMatmulDesc_t,
-    /// Of w, x and y.
-    layouts: [blas_sys::cublasLtMatrixLayout_t; 3],
+    description: Description,
+    layouts: Layouts,
     algorithm: blas_sys::cublasLtMatmulAlgo_t,
 }
+
+/// What is done in a product.
+struct Description(blas_sys::cublasLtMatmulDesc_t);
+
+/// Shapes and types of w, x and y. cuBLASLt thinks in columns: `y^T[outputs, rows] = w^T^T x^T`, where a matrix in row
+/// order is its transpose in column order.
+struct Layouts([blas_sys::cublasLtMatrixLayout_t; 3]);
 
 // SAFETY: handles of the driver and of cuBLASLt may be used from any thread on which the context is current, which every
 // call sees to; what changes is behind a lock.
@@ -89,15 +120,25 @@ impl Cuda {
         let none = |error: DriverError| GpuError::Missing(format!("GPU {number}: {}", describe(error)));
         let context = CudaContext::new(number).map_err(none)?;
         let name = context.name().map_err(none)?;
-        let mut handles = Handles { stream: std::ptr::null_mut(), modules: Vec::new(), blas: std::ptr::null_mut() };
-        handles.stream = result::stream::create(result::stream::StreamKind::NonBlocking).map_err(none)?;
+        let stream = || result::stream::create(result::stream::StreamKind::NonBlocking).map_err(none);
+        let (modules, blas) = (Vec::new(), std::ptr::null_mut());
+        let mut handles = Handles { stream: stream()?, loads: stream()?, recorder: stream()?, modules, blas };
         for module in MODULES {
             // SAFETY: it is what nvcc has written.
             handles.modules.push(unsafe { result::module::load_data(module.as_ptr().cast()) }.map_err(none)?);
         }
         handles.blas = blas::create_handle().map_err(|error| GpuError::Missing(format!("cuBLASLt: {error:?}")))?;
-        let mut cuda =
-            Self { context, name, handles, workspace: 0, functions: Mutex::default(), plans: Mutex::default() };
+        let staging = |(slots, bytes)| Staging::new(slots, bytes).map(Mutex::new).map_err(none);
+        let mut cuda = Self {
+            context,
+            name,
+            handles,
+            workspace: 0,
+            staging: [staging(STEP_STAGING)?, staging(LOAD_STAGING)?],
+            arrays: Arrays::default(),
+            functions: Mutex::default(),
+            plans: Mutex::default(),
+        };
         cuda.workspace = cuda.allocate(WORKSPACE)?;
         Ok(cuda)
     }
@@ -105,6 +146,11 @@ impl Cuda {
     /// Makes the context current on this thread.
     fn bind(&self) -> Result<()> {
         self.context.bind_to_thread().map_err(failed)
+    }
+
+    /// Where work goes that is run, or recorded.
+    fn stream(&self, recorded: bool) -> sys::CUstream {
+        if recorded { self.handles.recorder } else { self.handles.stream }
     }
 
     fn function(&self, name: &str, shared_bytes: u32) -> Result<sys::CUfunction> {
@@ -126,33 +172,18 @@ impl Cuda {
         Ok(handle)
     }
 
-    fn plan(&self, product: &Product) -> Result<Plan> {
-        let Product { inputs_are, outputs_are, bias, rows, inputs, outputs, add, .. } = *product;
-        let key = (inputs_are, outputs_are, add, bias != 0, [rows, inputs, outputs]);
-        let mut plans = lock(&self.plans);
-        if let Some(plan) = plans.get(&key) {
-            return Ok(*plan);
-        }
-        let plan = self.new_plan(product).map_err(|error| blas_failed(product, error))?;
-        plans.insert(key, plan);
-        Ok(plan)
-    }
-
-    /// cuBLASLt thinks in columns: `y^T[outputs, rows] = w^T^T x^T`, where a matrix in row order is its transpose in
-    /// column order.
     fn new_plan(&self, product: &Product) -> Result<Plan, blas::CublasError> {
         use blas_sys::cublasLtMatmulDescAttributes_t as Attribute;
-        let Product { inputs_are, outputs_are, bias, rows, inputs, outputs, .. } = *product;
-        let [rows, inputs, outputs] = [rows, inputs, outputs].map(|n| n as u64);
-        let description = blas::create_matmul_desc(
+        let Product { outputs_are, bias, invariant, .. } = *product;
+        let description = Description(blas::create_matmul_desc(
             // No TF32: a model in f32 is asked for its precision.
             blas_sys::cublasComputeType_t::CUBLAS_COMPUTE_32F,
             blas_sys::cudaDataType::CUDA_R_32F,
-        )?;
+        )?);
         let set = |attribute, value: &i32| {
             let value = std::ptr::from_ref(value).cast::<c_void>();
             // SAFETY: the description is there, and these attributes are of four bytes.
-            unsafe { blas::set_matmul_desc_attribute(description, attribute, value, size_of::<i32>()) }
+            unsafe { blas::set_matmul_desc_attribute(description.0, attribute, value, size_of::<i32>()) }
         };
         set(Attribute::CUBLASLT_MATMUL_DESC_TRANSA, &OP_T)?;
         if bias != 0 {
@@ -160,24 +191,102 @@ impl Cuda {
             set(Attribute::CUBLASLT_MATMUL_DESC_EPILOGUE, &epilogue)?;
             set(Attribute::CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE, &(kind(outputs_are) as i32))?;
         }
-        let layouts = [
-            blas::create_matrix_layout(kind(inputs_are), inputs, outputs, inputs as i64)?,
-            blas::create_matrix_layout(kind(inputs_are), inputs, rows, inputs as i64)?,
-            blas::create_matrix_layout(kind(outputs_are), outputs, rows, outputs as i64)?,
-        ];
+        let layouts = Layouts::new(product)?;
+        let algorithm = if invariant {
+            // What is good for many rows, without sums in parts, whose number could follow that of the rows.
+            let many = Layouts::new(&Product { rows: INVARIANT_ROWS, ..*product })?;
+            let algorithm = self.best(&description, &many, Some(NO_REDUCTION))?;
+            self.check(&description, &layouts, &algorithm)?;
+            algorithm
+        } else {
+            self.best(&description, &layouts, None)?
+        };
+        Ok(Plan { description, layouts, algorithm })
+    }
+
+    /// The algorithm that cuBLASLt thinks best.
+    fn best(
+        &self,
+        description: &Description,
+        layouts: &Layouts,
+        reductions: Option<u32>,
+    ) -> Result<blas_sys::cublasLtMatmulAlgo_t, blas::CublasError> {
+        use blas_sys::cublasLtMatmulPreferenceAttributes_t as Attribute;
         let preference = blas::create_matmul_pref()?;
-        let attribute = blas_sys::cublasLtMatmulPreferenceAttributes_t::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES;
-        // SAFETY: all of them are there, and the attribute is of eight bytes.
+        let [w, x, y] = layouts.0;
+        // SAFETY: all of them are there, the first attribute is of eight bytes, and the second of four.
         let found = unsafe {
             let most = std::ptr::from_ref(&WORKSPACE).cast::<c_void>();
-            blas::set_matmul_pref_attribute(preference, attribute, most, size_of::<usize>()).and_then(|()| {
-                let [w, x, y] = layouts;
-                blas::get_matmul_algo_heuristic(self.handles.blas, description, w, x, y, y, preference)
-            })
+            let attribute = Attribute::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES;
+            blas::set_matmul_pref_attribute(preference, attribute, most, size_of::<usize>())
+                .and_then(|()| match &reductions {
+                    Some(mask) => {
+                        let attribute = Attribute::CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK;
+                        let mask = std::ptr::from_ref(mask).cast::<c_void>();
+                        blas::set_matmul_pref_attribute(preference, attribute, mask, size_of::<u32>())
+                    }
+                    None => Ok(()),
+                })
+                .and_then(|()| {
+                    blas::get_matmul_algo_heuristic(self.handles.blas, description.0, w, x, y, y, preference)
+                })
         };
         // SAFETY: nobody uses it any more.
         let _ = unsafe { blas::destroy_matmul_pref(preference) };
-        Ok(Plan { description, layouts, algorithm: found?.algo })
+        Ok(found?.algo)
+    }
+
+    /// Whether an algorithm can do these shapes.
+    fn check(
+        &self,
+        description: &Description,
+        layouts: &Layouts,
+        algorithm: &blas_sys::cublasLtMatmulAlgo_t,
+    ) -> Result<(), blas::CublasError> {
+        let [w, x, y] = layouts.0;
+        let mut result = std::mem::MaybeUninit::uninit();
+        // SAFETY: all of them are there.
+        unsafe {
+            let (handle, result) = (self.handles.blas, result.as_mut_ptr());
+            blas_sys::cublasLtMatmulAlgoCheck(handle, description.0, w, x, y, y, algorithm, result).result()
+        }
+    }
+}
+
+impl Description {
+    fn set_bias(&self, address: u64) -> Result<(), blas::CublasError> {
+        let attribute = blas_sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_BIAS_POINTER;
+        let address = std::ptr::from_ref(&address).cast::<c_void>();
+        // SAFETY: the description is there, and the attribute is of eight bytes.
+        unsafe { blas::set_matmul_desc_attribute(self.0, attribute, address, size_of::<u64>()) }
+    }
+}
+
+impl Drop for Description {
+    fn drop(&mut self) {
+        // SAFETY: nobody uses it any more.
+        let _ = unsafe { blas::destroy_matmul_desc(self.0) };
+    }
+}
+
+impl Layouts {
+    fn new(product: &Product) -> Result<Self, blas::CublasError> {
+        let Product { inputs_are, outputs_are, rows, inputs, outputs, .. } = *product;
+        let mut layouts = Self([std::ptr::null_mut(); 3]);
+        let shapes = [(inputs_are, inputs, outputs), (inputs_are, inputs, rows), (outputs_are, outputs, rows)];
+        for (layout, (number, height, width)) in layouts.0.iter_mut().zip(shapes) {
+            *layout = blas::create_matrix_layout(kind(number), height as u64, width as u64, height as i64)?;
+        }
+        Ok(layouts)
+    }
+}
+
+impl Drop for Layouts {
+    fn drop(&mut self) {
+        for layout in self.0.into_iter().filter(|layout| !layout.is_null()) {
+            // SAFETY: nobody uses it any more.
+            let _ = unsafe { blas::destroy_matrix_layout(layout) };
+        }
     }
 }
 
@@ -200,17 +309,28 @@ impl Driver for Cuda {
 
     fn allocate(&self, bytes: usize) -> Result<u64> {
         self.bind()?;
+        self.arrays.refuse_recording("taking memory")?;
         // SAFETY: what is there is set before anybody reads it.
         let address = unsafe { result::malloc_sync(bytes) }.map_err(|error| match error.0 {
             sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY => GpuError::OutOfMemory { bytes },
             _ => failed(error),
         })?;
-        // SAFETY: so many bytes were just allocated there.
-        unsafe { result::memset_d8_async(address, 0, bytes, self.handles.stream) }.map_err(failed)?;
+        self.arrays.allocated(address);
         Ok(address)
     }
 
+    unsafe fn clear(&self, address: u64, bytes: usize) -> Result<()> {
+        if bytes == 0 {
+            return Ok(());
+        }
+        self.bind()?;
+        self.arrays.refuse_recording("clearing memory")?;
+        // SAFETY: so many bytes are allocated there.
+        unsafe { result::memset_d8_async(address, 0, bytes, self.handles.stream) }.map_err(failed)
+    }
+
     unsafe fn free(&self, address: u64) {
+        self.arrays.freed(address);
         // What was asked for may still use it. If the device is lost, so is its memory.
         if self.synchronize().is_ok() {
             // SAFETY: it was allocated, once, and nothing uses it any more.
@@ -219,17 +339,24 @@ impl Driver for Cuda {
     }
 
     unsafe fn write(&self, address: u64, bytes: &[u8]) -> Result<()> {
-        if bytes.is_empty() {
-            return Ok(());
-        }
         self.bind()?;
-        // SAFETY: so many bytes are there, and here until it is waited for.
-        unsafe { result::memcpy_htod_async(address, bytes, self.handles.stream) }.map_err(failed)?;
-        // A device that reads the memory of the process by itself may not have taken them yet.
-        self.synchronize()
+        self.arrays.refuse_recording("a copy")?;
+        // SAFETY: so many bytes are there.
+        unsafe { lock(&self.staging[0]).copy(self.handles.stream, address, bytes) }.map_err(failed)
+    }
+
+    unsafe fn load(&self, address: u64, bytes: &[u8]) -> Result<()> {
+        self.bind()?;
+        let stream = self.handles.loads;
+        // SAFETY: so many bytes are there, and the stream lives as long as `self`.
+        unsafe {
+            lock(&self.staging[1]).copy(stream, address, bytes).map_err(failed)?;
+            result::stream::synchronize(stream).map_err(failed)
+        }
     }
 
     unsafe fn read(&self, address: u64, bytes: &mut [u8]) -> Result<()> {
+        self.arrays.refuse_recording("a copy")?;
         if bytes.is_empty() {
             return self.synchronize();
         }
@@ -251,47 +378,113 @@ impl Driver for Cuda {
         let function = self.function(kernel, shared_bytes)?;
         let mut pointers: Vec<*mut c_void> = arguments.iter().map(Argument::pointer).collect();
         let [x, y, z] = grid;
+        let stream = self.stream(self.arrays.note_launch(arguments));
         // SAFETY: the arguments are the kernel's, and taken before it returns.
-        unsafe {
-            let stream = self.handles.stream;
-            result::launch_kernel(function, (x, y, z), (threads, 1, 1), shared_bytes, stream, &mut pointers)
-        }
-        .map_err(|error| GpuError::Failed(format!("{kernel}: {}", describe(error))))
+        unsafe { result::launch_kernel(function, (x, y, z), (threads, 1, 1), shared_bytes, stream, &mut pointers) }
+            .map_err(|error| GpuError::Failed(format!("{kernel}: {}", describe(error))))
     }
 
     unsafe fn multiply(&self, product: &Product) -> Result<()> {
         self.bind()?;
-        let plan = self.plan(product)?;
-        // The bias is part of a description: one call at a time, which has taken it when it returns.
-        let _turn = lock(&self.plans);
-        let attribute = blas_sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_BIAS_POINTER;
-        let (one, beta) = (1.0f32, if product.add { 1.0f32 } else { 0.0 });
-        let [w, x, y] = plan.layouts;
+        let failed = |error| blas_failed(product, error);
+        let Product { inputs_are, outputs_are, bias, rows, inputs, outputs, add, invariant, .. } = *product;
+        let key = (inputs_are, outputs_are, [add, bias != 0, invariant], [rows, inputs, outputs]);
+        // Held until the product is asked for: the bias is part of a description, which has been taken then.
+        let mut plans = lock(&self.plans);
+        if plans.len() >= MAX_PLANS && !plans.contains_key(&key) {
+            plans.clear();
+        }
+        let plan = match plans.entry(key) {
+            Entry::Occupied(plan) => plan.into_mut(),
+            Entry::Vacant(place) => place.insert(self.new_plan(product).map_err(failed)?),
+        };
+        if bias != 0 {
+            plan.description.set_bias(bias).map_err(failed)?;
+        }
+        let (one, beta) = (1.0f32, if add { 1.0f32 } else { 0.0 });
+        let [w, x, y] = plan.layouts.0;
+        let stream = self.stream(self.arrays.note_product(product));
         // SAFETY: the plan is that of these shapes and types; as much memory is there.
         unsafe {
-            let bias = std::ptr::from_ref(&product.bias).cast::<c_void>();
-            blas::set_matmul_desc_attribute(plan.description, attribute, bias, size_of::<u64>()).and_then(|()| {
-                blas::matmul(
-                    self.handles.blas,
-                    plan.description,
-                    std::ptr::from_ref(&one).cast(),
-                    std::ptr::from_ref(&beta).cast(),
-                    pointer(product.w),
-                    w,
-                    pointer(product.x),
-                    x,
-                    pointer(product.y),
-                    y,
-                    pointer(product.y),
-                    y,
-                    &plan.algorithm,
-                    pointer(self.workspace),
-                    WORKSPACE,
-                    self.handles.stream.cast(),
-                )
-            })
+            blas::matmul(
+                self.handles.blas,
+                plan.description.0,
+                std::ptr::from_ref(&one).cast(),
+                std::ptr::from_ref(&beta).cast(),
+                pointer(product.w),
+                w,
+                pointer(product.x),
+                x,
+                pointer(product.y),
+                y,
+                pointer(product.y),
+                y,
+                &plan.algorithm,
+                pointer(self.workspace),
+                WORKSPACE,
+                stream.cast(),
+            )
         }
-        .map_err(|error| blas_failed(product, error))
+        .map_err(failed)
+    }
+
+    fn begin_recording(&self) -> Result<()> {
+        self.bind()?;
+        self.arrays.begin()?;
+        // What other threads ask of the device meanwhile has nothing to do with it.
+        let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
+        // SAFETY: the stream is there until `self` is dropped.
+        unsafe { result::stream::begin_capture(self.handles.recorder, mode) }.map_err(|error| {
+            self.arrays.end();
+            failed(error)
+        })
+    }
+
+    fn end_recording(&self) -> Result<Box<dyn Recording>> {
+        self.bind()?;
+        let whole = self.arrays.end();
+        // SAFETY: the stream records; the graph is what it answers, and not needed once it can be launched.
+        let graph = unsafe {
+            let graph = result::stream::end_capture(self.handles.recorder).map_err(failed)?;
+            let launchable = result::graph::instantiate(graph, sys::CUgraphInstantiate_flags(0));
+            let _ = result::graph::destroy(graph);
+            launchable.map_err(failed)?
+        };
+        Ok(Box::new(Recorded { context: self.context.clone(), graph, whole }))
+    }
+
+    fn replay(&self, recording: &dyn Recording) -> Result<bool> {
+        let recording: &dyn Any = recording;
+        let Some(Recorded { graph, whole, .. }) = recording.downcast_ref() else {
+            return Err(GpuError::Failed("a recording of another kind of device".into()));
+        };
+        self.bind()?;
+        // SAFETY: the graph is there, and the arrays that it uses.
+        self.arrays.replay(whole, || unsafe { result::graph::launch(*graph, self.handles.stream) }.map_err(failed))
+    }
+}
+
+/// A CUDA graph.
+#[derive(Debug)]
+struct Recorded {
+    context: Arc<CudaContext>,
+    graph: sys::CUgraphExec,
+    whole: Whole,
+}
+
+// SAFETY: a graph may be launched from any thread, by one at a time, which the lock of `Arrays::replay` sees to.
+unsafe impl Send for Recorded {}
+// SAFETY: as above.
+unsafe impl Sync for Recorded {}
+
+impl Recording for Recorded {}
+
+impl Drop for Recorded {
+    fn drop(&mut self) {
+        if self.context.bind_to_thread().is_ok() {
+            // SAFETY: nobody launches it any more. One that runs still runs to its end.
+            let _ = unsafe { result::graph::exec_destroy(self.graph) };
+        }
     }
 }
 
@@ -302,18 +495,18 @@ impl Drop for Cuda {
         }
         // SAFETY: nobody uses any of it any more.
         unsafe {
-            for plan in lock(&self.plans).values() {
-                let _ = blas::destroy_matmul_desc(plan.description);
-                for layout in plan.layouts {
-                    let _ = blas::destroy_matrix_layout(layout);
-                }
-            }
+            lock(&self.plans).clear();
             let _ = blas::destroy_handle(self.handles.blas);
             let _ = result::free_sync(self.workspace);
+            for staging in &self.staging {
+                lock(staging).free();
+            }
             for module in &self.handles.modules {
                 let _ = result::module::unload(*module);
             }
-            let _ = result::stream::destroy(self.handles.stream);
+            for stream in [self.handles.stream, self.handles.loads, self.handles.recorder] {
+                let _ = result::stream::destroy(stream);
+            }
         }
     }
 }

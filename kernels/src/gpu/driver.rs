@@ -1,6 +1,8 @@
 //! What is asked of a device: memory, copies, kernels by their names, and products of matrices.
 
+use std::any::Any;
 use std::ffi::c_void;
+use std::fmt::Debug;
 
 use super::{Memory, Result};
 
@@ -12,8 +14,14 @@ pub(super) trait Driver: Send + Sync {
 
     fn synchronize(&self) -> Result<()>;
 
-    /// So many zero bytes, at least one, at an address that is a multiple of 256.
+    /// So many bytes, at least one, at an address that is a multiple of 256. What they are is not said.
     fn allocate(&self, bytes: usize) -> Result<u64>;
+
+    /// Makes them zero.
+    ///
+    /// # Safety
+    /// So many bytes are allocated there.
+    unsafe fn clear(&self, address: u64, bytes: usize) -> Result<()>;
 
     /// # Safety
     /// The address is one that [`Driver::allocate`] gave, once.
@@ -24,6 +32,12 @@ pub(super) trait Driver: Send + Sync {
     /// # Safety
     /// So many bytes are allocated there.
     unsafe fn write(&self, address: u64, bytes: &[u8]) -> Result<()>;
+
+    /// Copies to the device beside everything that was asked for, and waits until that is done.
+    ///
+    /// # Safety
+    /// So many bytes are allocated there, and nothing that was asked for uses them.
+    unsafe fn load(&self, address: u64, bytes: &[u8]) -> Result<()>;
 
     /// Copies from the device, once everything before is done.
     ///
@@ -49,7 +63,20 @@ pub(super) trait Driver: Send + Sync {
     /// # Safety
     /// The addresses are those of as much memory.
     unsafe fn multiply(&self, product: &Product) -> Result<()>;
+
+    /// Kernels and products that this thread asks for are not run but kept, until [`Driver::end_recording`]. Nothing else
+    /// can be asked for by it meanwhile; one thread records at a time.
+    fn begin_recording(&self) -> Result<()>;
+
+    /// What was asked for since [`Driver::begin_recording`].
+    fn end_recording(&self) -> Result<Box<dyn Recording>>;
+
+    /// Runs a recording of this device; answers false, and does nothing, if an array that it uses is gone.
+    fn replay(&self, recording: &dyn Recording) -> Result<bool>;
 }
+
+/// Kernels and products in their order.
+pub(super) trait Recording: Any + Debug + Send + Sync {}
 
 /// An argument of a kernel.
 #[derive(Clone, Copy, Debug)]
@@ -99,4 +126,6 @@ pub(super) struct Product {
     pub(super) outputs: usize,
     /// To what is in `y` already; then `y` is f32.
     pub(super) add: bool,
+    /// A row of `y` has the same bits whatever `rows` is.
+    pub(super) invariant: bool,
 }

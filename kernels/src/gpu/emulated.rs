@@ -1,13 +1,15 @@
 //! The CPU, doing what a GPU would, one thread after the other.
 
-use std::alloc::{Layout, alloc_zeroed, dealloc};
+use std::alloc::{Layout, alloc, dealloc};
+use std::any::Any;
 use std::collections::HashMap;
 use std::ffi::{CStr, CString, c_char, c_void};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use half::bf16;
 
-use super::driver::{Argument, Driver, Number, Product};
+use super::driver::{Argument, Driver, Number, Product, Recording};
+use super::recording::{Arrays, Whole};
 use super::{GpuError, Memory, Result};
 
 unsafe extern "C" {
@@ -30,11 +32,64 @@ const MEMORY: usize = 4 << 30;
 #[derive(Default)]
 pub(super) struct Emulated {
     allocated: Mutex<HashMap<u64, Layout>>,
+    arrays: Arrays,
+    recorded: Mutex<Vec<Work>>,
 }
+
+/// What is recorded.
+#[derive(Debug)]
+enum Work {
+    Launch { kernel: String, grid: [u32; 3], threads: u32, shared_bytes: u32, arguments: Vec<Owned> },
+    Product(Product),
+}
+
+/// An argument of a kernel.
+#[derive(Debug)]
+enum Owned {
+    Address(u64),
+    U32(u32),
+    U64(u64),
+    F32(f32),
+    Bytes(Vec<u8>),
+}
+
+impl Owned {
+    fn of(argument: &Argument<'_>) -> Self {
+        match *argument {
+            Argument::Address(value) => Self::Address(value),
+            Argument::U32(value) => Self::U32(value),
+            Argument::U64(value) => Self::U64(value),
+            Argument::F32(value) => Self::F32(value),
+            Argument::Bytes(bytes) => Self::Bytes(bytes.to_vec()),
+        }
+    }
+
+    fn argument(&self) -> Argument<'_> {
+        match self {
+            Self::Address(value) => Argument::Address(*value),
+            Self::U32(value) => Argument::U32(*value),
+            Self::U64(value) => Argument::U64(*value),
+            Self::F32(value) => Argument::F32(*value),
+            Self::Bytes(bytes) => Argument::Bytes(bytes),
+        }
+    }
+}
+
+#[derive(Debug)]
+struct Recorded {
+    work: Vec<Work>,
+    whole: Whole,
+}
+
+impl Recording for Recorded {}
 
 impl Emulated {
     fn allocated(&self) -> MutexGuard<'_, HashMap<u64, Layout>> {
         self.allocated.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn recorded(&self) -> MutexGuard<'_, Vec<Work>> {
+        self.recorded.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -59,29 +114,48 @@ impl Driver for Emulated {
         }
         let layout = Layout::from_size_align(bytes, 256).map_err(|_| refused.clone())?;
         // SAFETY: the size is not 0.
-        let pointer = unsafe { alloc_zeroed(layout) };
+        let pointer = unsafe { alloc(layout) };
         if pointer.is_null() {
             return Err(refused);
         }
+        // No numbers, so that a result shows who reads them.
+        // SAFETY: so many bytes were just allocated.
+        unsafe { pointer.write_bytes(0xff, bytes) };
         let address = pointer.expose_provenance() as u64;
         self.allocated().insert(address, layout);
+        self.arrays.allocated(address);
         Ok(address)
+    }
+
+    unsafe fn clear(&self, address: u64, bytes: usize) -> Result<()> {
+        self.arrays.refuse_recording("clearing memory")?;
+        // SAFETY: so many bytes are allocated there, and no kernel is running.
+        unsafe { pointer::<u8>(address).write_bytes(0, bytes) };
+        Ok(())
     }
 
     unsafe fn free(&self, address: u64) {
         if let Some(layout) = self.allocated().remove(&address) {
-            // SAFETY: it came from `alloc_zeroed` with this layout.
+            self.arrays.freed(address);
+            // SAFETY: it came from `alloc` with this layout.
             unsafe { dealloc(pointer(address), layout) };
         }
     }
 
+    unsafe fn load(&self, address: u64, bytes: &[u8]) -> Result<()> {
+        // SAFETY: as above; there is nothing beside which it could be done.
+        unsafe { self.write(address, bytes) }
+    }
+
     unsafe fn write(&self, address: u64, bytes: &[u8]) -> Result<()> {
+        self.arrays.refuse_recording("a copy")?;
         // SAFETY: so many bytes are allocated there, and no kernel is running.
         unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), pointer(address), bytes.len()) };
         Ok(())
     }
 
     unsafe fn read(&self, address: u64, bytes: &mut [u8]) -> Result<()> {
+        self.arrays.refuse_recording("a copy")?;
         // SAFETY: so many bytes are allocated there, and no kernel is running.
         unsafe { std::ptr::copy_nonoverlapping(pointer::<u8>(address), bytes.as_mut_ptr(), bytes.len()) };
         Ok(())
@@ -95,49 +169,105 @@ impl Driver for Emulated {
         shared_bytes: u32,
         arguments: &[Argument<'_>],
     ) -> Result<()> {
-        let name = CString::new(kernel).map_err(|error| GpuError::Failed(error.to_string()))?;
-        let mut arguments: Vec<*mut c_void> = arguments.iter().map(Argument::pointer).collect();
-        let block = [threads, 1, 1];
-        let name: &CStr = &name;
-        let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
-        // SAFETY: the arguments are the kernel's, and live until it returns.
-        let found = unsafe {
-            plumb_emulated_launch(
-                name.as_ptr(),
-                grid.as_ptr(),
-                block.as_ptr(),
-                shared_bytes as usize,
-                arguments.as_mut_ptr(),
-            )
-        };
-        if found { Ok(()) } else { Err(GpuError::Failed(format!("there is no kernel {kernel}"))) }
+        if self.arrays.note_launch(arguments) {
+            let arguments = arguments.iter().map(Owned::of).collect();
+            self.recorded().push(Work::Launch { kernel: kernel.to_owned(), grid, threads, shared_bytes, arguments });
+            return Ok(());
+        }
+        // SAFETY: as above.
+        unsafe { run(kernel, grid, threads, shared_bytes, arguments) }
     }
 
     unsafe fn multiply(&self, product: &Product) -> Result<()> {
-        let Product { inputs_are, outputs_are, w, x, y, bias, rows, inputs, outputs, add } = *product;
-        // SAFETY: as much memory is there.
-        let (w, x) = unsafe { (numbers(inputs_are, w, outputs * inputs), numbers(inputs_are, x, rows * inputs)) };
-        // SAFETY: as before.
-        let bias = (bias != 0).then(|| unsafe { numbers(outputs_are, bias, outputs) });
-        for row in 0..rows {
-            for output in 0..outputs {
-                let pairs = x[row * inputs..][..inputs].iter().zip(&w[output * inputs..][..inputs]);
-                let sum: f32 = pairs.map(|(x, w)| x * w).sum();
-                let sum = sum + bias.as_ref().map_or(0.0, |bias| bias[output]);
-                let at = row * outputs + output;
-                // SAFETY: as before.
+        if self.arrays.note_product(product) {
+            self.recorded().push(Work::Product(*product));
+            return Ok(());
+        }
+        // SAFETY: as above.
+        unsafe { multiply(product) };
+        Ok(())
+    }
+
+    fn begin_recording(&self) -> Result<()> {
+        self.arrays.begin()
+    }
+
+    fn end_recording(&self) -> Result<Box<dyn Recording>> {
+        let work = std::mem::take(&mut *self.recorded());
+        Ok(Box::new(Recorded { work, whole: self.arrays.end() }))
+    }
+
+    fn replay(&self, recording: &dyn Recording) -> Result<bool> {
+        let recording: &dyn Any = recording;
+        let Some(Recorded { work, whole }) = recording.downcast_ref() else {
+            return Err(GpuError::Failed("a recording of another kind of device".into()));
+        };
+        self.arrays.replay(whole, || {
+            work.iter().try_for_each(|work| {
+                // SAFETY: it was asked for with these, and the arrays are still there.
                 unsafe {
-                    match outputs_are {
-                        Number::F32 => {
-                            let to = pointer::<f32>(y).add(at);
-                            *to = if add { *to + sum } else { sum };
+                    match work {
+                        Work::Launch { kernel, grid, threads, shared_bytes, arguments } => {
+                            let arguments: Vec<_> = arguments.iter().map(Owned::argument).collect();
+                            run(kernel, *grid, *threads, *shared_bytes, &arguments)
                         }
-                        Number::Bf16 => *pointer::<bf16>(y).add(at) = bf16::from_f32(sum),
+                        Work::Product(product) => {
+                            multiply(product);
+                            Ok(())
+                        }
                     }
+                }
+            })
+        })
+    }
+}
+
+/// # Safety
+/// See `Gpu::launch`.
+unsafe fn run(kernel: &str, grid: [u32; 3], threads: u32, shared_bytes: u32, arguments: &[Argument<'_>]) -> Result<()> {
+    let name = CString::new(kernel).map_err(|error| GpuError::Failed(error.to_string()))?;
+    let mut arguments: Vec<*mut c_void> = arguments.iter().map(Argument::pointer).collect();
+    let block = [threads, 1, 1];
+    let name: &CStr = &name;
+    let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+    // SAFETY: the arguments are the kernel's, and live until it returns.
+    let found = unsafe {
+        plumb_emulated_launch(
+            name.as_ptr(),
+            grid.as_ptr(),
+            block.as_ptr(),
+            shared_bytes as usize,
+            arguments.as_mut_ptr(),
+        )
+    };
+    if found { Ok(()) } else { Err(GpuError::Failed(format!("there is no kernel {kernel}"))) }
+}
+
+/// # Safety
+/// See [`Driver::multiply`].
+unsafe fn multiply(product: &Product) {
+    let Product { inputs_are, outputs_are, w, x, y, bias, rows, inputs, outputs, add, invariant: _ } = *product;
+    // SAFETY: as much memory is there.
+    let (w, x) = unsafe { (numbers(inputs_are, w, outputs * inputs), numbers(inputs_are, x, rows * inputs)) };
+    // SAFETY: as before.
+    let bias = (bias != 0).then(|| unsafe { numbers(outputs_are, bias, outputs) });
+    for row in 0..rows {
+        for output in 0..outputs {
+            let pairs = x[row * inputs..][..inputs].iter().zip(&w[output * inputs..][..inputs]);
+            let sum: f32 = pairs.map(|(x, w)| x * w).sum();
+            let sum = sum + bias.as_ref().map_or(0.0, |bias| bias[output]);
+            let at = row * outputs + output;
+            // SAFETY: as before.
+            unsafe {
+                match outputs_are {
+                    Number::F32 => {
+                        let to = pointer::<f32>(y).add(at);
+                        *to = if add { *to + sum } else { sum };
+                    }
+                    Number::Bf16 => *pointer::<bf16>(y).add(at) = bf16::from_f32(sum),
                 }
             }
         }
-        Ok(())
     }
 }
 

@@ -153,6 +153,7 @@ impl<E: Element> Linear<E> {
             inputs: self.inputs,
             outputs: count,
             add,
+            invariant: gpu.is_invariant(),
         };
         // SAFETY: the shapes are those of the buffers, and only f32 is added to.
         unsafe { gpu.0.multiply(&product) }

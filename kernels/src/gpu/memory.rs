@@ -38,6 +38,14 @@ impl Gpu {
     /// # Errors
     /// [`OutOfMemory`](super::GpuError::OutOfMemory) if there is no room for it.
     pub fn zeros<T: Pod>(&self, len: usize) -> Result<Buffer<T>> {
+        let buffer = self.some(len)?;
+        // SAFETY: so many bytes were just allocated.
+        unsafe { self.0.clear(buffer.address, buffer.bytes())? };
+        Ok(buffer)
+    }
+
+    /// An array of anything.
+    fn some<T: Pod>(&self, len: usize) -> Result<Buffer<T>> {
         let address = self.0.allocate((len * size_of::<T>()).max(1))?;
         Ok(Buffer { gpu: self.clone(), address, len, numbers: PhantomData })
     }
@@ -47,13 +55,14 @@ impl Gpu {
         Buffer { gpu: self.clone(), address: 0, len: 0, numbers: PhantomData }
     }
 
-    /// An array with these values.
+    /// An array with these values, which are copied beside what was asked for, and there when it returns.
     ///
     /// # Errors
     /// [`OutOfMemory`](super::GpuError::OutOfMemory) if there is no room for it.
     pub fn upload<T: Pod>(&self, values: &[T]) -> Result<Buffer<T>> {
-        let mut buffer = self.zeros(values.len())?;
-        buffer.write(0, values)?;
+        let buffer = self.some(values.len())?;
+        // SAFETY: so many bytes were just allocated; nobody has seen them.
+        unsafe { self.0.load(buffer.address, bytemuck::cast_slice(values))? };
         Ok(buffer)
     }
 }
@@ -98,7 +107,7 @@ impl<T: Pod> Buffer<T> {
         self.len * size_of::<T>()
     }
 
-    /// Makes it at least so long. Its values are lost if it was shorter.
+    /// Makes it at least so long. If it was shorter, its values are anything then.
     ///
     /// # Errors
     /// [`OutOfMemory`](super::GpuError::OutOfMemory) if there is no room for it; then it is empty.
@@ -107,7 +116,7 @@ impl<T: Pod> Buffer<T> {
             let gpu = self.gpu.clone();
             // First the old one goes.
             *self = gpu.empty();
-            *self = gpu.zeros(len)?;
+            *self = gpu.some(len)?;
         }
         Ok(())
     }
@@ -138,7 +147,7 @@ impl<T: Pod> Buffer<T> {
         self.view_mut(0..self.len)
     }
 
-    /// Sets the elements from `first` on.
+    /// Sets the elements from `first` on, after what was asked for before; the values are taken when it returns.
     ///
     /// # Errors
     /// If the GPU failed.

@@ -17,6 +17,7 @@ pub mod gradient;
 mod head;
 mod linear;
 mod memory;
+mod recording;
 mod rows;
 
 use std::fmt;
@@ -28,11 +29,18 @@ pub use linear::{Linear, Output};
 pub use memory::{Buffer, View, ViewMut};
 pub use rows::Norm;
 
-use driver::{Argument, Driver};
+use driver::{Argument, Driver, Recording};
 
-/// A GPU. Clones are the same one.
+/// A GPU, and whether it is to be invariant. Clones are the same one.
 #[derive(Clone)]
-pub struct Gpu(Arc<dyn Driver>);
+pub struct Gpu(Arc<dyn Driver>, bool);
+
+/// Operations that were recorded, to be asked for again at the price of one.
+#[derive(Debug)]
+pub struct Graph {
+    gpu: Gpu,
+    recording: Box<dyn Recording>,
+}
 
 /// What a GPU could not do.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -85,13 +93,25 @@ impl Gpu {
     /// [`GpuError::Missing`] if there is none, or no driver or cuBLAS for it.
     #[cfg(feature = "cuda")]
     pub fn cuda(number: usize) -> Result<Self> {
-        Ok(Self(Arc::new(cuda::Cuda::new(number)?)))
+        Ok(Self(Arc::new(cuda::Cuda::new(number)?), false))
     }
 
     /// The CPU, doing what a GPU would.
     #[cfg(feature = "emulated")]
     pub fn emulated() -> Self {
-        Self(Arc::new(emulated::Emulated::default()))
+        Self(Arc::new(emulated::Emulated::default()), false)
+    }
+
+    /// The same GPU, on which what comes of a row has the same bits whatever rows stand beside it, and however a sequence
+    /// is cut into steps: every algorithm is chosen without regard to their number. That costs speed.
+    #[must_use]
+    pub fn invariant(self) -> Self {
+        Self(self.0, true)
+    }
+
+    /// Whether it is.
+    pub fn is_invariant(&self) -> bool {
+        self.1
     }
 
     /// What it calls itself.
@@ -115,6 +135,33 @@ impl Gpu {
         self.0.synchronize()
     }
 
+    /// Records what `work` asks of this GPU, on this thread, in place of doing it. Arrays must be there already, as
+    /// another run of the same work leaves them: memory, copies and waiting cannot be recorded.
+    ///
+    /// # Errors
+    /// What `work` could not do, or what of it cannot be recorded.
+    pub fn record<E: From<GpuError>>(&self, work: impl FnOnce() -> Result<(), E>) -> Result<Graph, E> {
+        /// Ends the recording, whatever becomes of the work.
+        struct Ending<'a>(Option<&'a dyn Driver>);
+        impl Ending<'_> {
+            fn end(&mut self) -> Option<Result<Box<dyn Recording>>> {
+                self.0.take().map(Driver::end_recording)
+            }
+        }
+        impl Drop for Ending<'_> {
+            fn drop(&mut self) {
+                drop(self.end());
+            }
+        }
+        self.0.begin_recording()?;
+        let mut ending = Ending(Some(&*self.0));
+        work()?;
+        match ending.end() {
+            Some(recording) => Ok(Graph { gpu: self.clone(), recording: recording? }),
+            None => Err(GpuError::Failed("a recording ended twice".into()).into()),
+        }
+    }
+
     /// Runs a kernel of `cuda/`.
     ///
     /// # Safety
@@ -135,5 +182,16 @@ impl Gpu {
         let grid = [size(grid[0])?, size(grid[1])?, size(grid[2])?];
         // SAFETY: as above.
         unsafe { self.0.launch(kernel, grid, size(threads)?, size(shared_bytes)?, arguments) }
+    }
+}
+
+impl Graph {
+    /// Asks for everything again, with the same arrays and whatever is in them now. False, with nothing asked for, if one
+    /// of the arrays is gone: then it is to be recorded anew.
+    ///
+    /// # Errors
+    /// If the GPU refuses.
+    pub fn replay(&self) -> Result<bool> {
+        self.gpu.0.replay(&*self.recording)
     }
 }
