@@ -5,7 +5,7 @@
 
 mod common;
 
-use common::{assert_close, assert_within, numbers, on_each, rounded, widened};
+use common::{assert_close, assert_within, numbers, on_each, rounded, runs, widened};
 use half::bf16;
 use plumb_kernels::activation::Activation;
 use plumb_kernels::attention::{PAGE, Rule, Run, Span};
@@ -197,16 +197,6 @@ impl Case {
     fn norm(&self, q: bool) -> Vec<f32> {
         numbers(self.dim, if q { 11 } else { 12 })
     }
-}
-
-/// Rows from `row` on, of so many positions from `position` on.
-fn runs(row: usize, position: usize, len: usize, pages: &[u32]) -> Vec<Run> {
-    let starts = (position..position + len).filter(|p| *p == position || p % PAGE == 0);
-    let run = |start: usize| {
-        let end = (start / PAGE * PAGE + PAGE).min(position + len);
-        Run { row: row + start - position, len: end - start, position: start, page: pages[start / PAGE] }
-    };
-    starts.map(run).collect()
 }
 
 /// A device with the pages of a case.

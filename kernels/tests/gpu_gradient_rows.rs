@@ -3,6 +3,7 @@
 #![cfg(feature = "gpu")]
 #![expect(clippy::unwrap_used, reason = "a test may stop where it stands, in its helpers too")]
 
+#[expect(dead_code, reason = "other tests take the rest")]
 mod common;
 
 use common::{assert_close, assert_within, numbers, on_each, rounded, widened};

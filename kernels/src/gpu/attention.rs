@@ -2,7 +2,7 @@
 
 use bytemuck::{Pod, Zeroable};
 
-use super::driver::Argument::{Address, Bytes, F32, U32};
+use super::driver::Argument::{self, Address, Bytes, F32, U32};
 use super::{Buffer, Gpu, GpuError, Norm, Result, View, ViewMut};
 use crate::Element;
 use crate::attention::{PAGE, Rule, Run, Span};
@@ -23,11 +23,17 @@ const MAX_DIM: usize = 256;
 /// Keys and values of many sequences, by page.
 #[derive(Debug)]
 pub struct KvPages<E> {
-    kv_heads: usize,
-    dim: usize,
+    pub(super) kv_heads: usize,
+    pub(super) dim: usize,
     pages: usize,
     /// A layer's keys and values, each `[pages, kv_heads, PAGE, padded_dim]`.
-    layers: Vec<[Buffer<E>; 2]>,
+    pub(super) layers: Vec<[Buffer<E>; 2]>,
+}
+
+/// The width of heads that the kernels for heads of `dim` are made for. What is left out would help nobody.
+pub(super) fn kernel_width<E>(dim: usize) -> usize {
+    let widths: &[usize] = if size_of::<E>() == 2 { &[64, 96, 128, 256] } else { &[64, 128, 256] };
+    widths.iter().copied().find(|width| padded(dim) <= *width).unwrap_or(MAX_DIM)
 }
 
 /// Elements of a head in pages and in q.
@@ -85,6 +91,19 @@ pub struct Prepare<'a> {
     pub rotated: usize,
 }
 
+impl Prepare<'_> {
+    /// The weights of the norms of q and k over heads of `dim` elements, and their epsilon.
+    pub(super) fn norms(&self, dim: usize) -> Result<[Argument<'static>; 3]> {
+        let norm = |norm: Option<&Norm>| match norm.map(Norm::rms) {
+            None => Ok((0, 0.0)),
+            Some(Some((weight, eps))) if weight.len() == dim => Ok((weight.all().address, eps)),
+            Some(_) => Err(GpuError::Failed("the kernels take RMS norms over whole heads of q and k only".into())),
+        };
+        let ((q_norm, q_eps), (k_norm, k_eps)) = (norm(self.q_norm)?, norm(self.k_norm)?);
+        Ok([Address(q_norm), Address(k_norm), F32(if q_norm == 0 { k_eps } else { q_eps })])
+    }
+}
+
 /// Where a step's rows are, and how its attention is cut, the same for all layers.
 #[derive(Debug)]
 pub struct Pieces {
@@ -115,7 +134,7 @@ struct Piece {
 /// As in `cuda/attention.cu`.
 #[derive(Clone, Copy, Debug, Pod, Zeroable)]
 #[repr(C)]
-struct KernelRule {
+pub(super) struct KernelRule {
     heads: u32,
     kv_heads: u32,
     dim: u32,
@@ -123,6 +142,20 @@ struct KernelRule {
     scale: f32,
     softcap: f32,
     window: u32,
+}
+
+impl KernelRule {
+    pub(super) fn new(rule: Rule, kv_heads: usize) -> Self {
+        Self {
+            heads: rule.heads as u32,
+            kv_heads: kv_heads as u32,
+            dim: rule.head_dim as u32,
+            padded_dim: padded(rule.head_dim) as u32,
+            scale: rule.scale,
+            softcap: rule.softcap.unwrap_or(0.0),
+            window: rule.window.unwrap_or(0) as u32,
+        }
+    }
 }
 
 impl Pieces {
@@ -236,20 +269,15 @@ impl Gpu {
         assert!(how.rotated <= dim && how.rotated.is_multiple_of(2), "a rotation of {} elements", how.rotated);
         assert!((pieces.last_page as usize) < kv.pages, "no such page");
         assert!(how.rotated == 0 || pieces.last_position < how.table.len / how.rotated, "no such position");
-        let norm = |norm: Option<&Norm>| match norm.map(Norm::rms) {
-            None => Ok((0, 0.0)),
-            Some(Some((weight, eps))) if weight.len() == dim => Ok((weight.all().address, eps)),
-            Some(_) => Err(GpuError::Failed("the kernels take RMS norms over whole heads of q and k only".into())),
-        };
-        let ((q_norm, q_eps), (k_norm, k_eps)) = (norm(how.q_norm)?, norm(how.k_norm)?);
+        let [q_norm, k_norm, eps] = how.norms(dim)?;
         let [keys, values] = &mut kv.layers[layer];
         let arguments = [
             Address(qkv.address),
             Address(pieces.positions.view(first..first + rows).address),
             Address(pieces.row_pages.view(first..first + rows).address),
-            Address(q_norm),
-            Address(k_norm),
-            F32(if q_norm == 0 { k_eps } else { q_eps }),
+            q_norm,
+            k_norm,
+            eps,
             Address(how.table.address),
             U32(how.rotated as u32),
             U32(how.heads as u32),
@@ -286,9 +314,7 @@ impl Gpu {
         assert_eq!(q.len, pieces.rows * kv.q_width(rule.heads), "shape of q");
         assert_eq!(out.len, pieces.rows * rule.heads * dim, "shape of the attention's result");
         assert!((pieces.last_page as usize) < kv.pages, "no such page");
-        // What is left out of `cuda/attention.cu` would help nobody.
-        let widths: &[usize] = if size_of::<E>() == 2 { &[64, 96, 128, 256] } else { &[64, 128, 256] };
-        let width = widths.iter().copied().find(|width| padded(dim) <= *width).unwrap_or(MAX_DIM);
+        let width = kernel_width::<E>(dim);
         let (tile, stages) = match (size_of::<E>() == 2, width > 128) {
             (true, false) => (64, 2),
             (true, true) => (32, 2),
@@ -296,15 +322,7 @@ impl Gpu {
             (false, true) => (16, 1),
         };
         let shared = (ROWS + 2 * stages * tile) * (width * size_of::<E>() + 16);
-        let kernel_rule = KernelRule {
-            heads: rule.heads as u32,
-            kv_heads: kv.kv_heads as u32,
-            dim: dim as u32,
-            padded_dim: padded(dim) as u32,
-            scale: rule.scale,
-            softcap: rule.softcap.unwrap_or(0.0),
-            window: rule.window.unwrap_or(0) as u32,
-        };
+        let kernel_rule = KernelRule::new(rule, kv.kv_heads);
         let [keys, values] = &kv.layers[layer];
         let arguments = [
             Address(q.address),

@@ -1,6 +1,7 @@
-//! What the tests of GPUs share.
+//! What the tests of kernels for GPUs share.
 
 use plumb_kernels::Element;
+use plumb_kernels::attention::{PAGE, Run};
 use plumb_kernels::gpu::Gpu;
 
 /// Runs a test on each.
@@ -43,4 +44,14 @@ pub(crate) fn assert_within<E: Element>(found: &[E], expected: &[f32], relative:
         let found = found.to_f32();
         assert!((found - expected).abs() <= relative * (1.0 + expected.abs()), "{what} {i}: {found} {expected}");
     }
+}
+
+/// Rows from `row` on, of so many positions from `position` on.
+pub(crate) fn runs(row: usize, position: usize, len: usize, pages: &[u32]) -> Vec<Run> {
+    let starts = (position..position + len).filter(|p| *p == position || p % PAGE == 0);
+    let run = |start: usize| {
+        let end = (start / PAGE * PAGE + PAGE).min(position + len);
+        Run { row: row + start - position, len: end - start, position: start, page: pages[start / PAGE] }
+    };
+    starts.map(run).collect()
 }

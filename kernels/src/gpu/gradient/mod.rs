@@ -3,11 +3,13 @@
 //! As there, a sum over rows has one order: rows are cut into parts in a fixed way, and nothing is added by whoever comes
 //! first. Products of matrices are cuBLASLt's, whose order depends on their shapes.
 
+mod attention;
 mod head;
 mod linear;
 mod optimiser;
 mod rows;
 
+pub use attention::Attention;
 pub use head::{Losses, Slopes, Targets};
 pub use linear::Columns;
 pub use rows::Scatter;
