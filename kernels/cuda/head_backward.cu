@@ -5,20 +5,20 @@
 constexpr unsigned THREADS = 256;
 
 // From the gradients d of the rewards weight[width] . x[rows, width] + bias: d_x[rows, width], and what is added to
-// d_weight[width] and d_bias, which may be null. A thread for each column.
-KERNEL(reward_backward, const float* x, const float* weight, const float* d, unsigned rows, unsigned width, float* d_x,
-       float* d_weight, float* d_bias) {
+// d_head, the weight's and behind it, where `biased`, the bias's. A thread for each column.
+KERNEL(reward_backward, const float* x, const float* weight, const float* d, unsigned rows, unsigned width,
+       unsigned biased, float* d_x, float* d_head) {
     const unsigned column = blockIdx.x * blockDim.x + threadIdx.x;
     if (column >= width) return;
-    float sum = d_weight[column], bias = 0;
+    float sum = d_head[column], bias = 0;
     for (unsigned row = 0; row < rows; ++row) {
         const uint64_t at = uint64_t(row) * width + column;
         d_x[at] = d[row] * weight[column];
         sum += d[row] * x[at];
         bias += d[row];
     }
-    d_weight[column] = sum;
-    if (column == 0 && d_bias) *d_bias += bias;
+    d_head[column] = sum;
+    if (column == 0 && biased) d_head[width] += bias;
 }
 
 // The logarithm of the sum of exp(logit) over the vocabulary.

@@ -274,53 +274,43 @@ fn rewards_go_back() {
     on_each(|gpu| {
         let (rows, width) = (5, 300);
         let (x, weight, d) = (numbers(rows * width, 1), numbers(width, 2), numbers(rows, 3));
-        let before = numbers(width + 1, 4);
+        let before = numbers(width + 2, 4);
         let [gpu_x, gpu_weight, gpu_d] = [&x, &weight, &d].map(|values| gpu.upload(values).unwrap());
-        let (mut d_x, mut sums) = (gpu.zeros::<f32>(x.len()).unwrap(), gpu.upload(&before).unwrap());
-        let mut bias = gpu.upload(&before[width..]).unwrap();
-        let d_weight = sums.view_mut(0..width);
-        let d_bias = Some(bias.all_mut());
-        gpu.rewards_backward(gpu_x.all(), gpu_weight.all(), gpu_d.all(), d_x.all_mut(), d_weight, d_bias).unwrap();
-        let mut expected = before.clone();
-        for (d, x) in d.iter().zip(x.chunks_exact(width)) {
-            x.iter().zip(&mut expected).for_each(|(x, sum)| *sum += d * x);
-            expected[width] += d;
+        let mut d_x = gpu.zeros::<f32>(x.len()).unwrap();
+        for biased in [false, true] {
+            let mut sums = gpu.upload(&before).unwrap();
+            let d_head = sums.view_mut(0..width + usize::from(biased));
+            gpu.rewards_backward(gpu_x.all(), gpu_weight.all(), gpu_d.all(), d_x.all_mut(), d_head).unwrap();
+            let mut expected = before.clone();
+            for (d, x) in d.iter().zip(x.chunks_exact(width)) {
+                x.iter().zip(&mut expected).for_each(|(x, sum)| *sum += d * x);
+                expected[width] += if biased { *d } else { 0.0 };
+            }
+            assert_close(&sums.to_vec().unwrap(), &expected, "head");
+            let expected: Vec<f32> = d.iter().flat_map(|d| weight.iter().map(move |w| d * w)).collect();
+            assert_close(&d_x.to_vec().unwrap(), &expected, "rows");
         }
-        assert_close(&sums.to_vec().unwrap()[..width], &expected[..width], "weight");
-        assert_close(&bias.to_vec().unwrap(), &expected[width..], "bias");
-        let expected: Vec<f32> = d.iter().flat_map(|d| weight.iter().map(move |w| d * w)).collect();
-        assert_close(&d_x.to_vec().unwrap(), &expected, "rows");
-        gpu.rewards_backward(gpu_x.all(), gpu_weight.all(), gpu_d.all(), d_x.all_mut(), sums.view_mut(0..width), None)
-            .unwrap();
     });
-}
-
-fn steps<E: Element>(gpu: &Gpu) {
-    let len = 1000;
-    let (mut weights, mut mean, mut square) = (numbers(len, 1), vec![0.0; len], vec![0.0; len]);
-    let [mut gpu_weights, mut gpu_mean, mut gpu_square] = [&weights, &mean, &square].map(|v| gpu.upload(v).unwrap());
-    let mut copy = gpu.zeros::<E>(len).unwrap();
-    for step in 1..=3 {
-        let how = AdamW { lr: 0.1, beta1: 0.9, beta2: 0.99, eps: 1e-8, weight_decay: 0.1, step, scale: 0.5 };
-        let gradient = numbers(len, 1 + step as usize);
-        how.update(&mut weights, &gradient, &mut mean, &mut square);
-        let gradient = gpu.upload(&gradient).unwrap();
-        let means = [gpu_mean.all_mut(), gpu_square.all_mut()];
-        let copy = (step != 2).then(|| copy.all_mut());
-        how.update_on::<E>(gpu, gpu_weights.all_mut(), gradient.all(), means, copy).unwrap();
-    }
-    let found = gpu_weights.to_vec().unwrap();
-    assert_within(&found, &weights, 2e-5, "weights");
-    assert_close(&gpu_mean.to_vec().unwrap(), &mean, "mean");
-    assert_close(&gpu_square.to_vec().unwrap(), &square, "square");
-    assert_eq!(copy.to_vec().unwrap(), rounded::<E>(&found));
 }
 
 #[test]
 fn steps_are_those_of_the_cpu() {
     on_each(|gpu| {
-        steps::<f32>(gpu);
-        steps::<bf16>(gpu);
+        let len = 1000;
+        let (mut weights, mut mean, mut square) = (numbers(len, 1), vec![0.0; len], vec![0.0; len]);
+        let [mut gpu_weights, mut gpu_mean, mut gpu_square] =
+            [&weights, &mean, &square].map(|v| gpu.upload(v).unwrap());
+        for step in 1..=3 {
+            let how = AdamW { lr: 0.1, beta1: 0.9, beta2: 0.99, eps: 1e-8, weight_decay: 0.1, step, scale: 0.5 };
+            let gradient = numbers(len, 1 + step as usize);
+            how.update(&mut weights, &gradient, &mut mean, &mut square);
+            let gradient = gpu.upload(&gradient).unwrap();
+            let means = [gpu_mean.all_mut(), gpu_square.all_mut()];
+            how.update_on(gpu, gpu_weights.all_mut(), gradient.all(), means).unwrap();
+        }
+        assert_within(&gpu_weights.to_vec().unwrap(), &weights, 2e-5, "weights");
+        assert_close(&gpu_mean.to_vec().unwrap(), &mean, "mean");
+        assert_close(&gpu_square.to_vec().unwrap(), &square, "square");
     });
 }
 

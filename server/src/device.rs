@@ -1,8 +1,7 @@
 //! The device on which models compute.
 
-use plumb_model::decoder::Device;
+use plumb_model::decoder::{Device, DeviceChoice};
 
-use crate::config::DeviceChoice;
 use crate::error::{Error, Result};
 use crate::telemetry::events::Computing;
 
@@ -11,24 +10,8 @@ use crate::telemetry::events::Computing;
 /// # Errors
 /// If a GPU was named that is not there, or that this program was not built for.
 pub(crate) fn open(choice: DeviceChoice) -> Result<Device> {
-    let (device, reason) = match choice {
-        DeviceChoice::Cpu => (Device::Cpu, None),
-        DeviceChoice::Cuda(number) => (gpu(number).map_err(Error::failed_precondition)?, None),
-        DeviceChoice::Auto => match gpu(0) {
-            Ok(device) => (device, None),
-            Err(reason) => (Device::Cpu, Some(reason)),
-        },
-    };
+    let opened = choice.open(0, env!("CARGO_PKG_NAME"));
+    let (device, reason) = opened.map_err(|error| Error::failed_precondition(error.to_string()))?;
     Computing { device: &device, reason }.emit();
     Ok(device)
-}
-
-#[cfg(feature = "cuda")]
-fn gpu(number: usize) -> std::result::Result<Device, String> {
-    Device::cuda(number).map_err(|error| error.to_string())
-}
-
-#[cfg(not(feature = "cuda"))]
-fn gpu(_: usize) -> std::result::Result<Device, String> {
-    Err("this plumb-server was built without CUDA (cargo build --features plumb-server/cuda)".to_owned())
 }

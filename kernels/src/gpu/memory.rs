@@ -104,6 +104,18 @@ impl<T> ViewMut<'_, T> {
         ViewMut { address, len, numbers: PhantomData }
     }
 
+    /// What is before, and what is from there on.
+    ///
+    /// # Panics
+    /// If it is not so long.
+    pub fn split_at(mut self, at: usize) -> (Self, Self) {
+        let (len, before) = (self.len, self.part(0..at));
+        let before = ViewMut { address: before.address, len: at, numbers: PhantomData };
+        let after = self.part(at..len);
+        let after = ViewMut { address: after.address, len: len - at, numbers: PhantomData };
+        (before, after)
+    }
+
     /// The same, to be read.
     pub fn as_view(&self) -> View<'_, T> {
         View { address: self.address, len: self.len, numbers: PhantomData }

@@ -6,6 +6,7 @@
 
 mod backend;
 mod build;
+mod choice;
 mod cpu;
 mod forward;
 #[cfg(feature = "gpu")]
@@ -24,6 +25,7 @@ use plumb_kernels::Element;
 use plumb_kernels::gpu::Gpu;
 use plumb_kernels::memory::OutOfMemory;
 
+pub use choice::DeviceChoice;
 pub use plumb_kernels::head::log_sum_exp;
 pub use step::{Progress, Read, Step, StepSequence, StepSize};
 

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use clap::builder::{BoolishValueParser, RangedU64ValueParser, TypedValueParser};
 use clap::{Args, Parser};
+use plumb_model::decoder::DeviceChoice;
 
 use super::secret::Secret;
 use super::versions::SwapPolicy;
@@ -116,7 +117,7 @@ pub(crate) struct ModelFlags {
     pub(crate) traffic: Vec<String>,
     /// Where models compute: cpu, cuda:N, or auto, which takes the first GPU if there is one and the server was built
     /// with CUDA.
-    #[arg(long, env = "PLUMB_DEVICE", default_value = "auto", value_parser = device, value_name = "DEVICE")]
+    #[arg(long, env = "PLUMB_DEVICE", default_value = "auto", value_name = "DEVICE")]
     pub(crate) device: DeviceChoice,
     /// Type in which weights are held; auto takes the checkpoint's.
     #[arg(long, env = "PLUMB_DTYPE", default_value = "auto")]
@@ -130,18 +131,6 @@ pub(crate) struct ModelFlags {
     /// Replaces the built-in HHH prompt: conversations separated by lines of dashes.
     #[arg(long, env = "PLUMB_HHH_PROMPT_FILE", value_name = "FILE")]
     pub(crate) hhh_prompt_file: Option<PathBuf>,
-}
-
-/// Where models compute.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum DeviceChoice {
-    /// The first GPU, or the CPU where there is none.
-    #[default]
-    Auto,
-    /// The CPU.
-    Cpu,
-    /// The GPU of this number.
-    Cuda(usize),
 }
 
 /// Type in which weights are held.
@@ -392,17 +381,6 @@ pub(crate) struct TelemetryFlags {
     /// Name of this service in traces.
     #[arg(long, env = "PLUMB_OTLP_SERVICE_NAME", default_value = "plumb-server", value_name = "NAME")]
     pub(crate) otlp_service_name: String,
-}
-
-/// The name of a device.
-fn device(text: &str) -> Result<DeviceChoice, String> {
-    match text.strip_prefix("cuda:").map(str::parse) {
-        None if text == "auto" => Ok(DeviceChoice::Auto),
-        None if text == "cpu" => Ok(DeviceChoice::Cpu),
-        None if text == "cuda" => Ok(DeviceChoice::Cuda(0)),
-        Some(Ok(number)) => Ok(DeviceChoice::Cuda(number)),
-        _ => Err("not auto, cpu or cuda:N".to_owned()),
-    }
 }
 
 /// A number of things, at least one.

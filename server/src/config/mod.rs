@@ -18,8 +18,10 @@ use std::time::Duration;
 use clap::parser::ValueSource;
 use clap::{ArgMatches, Command, CommandFactory as _, FromArgMatches as _};
 
+use plumb_model::decoder::DeviceChoice;
+
+pub use self::args::DType;
 use self::args::{ClientAuth, Flags};
-pub use self::args::{DType, DeviceChoice};
 use self::file::FileValues;
 pub use self::models::ModelConfig;
 pub(crate) use self::models::check_name;

@@ -124,7 +124,7 @@ mod tests {
             model: texts(model),
             adapter: texts(adapter),
             revision: texts(revision),
-            device: crate::config::DeviceChoice::Auto,
+            device: plumb_model::decoder::DeviceChoice::Auto,
             dtype: crate::config::DType::Auto,
             default_preference_model: None,
             default_language_model: None,

@@ -251,8 +251,8 @@ where
 }
 
 impl Gpu {
-    /// From the gradients `d[rows]` of [`Gpu::rewards`], those of `x[rows, width]` into `d_x`; those of the weight and,
-    /// where there is one, the bias are added to `d_weight` and `d_bias`.
+    /// From the gradients `d[rows]` of [`Gpu::rewards`], those of `x[rows, width]` into `d_x`; those of the weight and, behind
+    /// it where there is one, of the bias are added to `d_head`.
     ///
     /// # Errors
     /// If the GPU refuses.
@@ -265,21 +265,20 @@ impl Gpu {
         weight: View<'_, f32>,
         d: View<'_, f32>,
         d_x: ViewMut<'_, f32>,
-        d_weight: ViewMut<'_, f32>,
-        d_bias: Option<ViewMut<'_, f32>>,
+        d_head: ViewMut<'_, f32>,
     ) -> Result<()> {
         let (rows, width) = (d.len, weight.len);
-        assert_eq!((x.len, d_x.len, d_weight.len), (rows * width, rows * width, width), "shapes of a reward head");
-        assert!(d_bias.as_ref().is_none_or(|bias| bias.len == 1), "a reward head has one bias");
+        assert!(x.len == rows * width && d_x.len == x.len, "shapes of a reward head");
+        assert!(d_head.len == width || d_head.len == width + 1, "shapes of a reward head");
         let arguments = [
             Address(x.address),
             Address(weight.address),
             Address(d.address),
             U32(rows as u32),
             U32(width as u32),
+            U32((d_head.len > width) as u32),
             Address(d_x.address),
-            Address(d_weight.address),
-            Address(d_bias.map_or(0, |bias| bias.address)),
+            Address(d_head.address),
         ];
         // SAFETY: as in `cuda/head_backward.cu`.
         unsafe { self.launch("reward_backward", [width.div_ceil(THREADS), 1, 1], THREADS, 0, &arguments) }

@@ -6,7 +6,6 @@ use super::super::driver::Argument::{Address, Bytes, U64};
 use super::super::rows::THREADS;
 use super::super::{Buffer, Gpu, Result, View, ViewMut};
 use super::blocks;
-use crate::Element;
 use crate::gradient::AdamW;
 
 /// Numbers whose squares a block sums up; as in `cuda/optimiser.cu`.
@@ -26,24 +25,22 @@ struct KernelAdamW {
 }
 
 impl AdamW {
-    /// As [`AdamW::update`], on a GPU; the new weights are written, rounded, to `copy` too.
+    /// As [`AdamW::update`], on a GPU.
     ///
     /// # Errors
     /// If the GPU refuses.
     ///
     /// # Panics
     /// If the lengths differ.
-    pub fn update_on<E: Element>(
+    pub fn update_on(
         &self,
         gpu: &Gpu,
         weights: ViewMut<'_, f32>,
         gradient: View<'_, f32>,
         [mean, square]: [ViewMut<'_, f32>; 2],
-        copy: Option<ViewMut<'_, E>>,
     ) -> Result<()> {
         let len = weights.len;
         assert!([gradient.len, mean.len, square.len] == [len; 3], "shapes of a step");
-        assert!(copy.as_ref().is_none_or(|copy| copy.len == len), "shape of a copy");
         let [first, second] = self.corrections();
         let how = KernelAdamW {
             rate: self.lr / first,
@@ -60,11 +57,10 @@ impl AdamW {
             Address(gradient.address),
             Address(mean.address),
             Address(square.address),
-            Address(copy.map_or(0, |copy| copy.address)),
             U64(len as u64),
         ];
         // SAFETY: as in `cuda/optimiser.cu`.
-        unsafe { gpu.launch(&format!("adamw_{}", E::NAME), [blocks(len), 1, 1], THREADS, 0, &arguments) }
+        unsafe { gpu.launch("adamw", [blocks(len), 1, 1], THREADS, 0, &arguments) }
     }
 }
 
