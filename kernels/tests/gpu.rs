@@ -457,7 +457,11 @@ fn memory_that_is_not_there_is_refused() {
         let buffer = gpu.zeros::<f32>(1 << 20).unwrap();
         assert!(gpu.memory().unwrap().free < free);
         drop(buffer);
-        assert_eq!(gpu.upload(&[1u32, 2, 3]).unwrap().to_vec().unwrap(), [1, 2, 3]);
+        let from = gpu.upload(&[1u32, 2, 3]).unwrap();
+        assert_eq!(from.to_vec().unwrap(), [1, 2, 3]);
+        let mut to = gpu.zeros::<u32>(4).unwrap();
+        gpu.copy(from.view(1..3), to.view_mut(2..4)).unwrap();
+        assert_eq!(to.to_vec().unwrap(), [0, 0, 2, 3]);
         gpu.synchronize().unwrap();
     });
 }

@@ -39,6 +39,12 @@ pub(super) trait Driver: Send + Sync {
     /// So many bytes are allocated there, and nothing that was asked for uses them.
     unsafe fn load(&self, address: u64, bytes: &[u8]) -> Result<()>;
 
+    /// Copies inside the device, in order.
+    ///
+    /// # Safety
+    /// So many bytes are allocated at both addresses, and no byte is in both.
+    unsafe fn copy(&self, from: u64, to: u64, bytes: usize) -> Result<()>;
+
     /// Copies from the device, once everything before is done.
     ///
     /// # Safety

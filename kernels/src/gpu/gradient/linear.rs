@@ -116,7 +116,7 @@ where
     pub fn set(&mut self, gpu: &Gpu, first: usize, rows: View<'_, f32>) -> Result<()> {
         let start = first * self.inputs();
         assert!(rows.len.is_multiple_of(self.inputs()), "rows of a linear layer");
-        gpu.copy(rows, self.weights.view_mut(start..start + rows.len))
+        gpu.round(rows, self.weights.view_mut(start..start + rows.len))
     }
 
     /// Takes new biases for the outputs from `first` on.
@@ -130,8 +130,8 @@ where
         assert!(self.bias.is_some(), "a layer without biases");
         let Some(bias) = &mut self.bias else { return Ok(()) };
         let range = first..first + values.len;
-        gpu.copy::<f32, f32>(values, bias.wide.view_mut(range.clone()))?;
-        gpu.copy::<E, f32>(values, bias.narrow.view_mut(range))
+        gpu.copy(values, bias.wide.view_mut(range.clone()))?;
+        gpu.round(values, bias.narrow.view_mut(range))
     }
 }
 

@@ -16,23 +16,22 @@ pub use rows::Scatter;
 
 use super::driver::Argument::{Address, F32, U64};
 use super::rows::{MAX_BLOCKS, THREADS};
-use super::{Gpu, Output, Result, View, ViewMut};
+use super::{Gpu, Result, View, ViewMut};
 use crate::Element;
 
 impl Gpu {
-    /// `to = from`, rounded where it has fewer bits.
+    /// `to = from`, rounded to the nearest.
     ///
     /// # Errors
     /// If the GPU refuses.
     ///
     /// # Panics
     /// If the lengths differ.
-    pub fn copy<To: Element, From: Output<To>>(&self, from: View<'_, From>, to: ViewMut<'_, To>) -> Result<()> {
+    pub fn round<E: Element>(&self, from: View<'_, f32>, to: ViewMut<'_, E>) -> Result<()> {
         assert_eq!(from.len, to.len, "lengths of a copy");
-        let kernel = format!("copy_{}_{}", From::NAME, To::NAME);
         let arguments = [Address(from.address), Address(to.address), U64(to.len as u64)];
-        // SAFETY: as in `cuda/copy.cu`.
-        unsafe { self.launch(&kernel, [blocks(to.len), 1, 1], THREADS, 0, &arguments) }
+        // SAFETY: as in `cuda/round.cu`.
+        unsafe { self.launch(&format!("round_{}", E::NAME), [blocks(to.len), 1, 1], THREADS, 0, &arguments) }
     }
 
     /// Sets all numbers to one value.
@@ -41,7 +40,7 @@ impl Gpu {
     /// If the GPU refuses.
     pub fn fill(&self, x: ViewMut<'_, f32>, value: f32) -> Result<()> {
         let arguments = [Address(x.address), F32(value), U64(x.len as u64)];
-        // SAFETY: as in `cuda/copy.cu`.
+        // SAFETY: as in `cuda/round.cu`.
         unsafe { self.launch("fill", [blocks(x.len), 1, 1], THREADS, 0, &arguments) }
     }
 }

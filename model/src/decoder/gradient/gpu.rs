@@ -129,20 +129,20 @@ where
 
     fn read(&self, part: View<'_, f32>) -> Result<Vec<f32>> {
         let mut values = self.gpu.zeros::<f32>(part.len())?;
-        self.gpu.copy::<f32, f32>(part, values.all_mut())?;
+        self.gpu.copy(part, values.all_mut())?;
         Ok(values.to_vec()?)
     }
 
     fn copy(&self, from: View<'_, f32>, to: ViewMut<'_, f32>) -> Result<()> {
-        Ok(self.gpu.copy::<f32, f32>(from, to)?)
+        Ok(self.gpu.copy(from, to)?)
     }
 
     fn round(&self, from: View<'_, f32>, to: ViewMut<'_, E>) -> Result<()> {
-        Ok(self.gpu.copy::<E, f32>(from, to)?)
+        Ok(self.gpu.round(from, to)?)
     }
 
     fn round_sums(&self, from: View<'_, E>, to: ViewMut<'_, E>) -> Result<()> {
-        Ok(self.gpu.copy::<E, E>(from, to)?)
+        Ok(self.gpu.copy(from, to)?)
     }
 
     fn clear(&self, x: ViewMut<'_, f32>) -> Result<()> {
