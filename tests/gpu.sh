@@ -3,9 +3,11 @@
 #
 #     tests/gpu.sh build FOLDER        on a machine with CUDA's compiler: packs programs and fixtures into FOLDER
 #     FOLDER/gpu.sh run [SECONDS]      on a machine with a GPU, its driver and cuBLAS of CUDA 13, and nothing else
+#     FOLDER/gpu.sh bench [...]        there too, with PyTorch, Transformers and safetensors beside
 #
 # `run` prints the device's name, then runs the kernels against their reference, all architectures against Transformers'
 # values in f32 and bf16, and, where there is compute-sanitizer, the kernels under it. Exit code 1 if anything failed.
+# `bench` takes what tests/benchmarks/gpu.py takes after the folder.
 set -euo pipefail
 
 build() {
@@ -22,8 +24,19 @@ build() {
         cp "$program" "$folder/$test"
         strip "$folder/$test"
     done
-    cp -r tests/fixtures "$folder/tests/"
+    log=$(cargo bench --no-run --locked --workspace --features plumb-model/cuda --bench gpu 2>&1) ||
+        { echo "$log" && exit 1; }
+    cp "$(sed -nE 's|.*Executable benches/gpu\.rs \((.*)\)|\1|p' <<<"$log")" "$folder/kernel-benchmark"
+    cargo build --release --locked --workspace --features plumb-model/cuda --bin plumb-server --bin plumb
+    cp target/release/plumb-server target/release/plumb "$folder/"
+    strip "$folder"/{kernel-benchmark,plumb-server,plumb}
+    cp -r tests/fixtures tests/benchmarks "$folder/tests/"
     cp tests/gpu.sh "$folder/"
+}
+
+bench() {
+    cd "$(dirname "$0")"
+    python3 tests/benchmarks/gpu.py . "$@"
 }
 
 run() {
@@ -50,6 +63,6 @@ run() {
 }
 
 case ${1:-} in
-build | run) "$@" ;;
-*) sed -n '2,9s/^# \{0,1\}//p' "$0" && exit 64 ;;
+build | run | bench) "$@" ;;
+*) sed -n '2,11s/^# \{0,1\}//p' "$0" && exit 64 ;;
 esac

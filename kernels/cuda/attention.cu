@@ -49,6 +49,8 @@ __device__ __forceinline__ void attend(const E* q, const E* keys, const E* value
     E* own_values = own_keys + S::STAGES * TILE * STRIDE;
 
     const Piece piece = pieces[blockIdx.x];
+    // The list may be longer than what is in it.
+    if (piece.rows == 0) return;
     const unsigned kv_head = blockIdx.y, group = rule.heads / rule.kv_heads;
     const unsigned end = piece.position + piece.rows;
     pages += piece.pages;

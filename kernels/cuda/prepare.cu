@@ -5,10 +5,12 @@
 constexpr unsigned PAGE = 32;
 constexpr unsigned MAX_DIM = 256;
 constexpr unsigned KEPT = MAX_DIM / WARP;
+constexpr unsigned NONE = 0xffffffff;
 
 // A row is q of all heads, k of all key heads, then v of all key heads. `norms` are q's and k's weights, or null.
 // Pages are [pages, kv_heads, PAGE, padded_dim], q is [rows, heads, padded_dim]; what pads is 0. Row i goes to position
-// positions[i] of its sequence, which is in page pages[i]. The rotation's table is [positions, rotated], cosines before
+// positions[i] of its sequence, which is in page pages[i]; of a row that is of no sequence, whose page is NONE, nothing is
+// kept. The rotation's table is [positions, rotated], cosines before
 // sines.
 //
 // A v that is not finite would reach queries that do not see it, through a weight of zero, so it is left out, and its
@@ -19,8 +21,8 @@ __device__ __forceinline__ void prepare(const E* qkv, const unsigned* positions,
                                         unsigned rotated, unsigned heads, unsigned kv_heads, unsigned dim,
                                         unsigned padded_dim, E* q, E* keys, E* values) {
     unsigned head = blockIdx.y * (blockDim.x / WARP) + threadIdx.x / WARP;
-    if (head >= heads + 2 * kv_heads) return;
     const uint64_t row = blockIdx.x;
+    if (head >= heads + 2 * kv_heads || (head >= heads && pages[row] == NONE)) return;
     const E* x = qkv + (row * (heads + 2 * kv_heads) + head) * dim;
     float kept[KEPT];
 #pragma unroll

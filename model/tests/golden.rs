@@ -189,6 +189,33 @@ fn bf16_is_near_transformers_for_every_architecture() {
     }
 }
 
+/// Every step is of one token, after the first of them of the same shape.
+#[test]
+fn log_probabilities_token_by_token_are_those_of_transformers() {
+    for (device, folder) in devices().iter().flat_map(|device| FOLDERS.map(|folder| (device, folder))) {
+        let text = std::fs::read_to_string(fixtures().join(folder).join("expected.json")).unwrap();
+        let Expected { cases } = serde_json::from_str(&text).unwrap();
+        let Some(case) = cases.iter().filter(|case| case.token_log_probs.is_some()).max_by_key(|c| c.token_ids.len())
+        else {
+            continue;
+        };
+        let model = load(folder, None, DType::F32, device);
+        let (mut kv, mut workspace) = (model.decoder.kv_store(16).unwrap(), model.decoder.workspace());
+        let (ids, pages): (_, Vec<u32>) =
+            (&case.token_ids[..case.token_ids.len().min(PAGE + 8)], (0..16).rev().collect());
+        let mut found = Vec::new();
+        for (position, pair) in ids.windows(2).enumerate() {
+            let read = Read::LogProbs { rows: 0..1, targets: &pair[1..] };
+            let sequence = StepSequence { tokens: &pair[..1], position, pages: &pages, read };
+            let step = Step { sequences: vec![sequence] };
+            found.extend(model.decoder.step(&step, &mut kv, &mut workspace).unwrap().concat());
+        }
+        let expected = &case.token_log_probs.as_ref().unwrap()[..found.len()];
+        let worst = worst(&found, expected);
+        assert!(worst < 1e-4, "{folder} on {device:?}: {worst}");
+    }
+}
+
 #[test]
 fn adapters_are_merged() {
     check("llama-lm", Some("lora-pm"), "lora-pm/expected.json", DType::F32, 1e-4);

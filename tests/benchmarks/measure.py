@@ -64,7 +64,7 @@ class Job:
 
     def server(self, *names, flags=()):
         sources = {"pm": self.peers.folder / "pm", "lm": self.peers.folder / "smollm2", "gguf": self.peers.gguf}
-        return plumb.Server(self.root, self.folder, {name: sources[name] for name in names}, flags)
+        return plumb.Server(self.root / "target/release", self.folder, {name: sources[name] for name in names}, flags)
 
     def bench(self, server, work, value, unit, *words, **more):
         """One value from `plumb bench`; `value` takes it out of the report."""

@@ -17,10 +17,11 @@ BENCH_SECONDS = 1800
 
 
 class Server:
-    """A running server, in a `with` statement. `models` maps names to sources; `folder` takes its log and ports."""
+    """A running server, in a `with` statement. `programs` is the folder of the server and the client, `models` maps names
+    to sources, `folder` takes its log and ports."""
 
-    def __init__(self, root, folder, models, flags=()):
-        self.programs = root / "target/release"
+    def __init__(self, programs, folder, models, flags=()):
+        self.programs = programs
         self.folder = pathlib.Path(folder)
         named = [word for name, source in models.items() for word in ("--model", f"{name}={source}")]
         self.flags = [*named, *map(str, flags)]

@@ -15,6 +15,8 @@ const THREADS: usize = 128;
 const HEADS: usize = 4;
 /// Heads are filled up to a multiple of so many elements with zeros: copies of 16 bytes, and whole matrices.
 const ALIGN: usize = 16;
+/// Page of rows that are of no sequence; `NONE` in `cuda/prepare.cu`.
+const NO_PAGE: u32 = u32::MAX;
 /// Widest head.
 const MAX_DIM: usize = 256;
 
@@ -56,6 +58,11 @@ impl<E: Element> KvPages<E> {
     /// Number of pages.
     pub fn pages(&self) -> usize {
         self.pages
+    }
+
+    /// A number that no other pages of the same GPU have while these are there.
+    pub fn number(&self) -> u64 {
+        self.layers.first().map_or(0, |[keys, _]| keys.all().address)
     }
 
     /// Bytes of one page over all layers, for planning.
@@ -166,14 +173,15 @@ impl Pieces {
         }
     }
 
-    /// Cuts the spans for `group` query heads a key head; `runs` cover the same rows in order.
+    /// Cuts the spans for `group` query heads a key head; `runs` cover the same rows in order. The step has `rows` rows:
+    /// those after the runs' are of no sequence, and what comes of them is not said.
     ///
     /// # Errors
     /// If there is no memory for the lists, or a group is too large.
     ///
     /// # Panics
-    /// If a span lacks pages.
-    pub fn set(&mut self, spans: &[Span<'_>], runs: &[Run], group: usize) -> Result<()> {
+    /// If a span lacks pages, or there are fewer rows than the runs have.
+    pub fn set(&mut self, spans: &[Span<'_>], runs: &[Run], group: usize, rows: usize) -> Result<()> {
         if group > ROWS {
             return Err(GpuError::Failed(format!("{group} heads share a key head: the kernels take {ROWS}")));
         }
@@ -194,30 +202,44 @@ impl Pieces {
         }
         // Those with most keys first: what is left at the end is short.
         pieces.sort_by_key(|piece| std::cmp::Reverse(piece.position + piece.rows));
-        self.rows = runs.iter().map(|run| run.len).sum();
-        let (mut positions, mut row_pages) = (Vec::with_capacity(self.rows), Vec::with_capacity(self.rows));
+        let (mut positions, mut row_pages) = (Vec::with_capacity(rows), Vec::with_capacity(rows));
         for run in runs {
             assert_eq!(run.row, positions.len(), "runs cover the rows in order");
             positions.extend((run.position..run.position + run.len).map(|position| position as u32));
             row_pages.resize(positions.len(), run.page);
         }
-        self.count = pieces.len();
+        assert!(positions.len() <= rows, "more rows than the step has");
         self.last_page = pages.iter().chain(&row_pages).copied().max().unwrap_or(0);
         self.last_position = positions.iter().copied().max().unwrap_or(0) as usize;
-        for (list, values) in
-            [(&mut self.positions, &positions), (&mut self.row_pages, &row_pages), (&mut self.pages, &pages)]
-        {
-            list.grow(values.len())?;
-            list.write(0, values)?;
-        }
-        self.pieces.grow(self.count)?;
-        self.pieces.write(0, &pieces)
+        positions.resize(rows, 0);
+        row_pages.resize(rows, NO_PAGE);
+        self.rows = rows;
+        // Steps that differ by a few pieces only are of one shape.
+        pieces.resize(pieces.len().next_multiple_of(pieces.len().next_power_of_two().clamp(1, 64)), Piece::zeroed());
+        self.count = pieces.len();
+        write(&mut self.positions, &positions)?;
+        write(&mut self.row_pages, &row_pages)?;
+        write(&mut self.pages, &pages)?;
+        write(&mut self.pieces, &pieces)
+    }
+
+    /// What the kernels that are launched for a step depend on, but for what is in the lists.
+    pub fn shape(&self) -> [usize; 2] {
+        [self.rows, self.count]
     }
 
     /// Rows of the step.
     pub fn rows(&self) -> usize {
         self.rows
     }
+}
+
+/// Sets a list, which takes new memory seldom.
+fn write<T: Pod>(list: &mut Buffer<T>, values: &[T]) -> Result<()> {
+    if list.len() < values.len() {
+        list.grow(values.len().next_power_of_two())?;
+    }
+    list.write(0, values)
 }
 
 impl Gpu {

@@ -355,6 +355,16 @@ impl Driver for Cuda {
         }
     }
 
+    unsafe fn copy(&self, from: u64, to: u64, bytes: usize) -> Result<()> {
+        if bytes == 0 {
+            return Ok(());
+        }
+        self.bind()?;
+        self.arrays.refuse_recording("a copy")?;
+        // SAFETY: so many bytes are at both places.
+        unsafe { result::memcpy_dtod_async(to, from, bytes, self.handles.stream) }.map_err(failed)
+    }
+
     unsafe fn read(&self, address: u64, bytes: &mut [u8]) -> Result<()> {
         self.arrays.refuse_recording("a copy")?;
         if bytes.is_empty() {

@@ -39,6 +39,12 @@ pub(super) trait Driver: Send + Sync {
     /// So many bytes are allocated there, and nothing that was asked for uses them.
     unsafe fn load(&self, address: u64, bytes: &[u8]) -> Result<()>;
 
+    /// Copies inside the device, in order.
+    ///
+    /// # Safety
+    /// So many bytes are allocated at both addresses, and no byte is in both.
+    unsafe fn copy(&self, from: u64, to: u64, bytes: usize) -> Result<()>;
+
     /// Copies from the device, once everything before is done.
     ///
     /// # Safety
@@ -127,5 +133,6 @@ pub(super) struct Product {
     /// To what is in `y` already; then `y` is f32.
     pub(super) add: bool,
     /// A row of `y` has the same bits whatever `rows` is.
+    #[cfg_attr(not(feature = "cuda"), expect(dead_code, reason = "without cuBLASLt it always has"))]
     pub(super) invariant: bool,
 }

@@ -67,6 +67,21 @@ impl Gpu {
     }
 }
 
+impl Gpu {
+    /// `to = from`, in order.
+    ///
+    /// # Errors
+    /// If the GPU refuses.
+    ///
+    /// # Panics
+    /// If one is longer.
+    pub fn copy<T: Pod>(&self, from: View<'_, T>, to: ViewMut<'_, T>) -> Result<()> {
+        assert_eq!(from.len, to.len, "lengths of a copy");
+        // SAFETY: views are inside of their arrays, and what is borrowed to be written is nobody else's.
+        unsafe { self.0.copy(from.address, to.address, from.len * size_of::<T>()) }
+    }
+}
+
 impl<T> View<'_, T> {
     /// Number of elements.
     pub fn len(&self) -> usize {

@@ -47,6 +47,10 @@ pub(super) trait Backend: Clone + Debug + Send + Sync + Sized + 'static {
     type Cut<'a>;
     /// What can be used again of one.
     type Used: Debug + Send + Sync;
+    /// What steps have in common that do the same with other numbers.
+    type Shape;
+    /// What is known of steps, by their shapes.
+    type Known: Debug + Default + Send + Sync;
     /// Where an activated layer puts what its gradient needs.
     type Kept<'a>;
     /// What reading needs beside the residual stream.
@@ -109,7 +113,12 @@ pub(super) trait Backend: Clone + Debug + Send + Sync + Sized + 'static {
 
     fn cut<'a>(&self, config: &Config, step: &Step<'a>, used: Option<Self::Used>) -> Result<Self::Cut<'a>>;
     fn used(cut: Self::Cut<'_>) -> Self::Used;
+    /// Rows of a step: those of its tokens, and after them perhaps some that are of none.
     fn rows(cut: &Self::Cut<'_>) -> usize;
+    /// What a step and its cache have in common with others whose layers do the same.
+    fn shape(cut: &Self::Cut<'_>, kv: &Self::KvPages) -> Self::Shape;
+    /// Has the layers of a step done: by `run`, or as they were before for a step of the same shape.
+    fn layers(&self, shape: Self::Shape, known: &mut Self::Known, run: &mut dyn FnMut() -> Result<()>) -> Result<()>;
     /// Elements of q for a row.
     fn q_width(config: &Config) -> usize;
 

@@ -65,6 +65,8 @@ impl<E: Load + Number> Backend for Cpu<E> {
     type KvPages = KvPages<E>;
     type Cut<'a> = Cut<'a>;
     type Used = ();
+    type Shape = ();
+    type Known = ();
     type Kept<'a> = Kept<'a, E>;
     type Scratch = Scratch;
 
@@ -176,6 +178,12 @@ impl<E: Load + Number> Backend for Cpu<E> {
 
     fn rows(cut: &Cut<'_>) -> usize {
         cut.work.rows()
+    }
+
+    fn shape(_: &Cut<'_>, _: &KvPages<E>) {}
+
+    fn layers(&self, (): (), (): &mut (), run: &mut dyn FnMut() -> Result<()>) -> Result<()> {
+        run()
     }
 
     fn q_width(config: &Config) -> usize {

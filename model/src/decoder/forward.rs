@@ -35,6 +35,7 @@ pub(super) struct Buffers<B: Backend> {
     pub(super) scratch: B::Scratch,
     /// Of the last step.
     used: Option<B::Used>,
+    known: B::Known,
 }
 
 impl<B: Backend> Buffers<B> {
@@ -51,11 +52,13 @@ impl<B: Backend> Buffers<B> {
             parallel: backend.array(),
             scratch: backend.scratch(),
             used: None,
+            known: B::Known::default(),
         }
     }
 
     pub(super) fn bytes(&self) -> usize {
-        let Self { progress: _, x, normed, qkv, branch, inner, q, attended, parallel, scratch, used: _ } = self;
+        let Self { progress: _, x, normed, qkv, branch, inner, q, attended, parallel, scratch, used: _, known: _ } =
+            self;
         let elements = [normed, inner, q, attended, parallel].map(B::bytes).iter().sum::<usize>();
         elements + B::bytes(x) + B::bytes(qkv) + B::bytes(branch) + B::scratch_bytes(scratch)
     }
@@ -68,11 +71,19 @@ impl<B: Backend> Stack<B> {
             return Ok(Vec::new());
         }
         let cut = self.backend.cut(&self.config, step, buffers.used.take())?;
-        self.embed(step, buffers)?;
-        for layer in 0..self.layers.len() {
-            self.layer(layer, &cut, kv, buffers, None)?;
-            buffers.progress.advance();
-        }
+        self.embed(step, B::rows(&cut), buffers)?;
+        let (shape, mut known) = (B::shape(&cut, kv), std::mem::take(&mut buffers.known));
+        let ran = self.backend.layers(shape, &mut known, &mut || {
+            (0..self.layers.len()).try_for_each(|layer| {
+                self.layer(layer, &cut, kv, buffers, None)?;
+                buffers.progress.advance();
+                Ok(())
+            })
+        });
+        buffers.known = known;
+        ran?;
+        // Where they ran as they had before, none of them has counted itself.
+        buffers.progress.advance();
         buffers.used = Some(B::used(cut));
         self.read(step, buffers)
     }
@@ -132,10 +143,11 @@ impl<B: Backend> Stack<B> {
         }
     }
 
-    /// Fills the residual stream with the tokens' rows.
-    pub(super) fn embed(&self, step: &Step<'_>, buffers: &mut Buffers<B>) -> Result<()> {
+    /// Fills the residual stream with the tokens' rows, and those that are of no token with any.
+    pub(super) fn embed(&self, step: &Step<'_>, rows: usize, buffers: &mut Buffers<B>) -> Result<()> {
         let hidden = self.config.hidden_size;
-        let ids: Vec<u32> = step.sequences.iter().flat_map(|s| s.tokens).copied().collect();
+        let mut ids: Vec<u32> = step.sequences.iter().flat_map(|s| s.tokens).copied().collect();
+        ids.resize(rows, 0);
         let table = match (&self.embedding, &self.head) {
             (Some(table), _) => Embedding::Table(table),
             (None, Head::Language { logits, .. }) => Embedding::Head(logits),

@@ -4,13 +4,14 @@
 //! one another is in the weights' type, the residual stream and what is read in the end are f32, but for the rows that
 //! meet a vocabulary, which are in the weights' type too, as in Transformers.
 
+use std::collections::VecDeque;
 use std::marker::PhantomData;
 use std::ops::Range;
 
 use plumb_kernels::activation::Activation;
 use plumb_kernels::attention::Rule;
 use plumb_kernels::gpu::{
-    self, Buffer, Gpu, KvPages, Linear, Norm, Output, Pieces, View, ViewMut, Vocabulary as Sweep,
+    self, Buffer, Gpu, Graph, KvPages, Linear, Norm, Output, Pieces, View, ViewMut, Vocabulary as Sweep,
 };
 use plumb_kernels::linear::{Matrix, Rows};
 use plumb_kernels::{norm, rotary};
@@ -26,6 +27,34 @@ use crate::{Error, Result};
 /// Rows that go through a linear layer together: enough to fill any GPU, and so few that what lies between two layers is
 /// small beside the weights.
 const CHUNK: usize = 8192;
+
+/// Steps of up to so many rows are recorded, as to ask for their operations one by one takes longer than to do them.
+const MAX_RECORDED_ROWS: usize = 1024;
+/// Shapes of steps of which recordings are kept.
+const MAX_RECORDED: usize = 64;
+
+/// Rows of a step of so many tokens: a small one is filled up, so that there are few shapes.
+fn filled_up(rows: usize) -> usize {
+    match rows {
+        0..=8 => rows.next_power_of_two(),
+        9..=64 => rows.next_multiple_of(8),
+        65..=MAX_RECORDED_ROWS => rows.next_multiple_of(64),
+        _ => rows,
+    }
+}
+
+/// Of a step, and of the cache that it uses.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Shape {
+    step: [usize; 2],
+    cache: u64,
+}
+
+/// Steps' shapes, the last ones first. The layers of a shape that comes for the second time are recorded.
+#[derive(Debug, Default)]
+pub(super) struct Known {
+    shapes: VecDeque<(Shape, Option<Graph>)>,
+}
 
 /// A GPU, with weights of one type.
 #[derive(Clone, Debug)]
@@ -81,6 +110,8 @@ where
     type KvPages = KvPages<E>;
     type Cut<'a> = Pieces;
     type Used = Pieces;
+    type Shape = Shape;
+    type Known = Known;
     // There is no gradient here yet, and so nothing that could be kept.
     type Kept<'a> = std::convert::Infallible;
     type Scratch = Scratch<E>;
@@ -184,7 +215,8 @@ where
             Head::Language => of(largest.sequences, vocab_size * FLOAT) + Sweep::most_bytes(vocab_size) as u64,
             Head::Reward(_) => 0,
         };
-        [of(largest.tokens, row), of(CHUNK.min(largest.tokens), chunk), logits].into_iter().fold(0, u64::saturating_add)
+        let rows = filled_up(largest.tokens);
+        [of(rows, row), of(CHUNK.min(rows), chunk), logits].into_iter().fold(0, u64::saturating_add)
     }
 
     fn scratch(&self) -> Scratch<E> {
@@ -209,7 +241,9 @@ where
 
     fn cut<'a>(&self, config: &Config, step: &Step<'a>, used: Option<Pieces>) -> Result<Pieces> {
         let mut pieces = used.unwrap_or_else(|| Pieces::new(&self.gpu));
-        pieces.set(&spans(step), &runs(step, usize::MAX), config.num_heads / config.num_kv_heads)?;
+        let rows = step.sequences.iter().map(|sequence| sequence.tokens.len()).sum();
+        let group = config.num_heads / config.num_kv_heads;
+        pieces.set(&spans(step), &runs(step, usize::MAX), group, filled_up(rows))?;
         Ok(pieces)
     }
 
@@ -219,6 +253,37 @@ where
 
     fn rows(cut: &Pieces) -> usize {
         cut.rows()
+    }
+
+    fn shape(cut: &Pieces, kv: &KvPages<E>) -> Shape {
+        Shape { step: cut.shape(), cache: kv.number() }
+    }
+
+    fn layers(&self, shape: Shape, known: &mut Known, run: &mut dyn FnMut() -> Result<()>) -> Result<()> {
+        if shape.step[0] > MAX_RECORDED_ROWS {
+            return run();
+        }
+        let place = known.shapes.iter().position(|(other, _)| *other == shape);
+        let graph = match place.and_then(|place| known.shapes.remove(place)) {
+            // All arrays are there: the layers of such a step have run before.
+            Some((_, Some(graph))) if graph.replay()? => Some(graph),
+            Some((_, None)) => {
+                let graph = self.gpu.record(&mut *run)?;
+                let all_there = graph.replay()?;
+                if !all_there {
+                    run()?;
+                }
+                all_there.then_some(graph)
+            }
+            // Not seen yet, or an array had to grow since.
+            _ => {
+                run()?;
+                None
+            }
+        };
+        known.shapes.truncate(MAX_RECORDED - 1);
+        known.shapes.push_front((shape, graph));
+        Ok(())
     }
 
     fn q_width(config: &Config) -> usize {

@@ -292,7 +292,7 @@ impl<E: Load> Inner<E> {
             self.kv = KvPages::new(layers, config.num_kv_heads, config.head_dim, plan.pages())?;
         }
         let cut = self.stack.backend.cut(config, &step, None)?;
-        self.stack.embed(&step, &mut self.buffers)?;
+        self.stack.embed(&step, rows, &mut self.buffers)?;
         let backwards = gradient.is_some();
         if backwards {
             self.tapes.resize_with(if self.checkpointing { 1 } else { layers }, Kepts::default);

@@ -1,0 +1,293 @@
+"""Measures Plumb on a GPU, and PyTorch beside it, in one run: the kernels beside the GPU's limits, then the server.
+
+Models have the shapes of published ones and random weights, which are written to a folder first. Takes a machine with a
+GPU, CUDA's libraries, PyTorch, Transformers and safetensors; `tests/gpu.sh build FOLDER` packs this and the programs.
+"""
+
+import argparse
+import json
+import pathlib
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+
+import plumb
+import process
+
+HERE = pathlib.Path(__file__).resolve().parent
+COMMON = {"hidden_act": "silu", "rms_norm_eps": 1e-6, "initializer_range": 0.02, "dtype": "bfloat16",
+          "max_position_embeddings": 8192, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}  # fmt: skip
+# A class, its configuration, and the fixture whose tokenizer it gets: the tokens are numbers here.
+SHAPES = {
+    "pm-0.6b": ("Qwen3ForSequenceClassification", "qwen3-pm", {
+        "model_type": "qwen3", "vocab_size": 151936, "hidden_size": 1024, "intermediate_size": 3072, "head_dim": 128,
+        "num_hidden_layers": 28, "num_attention_heads": 16, "num_key_value_heads": 8, "rope_theta": 1e6,
+        "tie_word_embeddings": True}),
+    "pm-8b": ("LlamaForSequenceClassification", "llama-pm", {
+        "model_type": "llama", "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "head_dim": 128,
+        "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "rope_theta": 5e5,
+        "tie_word_embeddings": False}),
+}  # fmt: skip
+SHAPES["lm-8b"] = ("LlamaForCausalLM", *SHAPES["pm-8b"][1:])
+# Calls in flight, so that a batch is ready when the last one is done.
+IN_FLIGHT = 16
+ATTENTION = [(8, 1024, 64), (2, 4096, 64), (8, 1024, 128), (2, 4096, 128)]
+
+
+def main():
+    options = parse()
+    job = Job(options)
+    for name in options.only or list(ALL):
+        try:
+            ALL[name](job)
+        except Exception as error:
+            job.failures.append(name)
+            print(f"{name}: {error}", file=sys.stderr)
+    job.finish()
+    sys.exit(f"failed: {', '.join(job.failures)}" if job.failures else 0)
+
+
+def parse():
+    names = "".join(f"  {name:10} {function.__doc__}\n" for name, function in ALL.items())
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog="measurements:\n" + names, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("programs", type=pathlib.Path, help="folder with plumb-server, plumb and kernel-benchmark")
+    add("--fixtures", type=pathlib.Path, default=HERE.parent / "fixtures", help="folder with tokenizers")
+    add("--models", type=pathlib.Path, metavar="DIR", help="where models are written, and kept [default: not kept]")
+    add("--only", nargs="+", choices=ALL, metavar="NAME", help="only these measurements")
+    add("--out", type=pathlib.Path, metavar="FILE", help="raw values, as JSON")
+    add("--device", default="cuda:0", help="as plumb-server takes it (default: %(default)s)")
+    add("--quick", action="store_true", help="tiny models and few requests, to try the script")
+    return parser.parse_args()
+
+
+class Job:
+    """Where values go, and models come from."""
+
+    def __init__(self, options):
+        self.options, self.values, self.failures = options, [], []
+        self.temporary = None if options.models else tempfile.mkdtemp(prefix="plumb-gpu-")
+        self.models = options.models or pathlib.Path(self.temporary)
+        self.programs = options.programs.resolve()
+
+    def add(self, work, who, value, unit, raw=None):
+        self.values.append({"work": work, "who": who, "value": value, "unit": unit, "raw": raw})
+        print(f"{work:52} {who:24} {value:12.1f} {unit}", flush=True)
+
+    def value(self, work, who):
+        return next((v["value"] for v in self.values if (v["work"], v["who"]) == (work, who)), None)
+
+    def requests(self, count):
+        return 4 if self.options.quick else count
+
+    def shape(self, name):
+        """The configuration of a model, and its class."""
+        kind, fixture, config = SHAPES[name]
+        config = {**COMMON, **config, "architectures": [kind], "num_labels": 1}
+        if self.options.quick:
+            config |= {"num_hidden_layers": 2, "hidden_size": 256, "intermediate_size": 512, "vocab_size": 1024}
+        return kind, fixture, config
+
+    def checkpoint(self, name):
+        """The folder of a model, which is written when it is first asked for."""
+        folder = self.models / name
+        if not (folder / "done").exists():
+            kind, fixture, config = self.shape(name)
+            folder.mkdir(parents=True, exist_ok=True)
+            for file in ("tokenizer.json", "tokenizer_config.json"):
+                shutil.copy(self.options.fixtures / fixture / file, folder / file)
+            config.pop("num_labels")
+            if "Classification" in kind:
+                config |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
+            (folder / "config.json").write_text(json.dumps(config))
+            write_weights(folder / "model.safetensors", kind, config)
+            (folder / "done").touch()
+        return folder
+
+    def server(self, name, *flags):
+        flags = ["--device", self.options.device, "--max-batch-tokens", 8192, *flags]
+        return plumb.Server(self.programs, self.models, {"model": self.checkpoint(name)}, flags)
+
+    def finish(self):
+        for who, bars in BARS.items():
+            value = self.value(*who)
+            if value is not None:
+                print(f"{' '.join(who)}: {value:.1f}, to be at least {bars}")
+        if self.options.out:
+            self.options.out.write_text(json.dumps({"device": gpu_name(), "values": self.values}, indent=1))
+        if self.temporary:
+            shutil.rmtree(self.temporary)
+
+
+def write_weights(path, kind, config):
+    """Random weights, in the names of Transformers."""
+    import torch
+    from safetensors.torch import save_file
+
+    hidden, inner, vocabulary = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
+    heads, kv_heads, dim = config["num_attention_heads"], config["num_key_value_heads"], config["head_dim"]
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    generator = torch.Generator(device).manual_seed(0)
+    random = lambda *shape: torch.randn(shape, generator=generator, device=device).mul_(0.02).bfloat16().cpu()  # noqa: E731
+    ones = lambda size: torch.ones(size, dtype=torch.bfloat16)  # noqa: E731
+    tensors = {"model.embed_tokens.weight": random(vocabulary, hidden), "model.norm.weight": ones(hidden)}
+    for layer in range(config["num_hidden_layers"]):
+        name = f"model.layers.{layer}."
+        shapes = {"q": (heads * dim, hidden), "k": (kv_heads * dim, hidden), "v": (kv_heads * dim, hidden),
+                  "o": (hidden, heads * dim)}  # fmt: skip
+        tensors |= {f"{name}self_attn.{part}_proj.weight": random(*shape) for part, shape in shapes.items()}
+        shapes = {"gate": (inner, hidden), "up": (inner, hidden), "down": (hidden, inner)}
+        tensors |= {f"{name}mlp.{part}_proj.weight": random(*shape) for part, shape in shapes.items()}
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            tensors[f"{name}{norm}.weight"] = ones(hidden)
+        if config["model_type"] == "qwen3":
+            tensors |= {f"{name}self_attn.{part}_norm.weight": ones(dim) for part in "qk"}
+    if "Classification" in kind:
+        tensors["score.weight"] = random(1, hidden)
+    elif not config["tie_word_embeddings"]:
+        tensors["lm_head.weight"] = random(vocabulary, hidden)
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def kernels(job):
+    """the kernels, beside the rates of copies and of a large product"""
+    done = process.run([job.programs / "kernel-benchmark", "--json"])
+    for line in map(json.loads, done.stdout.splitlines()):
+        job.add(line["name"], "plumb", line["rate"], line["unit"], line)
+        if not line["name"].startswith("limit"):
+            job.add(f"{line['name']}, of the limit", "plumb", 100 * line["rate"] / line["limit"], "%")
+
+
+def attention(job):
+    """attention by PyTorch, at the kernels' shapes"""
+    import torch
+    from torch.nn.functional import scaled_dot_product_attention
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    for count, length, dim in ATTENTION:
+        shape = lambda heads: (count, heads, length, dim)  # noqa: E731
+        q, k, v = (torch.randn(shape(heads), device="cuda", dtype=torch.bfloat16) for heads in (32, 8, 8))
+        best = 0.0
+        for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION):
+            try:
+                with sdpa_kernel(backend):
+                    run = lambda: scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)  # noqa: E731
+                    best = max(best, 2.0 * count * length**2 * dim * 32 / torch_seconds(run) / 1e12)
+            except RuntimeError as error:
+                print(f"{backend}: {error}", file=sys.stderr)
+        job.add(f"attention, {count} x {length} tokens, 32 heads of {dim}", "torch sdpa", best, "TFLOP/s")
+
+
+def small(job):
+    """scores of 300 tokens by the shape of Qwen3-0.6B, 10 a call"""
+    with job.server("pm-0.6b") as server:
+        sizes = ["--items", 10, "--tokens", 300, "--concurrency", IN_FLIGHT, "--requests", job.requests(2000)]
+        report = server.bench("unique", "--model", "model", *sizes)
+    job.add("score 0.6B, 300 tokens", "plumb", report["sequences_per_s"], "items/s", report)
+    job.add("score 0.6B, 300 tokens, p99", "plumb", report["latency_ms"]["p99"], "ms")
+
+
+def large(job):
+    """scores of 1,024 tokens by the shape of Llama 8B, and the same by Transformers"""
+    with job.server("pm-8b") as server:
+        sizes = ["--items", 8, "--tokens", 1024, "--concurrency", 4, "--requests", job.requests(60)]
+        report = server.bench("unique", "--model", "model", *sizes)
+    job.add("score 8B, 1024 tokens", "plumb", report["input_tokens_per_s"], "tok/s", report)
+    rate = job.value("limit: product of 8192 x 8192 x 8192", "plumb")
+    if rate:
+        _, _, config = job.shape("pm-8b")
+        share = 100 * report["input_tokens_per_s"] * 2 * weights(config) / (rate * 1e12)
+        job.add("score 8B, of the matrix rate", "plumb", share, "%")
+    job.add("score 8B, 1024 tokens", "transformers", transformers_rate(job, "pm-8b", 8, 1024), "tok/s")
+
+
+def rank(job):
+    """16 candidates of 256 tokens behind 2,048 shared ones, by the shape of Llama 8B"""
+    sizes = ["--prompts", 4, "--candidates", 16, "--prompt-tokens", 2048, "--tokens", 256]
+    with job.server("pm-8b") as server:
+        report = server.bench("rank", "--model", "model", *sizes, "--requests", job.requests(24))
+    job.add("rank 8B, 2048 + 16 x 256", "plumb", report["sequences_per_s"], "seq/s", report)
+    alone = job.value("score 8B, 1024 tokens", "plumb")
+    if alone:
+        predicted = alone / (256 + 2048 / 16)
+        job.add("rank 8B, of what the saved work predicts", "plumb", 100 * report["sequences_per_s"] / predicted, "%")
+
+
+def decode(job):
+    """one stream, and 16, by the shape of Llama 8B"""
+    with job.server("lm-8b") as server:
+        for streams in (1, 16):
+            sizes = ["--prompt-tokens", 128, "--new-tokens", 32 if job.options.quick else 256, "--streams", streams]
+            report = server.bench("generate", "--model", "model", *sizes, "--requests", job.requests(4 * streams))
+            rate = report["generation"]["stream_tokens_per_s"]["p50"]
+            job.add(f"decode 8B, {streams} streams, each", "plumb", rate, "tok/s", report)
+
+
+def invariant(job):
+    """what it costs that scores have the same bits whatever the batch"""
+    sizes = ["--items", 10, "--tokens", 300, "--concurrency", IN_FLIGHT, "--requests", job.requests(1000)]
+    rates = []
+    for flags in ([], ["--batch-invariant"]):
+        with job.server("pm-0.6b", *flags) as server:
+            rates.append(server.bench("unique", "--model", "model", *sizes)["sequences_per_s"])
+    job.add("score 0.6B, invariant, of the usual rate", "plumb", 100 * rates[1] / rates[0], "%", rates)
+
+
+def weights(config):
+    """Weights that every token is multiplied by."""
+    heads = (2 * config["num_attention_heads"] + 2 * config["num_key_value_heads"]) * config["head_dim"]
+    return config["num_hidden_layers"] * config["hidden_size"] * (heads + 3 * config["intermediate_size"])
+
+
+def transformers_rate(job, name, count, length):
+    """Tokens a second of a forward pass without padding."""
+    import torch
+    import transformers
+
+    kind, _, _ = SHAPES[name]
+    model = getattr(transformers, kind).from_pretrained(
+        job.checkpoint(name), dtype=torch.bfloat16, attn_implementation="sdpa", device_map="cuda"
+    )
+    ids = torch.randint(5, 200, (count, length), device="cuda")
+    with torch.inference_mode():
+        return count * length / torch_seconds(lambda: model(ids, use_cache=False))
+
+
+def torch_seconds(run, times=10):
+    """The median of several runs, by the host's clock around waits."""
+    import torch
+
+    seconds = []
+    for number in range(times + 3):
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        run()
+        torch.cuda.synchronize()
+        if number >= 3:
+            seconds.append(time.perf_counter() - started)
+    return statistics.median(seconds)
+
+
+def gpu_name():
+    argv = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(argv, capture_output=True, text=True, check=True).stdout.strip()
+    except OSError:
+        return "none"
+
+
+BARS = {
+    ("score 0.6B, 300 tokens", "plumb"): "2,000 items/s",
+    ("score 8B, of the matrix rate", "plumb"): "55 %",
+    ("rank 8B, of what the saved work predicts", "plumb"): "85 %",
+    ("decode 8B, 1 streams, each", "plumb"): "150 tok/s",
+}
+ALL = {f.__name__: f for f in (kernels, attention, small, large, rank, decode, invariant)}
+
+if __name__ == "__main__":
+    main()
