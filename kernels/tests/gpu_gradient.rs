@@ -139,7 +139,7 @@ fn used_pages<E: Element>(gpu: &Gpu, case: Case) -> gpu::KvPages<E> {
     let spans: Vec<_> = spans.iter().map(|pages| (0, PAGE, &pages[..])).collect();
     let (spans, runs) = lay_out(&spans);
     let mut pieces = Pieces::new(gpu);
-    pieces.set(&spans, &runs, case.group()).unwrap();
+    pieces.set(&spans, &runs, case.group(), spans.len() * PAGE).unwrap();
     let nothing = gpu.upload(&vec![E::from_f32(f32::NAN); pieces.rows() * case.width()]).unwrap();
     let mut q = gpu.zeros(pieces.rows() * kv.q_width(case.heads)).unwrap();
     let angles = gpu.empty();
@@ -161,8 +161,8 @@ fn on_gpu<E: Element>(gpu: &Gpu, case: Case, spans: &[Span<'_>], runs: &[Run], q
     };
     let mut kv = used_pages::<E>(gpu, case);
     let mut pieces = Pieces::new(gpu);
-    pieces.set(spans, runs, case.group()).unwrap();
-    let rows = pieces.rows();
+    let rows = qkv.len() / case.width();
+    pieces.set(spans, runs, case.group(), rows).unwrap();
     let (qkv, d_out) = (gpu.upload(qkv).unwrap(), gpu.upload(d_out).unwrap());
     let mut q = gpu.zeros(rows * kv.q_width(case.heads)).unwrap();
     gpu.prepare(qkv.all(), &pieces, 0, how, q.all_mut(), &mut kv, 0).unwrap();

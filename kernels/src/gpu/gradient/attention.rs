@@ -307,7 +307,9 @@ impl Attention {
 }
 
 fn write<T: Pod>(list: &mut Buffer<T>, values: &[T]) -> Result<()> {
-    list.grow(values.len())?;
+    if list.len() < values.len() {
+        list.grow(values.len().next_power_of_two())?;
+    }
     list.write(0, values)
 }
 
