@@ -3,9 +3,9 @@
 //     dV = P^T dO,    dP = dO V^T,    dS = P * (dP - rowsum(dO * O)),    dQ = dS K,    dK = dS^T Q.
 //
 // Two kernels instead of one that adds up atomically: a block of the first takes 64 keys and goes over the queries that
-// see them, one of the second takes 64 queries and goes over the keys that they see. Both compute P and dP again, and
-// every sum has one order: that of the queries in the list of spans, or that of the keys. A key's sum runs over the heads
-// that share it, and over all spans whose pages it lies in.
+// see them, one of the second takes 64 queries and goes over the keys that they see. Both compute P and dP again. So
+// every sum has one order: that of the queries in the list of spans, or that of the keys. A key's sum runs over the
+// heads that share it, and over all spans whose pages it lies in.
 //
 // A query here is a row of one head: those of a span are its positions, times the heads that share a key head.
 #include "tile.cuh"
@@ -56,8 +56,8 @@ struct alignas(16) Query {
     unsigned position;
 };
 
-// A block's OWN rows stay in shared memory, two matrices of WIDTH; TILE rows at a time of two others go by, STAGES tiles
-// of them in shared memory. No more than the 99 KiB that a block may have on all GPUs.
+// A block's OWN rows stay in shared memory, two matrices of WIDTH; TILE rows at a time of two others go by, of which
+// there are STAGES tiles. All of it is no more than the 99 KiB that a block may have on every GPU.
 template <class E, int WIDTH>
 struct Shape {
     static constexpr bool NARROW = sizeof(E) == 2;
@@ -332,8 +332,8 @@ __device__ __forceinline__ void to_keys_and_values(const Arguments&... arguments
     else to_keys<E, WIDTH, false, true>(arguments...);
 }
 
-// Of each query that a warp takes, for the other kernels: out and d_out are [rows, heads, dim], the natural logarithms of
-// the sums [rows, heads].
+// What the other kernels want to know of each query, a warp for each: out and d_out are [rows, heads, dim], the natural
+// logarithms of the sums [rows, heads].
 template <class E>
 __device__ __forceinline__ void know(const E* out, const E* d_out, const float* log_sums, const unsigned* positions,
                                      unsigned heads, unsigned dim, uint64_t count, Query* queries) {

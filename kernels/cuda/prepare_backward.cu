@@ -1,5 +1,5 @@
-// Gradients of q, k and v taken back through rotation and norm. A block takes ROWS rows, a warp a head at a time; what a
-// block adds to the gradients of the norms' weights is summed up afterwards, in the order of the blocks.
+// Gradients of q, k and v taken back through rotation and norm. A block takes ROWS rows, a warp a head at a time; what
+// blocks have found of the gradients of the norms' weights is summed up afterwards, in an order of its own.
 #include "device.cuh"
 
 constexpr unsigned MAX_DIM = 256;
@@ -7,8 +7,8 @@ constexpr unsigned KEPT = MAX_DIM / WARP;
 constexpr unsigned WARPS = 8;
 constexpr unsigned ROWS = 16;
 
-// dqkv and qkv are rows of q of all heads, k of all key heads, then v of all key heads; qkv is what the norms were given,
-// and not read where there are none. `norms` are q's and k's weights, or null. The rotation's table is
+// dqkv and qkv are rows of q of all heads, k of all key heads, then v of all key heads; qkv is what the norms were
+// given, and not read where there are none. The norms are q's and k's weights, or null. The rotation's table is
 // [positions, rotated], cosines before sines. `parts[blocks, 2, dim]` are the gradients of q's and k's weights.
 template <class E>
 __device__ __forceinline__ void unprepare(const float* dqkv, const E* qkv, const unsigned* positions,
@@ -97,8 +97,8 @@ __device__ __forceinline__ void unprepare(const float* dqkv, const E* qkv, const
 UNPREPARE(f32, float)
 UNPREPARE(bf16, bf16)
 
-// Adds up `parts[count, 2, dim]` and adds the first half to d_q_norm, the second to d_k_norm, where they are not null. A
-// block takes 32 columns of one of them, each of its warps every WARPS-th part.
+// Adds up `parts[count, 2, dim]`, those of q to d_q_norm and those of k to d_k_norm, where they are not null. A block
+// takes 32 columns of one of them, each of its warps every WARPS-th part.
 KERNEL(unprepare_norms, const float* parts, uint64_t count, unsigned dim, float* d_q_norm, float* d_k_norm) {
     float* to = blockIdx.y == 0 ? d_q_norm : d_k_norm;
     const unsigned column = blockIdx.x * WARP + lane(), warp = threadIdx.x / WARP;

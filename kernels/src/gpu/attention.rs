@@ -91,19 +91,6 @@ pub struct Prepare<'a> {
     pub rotated: usize,
 }
 
-impl Prepare<'_> {
-    /// The weights of the norms of q and k over heads of `dim` elements, and their epsilon.
-    pub(super) fn norms(&self, dim: usize) -> Result<[Argument<'static>; 3]> {
-        let norm = |norm: Option<&Norm>| match norm.map(Norm::rms) {
-            None => Ok((0, 0.0)),
-            Some(Some((weight, eps))) if weight.len() == dim => Ok((weight.all().address, eps)),
-            Some(_) => Err(GpuError::Failed("the kernels take RMS norms over whole heads of q and k only".into())),
-        };
-        let ((q_norm, q_eps), (k_norm, k_eps)) = (norm(self.q_norm)?, norm(self.k_norm)?);
-        Ok([Address(q_norm), Address(k_norm), F32(if q_norm == 0 { k_eps } else { q_eps })])
-    }
-}
-
 /// Where a step's rows are, and how its attention is cut, the same for all layers.
 #[derive(Debug)]
 pub struct Pieces {
@@ -142,20 +129,6 @@ pub(super) struct KernelRule {
     scale: f32,
     softcap: f32,
     window: u32,
-}
-
-impl KernelRule {
-    pub(super) fn new(rule: Rule, kv_heads: usize) -> Self {
-        Self {
-            heads: rule.heads as u32,
-            kv_heads: kv_heads as u32,
-            dim: rule.head_dim as u32,
-            padded_dim: padded(rule.head_dim) as u32,
-            scale: rule.scale,
-            softcap: rule.softcap.unwrap_or(0.0),
-            window: rule.window.unwrap_or(0) as u32,
-        }
-    }
 }
 
 impl Pieces {
@@ -336,5 +309,32 @@ impl Gpu {
         let kernel = format!("attention_{}_{width}", E::NAME);
         // SAFETY: as in `cuda/attention.cu`; pages were checked.
         unsafe { self.launch(&kernel, [pieces.count, kv.kv_heads, 1], THREADS, shared, &arguments) }
+    }
+}
+
+impl Prepare<'_> {
+    /// The weights of the norms of q and k over heads of `dim` elements, and their epsilon.
+    pub(super) fn norms(&self, dim: usize) -> Result<[Argument<'static>; 3]> {
+        let norm = |norm: Option<&Norm>| match norm.map(Norm::rms) {
+            None => Ok((0, 0.0)),
+            Some(Some((weight, eps))) if weight.len() == dim => Ok((weight.all().address, eps)),
+            Some(_) => Err(GpuError::Failed("the kernels take RMS norms over whole heads of q and k only".into())),
+        };
+        let ((q_norm, q_eps), (k_norm, k_eps)) = (norm(self.q_norm)?, norm(self.k_norm)?);
+        Ok([Address(q_norm), Address(k_norm), F32(if q_norm == 0 { k_eps } else { q_eps })])
+    }
+}
+
+impl KernelRule {
+    pub(super) fn new(rule: Rule, kv_heads: usize) -> Self {
+        Self {
+            heads: rule.heads as u32,
+            kv_heads: kv_heads as u32,
+            dim: rule.head_dim as u32,
+            padded_dim: padded(rule.head_dim) as u32,
+            scale: rule.scale,
+            softcap: rule.softcap.unwrap_or(0.0),
+            window: rule.window.unwrap_or(0) as u32,
+        }
     }
 }

@@ -168,10 +168,10 @@ impl Attention {
         unsafe { self.gpu.launch(&shape.kernel::<E>("log_sums"), grid, shape.threads(), shape.bytes, &arguments) }
     }
 
-    /// Gradients of q, k and v in the order of their projection, `dqkv[rows, (heads + 2 * kv_heads) * dim]`, before they
-    /// are taken back through rotation and norm, given `q[rows, heads * padded_dim]`, the pages, the attention's result
-    /// `out[rows, heads * dim]`, the logarithms of its sums `log_sums[rows, heads]`, and the gradient `d_out` of the
-    /// result.
+    /// Gradients of q, k and v in the order of their projection, `dqkv[rows, (heads + 2 * kv_heads) * dim]`, before
+    /// they are taken back through rotation and norm, given `q[rows, heads * padded_dim]`, the pages, the attention's
+    /// result `out[rows, heads * dim]`, the logarithms of its sums `log_sums[rows, heads]`, and the gradient `d_out` of
+    /// the result.
     ///
     /// # Errors
     /// If the GPU refuses.
@@ -240,9 +240,9 @@ impl Attention {
         assert!((self.last_page as usize) < kv.pages(), "no such page");
     }
 
-    /// Takes the gradients of q, k and v `dqkv[rows, (heads + 2 * kv_heads) * dim]` back through rotation and norm, into
-    /// `out` of the same shape. Where q and k have norms, `qkv` is what the norms were given, and the gradients of their
-    /// weights are added to `d_q_norm` and `d_k_norm`; what there is no norm for is empty.
+    /// Takes the gradients of q, k and v `dqkv[rows, (heads + 2 * kv_heads) * dim]` back through rotation and norm,
+    /// into `out` of the same shape. Where q or k has a norm, `qkv` is what the norm was given, and the gradients of its
+    /// weights are added to `d_q_norm[dim]` or `d_k_norm[dim]`, which are empty where there is none.
     ///
     /// # Errors
     /// If the GPU refuses, or a norm is of another kind.
@@ -307,7 +307,9 @@ impl Attention {
 }
 
 fn write<T: Pod>(list: &mut Buffer<T>, values: &[T]) -> Result<()> {
-    list.grow(values.len())?;
+    if list.len() < values.len() {
+        list.grow(values.len().next_power_of_two())?;
+    }
     list.write(0, values)
 }
 
