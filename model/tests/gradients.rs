@@ -238,3 +238,21 @@ fn what_does_not_fit_is_refused() {
     check(&[5; 4], Language::Next { rows: 0..2, weight: 1.0 }, "vocabulary head");
     assert!(Trainable::new(&config, &values[1..], DType::F32, 64, PLAIN, &Device::Cpu).is_err());
 }
+
+#[cfg(feature = "emulated")]
+#[test]
+fn a_gradient_elsewhere_is_refused() {
+    let (config, _, values) = read("llama-pm");
+    let pair = Pair([vec![5; 4], vec![6; 4]]);
+    let [cpu, gpu] = [Device::Cpu, Device::Gpu(plumb_kernels::gpu::Gpu::emulated())];
+    for (device, other) in [(&cpu, &gpu), (&gpu, &cpu)] {
+        let mut model = Trainable::new(&config, &values, DType::F32, 64, PLAIN, device).unwrap();
+        let mut gradient = Numbers::new(vec![0.0; values.len()], other).unwrap();
+        let refused = model.gradient(&pair.groups(true, true), &mut pair_slopes, &mut gradient).unwrap_err();
+        assert!(refused.to_string().contains("not on the device"), "{refused}");
+        let mut weights = Numbers::new(values.clone(), device).unwrap();
+        let [mut mean, mut square] = [(); 2].map(|()| weights.zeros().unwrap());
+        let how = AdamW { lr: 0.1, beta1: 0.9, beta2: 0.99, eps: 1e-8, weight_decay: 0.1, step: 1, scale: 0.5 };
+        assert!(weights.step(&gradient, [&mut mean, &mut square], 0..4, &how).is_err());
+    }
+}

@@ -75,7 +75,7 @@ where
     type Keys<'a> = ();
     type Room = Room<E>;
 
-    const LANGUAGE_ROWS: usize = 8192;
+    const LANGUAGE_ROWS: usize = 1024;
 
     fn room(&self) -> Room<E> {
         let gpu = &self.gpu;

@@ -6,7 +6,7 @@ use super::super::build::interleaved;
 use super::backend::{Gradients, Values};
 use super::{Head, Inner};
 use crate::Result;
-use crate::config;
+use crate::config::{self, Config};
 
 impl<B: Gradients> Inner<B> {
     /// Takes weights in the order of the list.
@@ -35,20 +35,11 @@ impl<B: Gradients> Inner<B> {
                 norm.map_or(Ok(()), |norm| backend.set_norm(norm, part(range), offset))?;
             }
             if ranges.interleaved {
-                let (weights, biases) = (&ranges.qkv, &ranges.qkv_bias);
-                for (ordered, (range, width)) in self.ordered.iter_mut().zip([(weights, hidden), (biases, 1)]) {
-                    backend.resize(ordered, range.len())?;
-                    let len = config.head_dim * width;
-                    let blocks = interleaved(config.num_heads, config.head_dim).enumerate();
-                    for (to, from) in blocks.take_while(|_| !range.is_empty()) {
-                        let from = range.start + from * width;
-                        let to = B::part_mut(ordered, to * len..(to + 1) * len);
-                        backend.copy(B::within(values, from..from + len), to)?;
-                    }
-                }
-                let [rows, bias] = &self.ordered;
-                let bias = (!biases.is_empty()).then(|| B::part(bias, 0..biases.len()));
-                let qkv = Values { rows: B::part(rows, 0..weights.len()), bias };
+                let [rows, bias] = &mut self.ordered;
+                order(backend, config, part(&ranges.qkv), hidden, rows)?;
+                order(backend, config, part(&ranges.qkv_bias), 1, bias)?;
+                let bias = (!ranges.qkv_bias.is_empty()).then(|| B::part(bias, 0..ranges.qkv_bias.len()));
+                let qkv = Values { rows: B::part(rows, 0..ranges.qkv.len()), bias };
                 backend.set_linear(&mut layer.qkv, &mut backs.qkv, hidden, qkv)?;
             } else {
                 let qkv = matrix(&ranges.qkv, &ranges.qkv_bias);
@@ -85,4 +76,22 @@ impl<B: Gradients> Inner<B> {
             None => Ok(()),
         }
     }
+}
+
+/// Puts rows of q, k and v, each of this width, in the decoder's order; there may be none.
+fn order<B: Gradients>(
+    backend: &B,
+    config: &Config,
+    rows: B::Part<'_, f32>,
+    width: usize,
+    ordered: &mut B::Array<f32>,
+) -> Result<()> {
+    backend.resize(ordered, B::len(rows))?;
+    let len = config.head_dim * width;
+    let heads = if B::len(rows) == 0 { 0 } else { config.num_heads };
+    for (to, from) in interleaved(heads, config.head_dim).enumerate() {
+        let to = B::part_mut(ordered, to * len..(to + 1) * len);
+        backend.copy(B::within(rows, from * width..from * width + len), to)?;
+    }
+    Ok(())
 }
