@@ -50,7 +50,8 @@ impl<B: Gradients> Inner<B> {
         outcomes: &mut [Outcome],
     ) -> Result<()> {
         let Head::Reward { weight, bias, .. } = &self.stack.head else { return Ok(()) };
-        let (backend, hidden, len) = (&self.stack.backend, self.stack.config.hidden_size, self.len(plan));
+        let (backend, hidden) = (&self.stack.backend, self.stack.config.hidden_size);
+        let len = plan.rows() * hidden;
         let sequences = plan.sequences().iter().enumerate().filter(|(_, placed)| placed.sequence.reward);
         let (wanted, rows): (Vec<usize>, Vec<u32>) =
             sequences.map(|(i, placed)| (i, placed.row(placed.sequence.tokens.len() - 1) as u32)).unzip();
@@ -83,7 +84,8 @@ impl<B: Gradients> Inner<B> {
             (Head::Reward { .. }, Some(logits)) => (logits, self.stack.config.logit_softcap),
             (Head::Reward { .. }, None) => return Ok(()),
         };
-        let (backend, config, len) = (&self.stack.backend, &self.stack.config, self.len(plan));
+        let (backend, config) = (&self.stack.backend, &self.stack.config);
+        let len = plan.rows() * config.hidden_size;
         let targets = match rows[0].target {
             Target::Token(_) => {
                 let id = |row: &Row<'_>| if let Target::Token(id) = row.target { id } else { 0 };
@@ -107,11 +109,6 @@ impl<B: Gradients> Inner<B> {
             outcomes[row.sequence].rows += 1;
         }
         Ok(())
-    }
-
-    /// Numbers in the residual stream of a step.
-    fn len(&self, plan: &Plan<'_>) -> usize {
-        plan.rows() * self.stack.config.hidden_size
     }
 }
 

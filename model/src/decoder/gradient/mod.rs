@@ -30,6 +30,7 @@ pub use parameters::{Parameter, Parameters};
 
 use super::backend::Tape;
 use super::forward::{Buffers, spans};
+use super::step::Step;
 use super::{DType, Device, Head, Stack, on};
 use crate::checkpoint::Weights;
 use crate::config::{self, Config};
@@ -179,6 +180,8 @@ struct Inner<B: Gradients> {
     kv: B::KvPages,
     pages: usize,
     buffers: Buffers<B>,
+    /// Of the last step.
+    used: Option<B::Used>,
     /// One for every layer, or one for all with checkpointing.
     tapes: Vec<Kepts<B>>,
     /// With checkpointing, the residual stream before each layer.
@@ -218,6 +221,7 @@ impl<B: Gradients> Inner<B> {
             kv: backend.kv_pages(config, 0)?,
             pages: 0,
             buffers: Buffers::new(&backend),
+            used: None,
             tapes: Vec::new(),
             inputs: Vec::new(),
             ordered: [backend.array(), backend.array()],
@@ -241,20 +245,28 @@ impl<B: Gradients> Inner<B> {
         if plan.rows() == 0 {
             return Ok(Vec::new());
         }
-        let backend = self.stack.backend.clone();
         let config = &self.stack.config;
-        let (hidden, layers) = (config.hidden_size, config.num_layers);
         if self.pages < plan.pages() {
             // First the old ones go.
-            self.kv = backend.kv_pages(config, 0)?;
-            self.kv = backend.kv_pages(config, plan.pages())?;
+            self.kv = self.stack.backend.kv_pages(config, 0)?;
+            self.kv = self.stack.backend.kv_pages(config, plan.pages())?;
             self.pages = plan.pages();
         }
-        let cut = backend.cut(config, &step, None)?;
-        // A device may have added some.
-        let all = B::rows(&cut) * hidden;
-        self.stack.embed(&step, B::rows(&cut), &mut self.buffers)?;
-        let backwards = gradient.is_some();
+        let cut = self.stack.backend.cut(config, &step, self.used.take())?;
+        self.forward(&step, &cut, gradient.is_some())?;
+        let outcomes = match gradient {
+            None => self.heads(&plan, None),
+            Some((slopes, gradient)) => self.backward(&plan, &step, &cut, slopes, gradient),
+        };
+        self.used = Some(B::used(cut));
+        outcomes
+    }
+
+    /// All layers; on tapes, or with what these can be made of again, if there is to be a way back.
+    fn forward(&mut self, step: &Step<'_>, cut: &B::Cut<'_>, backwards: bool) -> Result<()> {
+        let backend = self.stack.backend.clone();
+        let (layers, len) = (self.stack.config.num_layers, self.len(cut));
+        self.stack.embed(step, B::rows(cut), &mut self.buffers)?;
         if backwards {
             self.tapes.resize_with(if self.checkpointing { 1 } else { layers }, || Kepts::new(&backend));
             self.inputs.resize_with(if self.checkpointing { layers } else { 0 }, || backend.array());
@@ -263,29 +275,40 @@ impl<B: Gradients> Inner<B> {
             let tape = match self.checkpointing {
                 false if backwards => Some(&mut self.tapes[layer] as &mut dyn Tape<B>),
                 true if backwards => {
-                    let input = backend.resize(&mut self.inputs[layer], all)?;
-                    backend.copy(B::part(&self.buffers.x, 0..all), input)?;
+                    let input = backend.resize(&mut self.inputs[layer], len)?;
+                    backend.copy(B::part(&self.buffers.x, 0..len), input)?;
                     None
                 }
                 _ => None,
             };
-            self.stack.layer(layer, &cut, &mut self.kv, &mut self.buffers, tape)?;
+            self.stack.layer(layer, cut, &mut self.kv, &mut self.buffers, tape)?;
         }
+        Ok(())
+    }
 
-        let Some((slopes, gradient)) = gradient else { return self.heads(&plan, None) };
+    fn backward(
+        &mut self,
+        plan: &Plan<'_>,
+        step: &Step<'_>,
+        cut: &B::Cut<'_>,
+        slopes: &mut RewardSlopes<'_>,
+        gradient: &mut B::Array<f32>,
+    ) -> Result<Vec<Outcome>> {
+        let backend = self.stack.backend.clone();
+        let Config { hidden_size: hidden, num_layers: layers, num_heads, num_kv_heads, .. } = self.stack.config;
         let rows = plan.rows();
         let dx = backend.resize(&mut self.scratch.dx, rows * hidden)?;
         backend.clear(dx)?;
-        let outcomes = self.heads(&plan, Some((slopes, &mut *gradient)))?;
-        let spans = spans(&step);
-        let group = self.stack.config.num_heads / self.stack.config.num_kv_heads;
-        let keys = backend.keys(&spans, group, &mut self.scratch.room)?;
+        let outcomes = self.heads(plan, Some((slopes, &mut *gradient)))?;
+        let spans = spans(step);
+        let keys = backend.keys(&spans, num_heads / num_kv_heads, &mut self.scratch.room)?;
+        let len = self.len(cut);
         for layer in (0..layers).rev() {
             if self.checkpointing {
-                let x = B::part_mut(&mut self.buffers.x, 0..all);
-                backend.copy(B::part(&self.inputs[layer], 0..all), x)?;
+                let x = B::part_mut(&mut self.buffers.x, 0..len);
+                backend.copy(B::part(&self.inputs[layer], 0..len), x)?;
                 let tape: &mut dyn Tape<B> = &mut self.tapes[0];
-                self.stack.layer(layer, &cut, &mut self.kv, &mut self.buffers, Some(tape))?;
+                self.stack.layer(layer, cut, &mut self.kv, &mut self.buffers, Some(tape))?;
             }
             let tape = &mut self.tapes[if self.checkpointing { 0 } else { layer }];
             let back = Backward {
@@ -306,6 +329,11 @@ impl<B: Gradients> Inner<B> {
         let dx = B::part(&self.scratch.dx, 0..rows * hidden);
         backend.add_rows(dx, &ids, scale, d_embedding, hidden, &mut self.scratch.room)?;
         Ok(outcomes)
+    }
+
+    /// Numbers in the residual stream of a step, to which a device may have added rows that are of no token.
+    fn len(&self, cut: &B::Cut<'_>) -> usize {
+        B::rows(cut) * self.stack.config.hidden_size
     }
 
     /// What the heads would panic on.
