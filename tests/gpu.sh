@@ -15,7 +15,7 @@ build() {
     cd "$(dirname "$0")/.."
     # Feature by feature the same programs as `cargo test --workspace` makes, and the GPU.
     local log
-    log=$(cargo test --release --no-run --locked --workspace --features plumb-model/cuda --test gpu \
+    log=$(cargo test --release --no-run --locked --workspace --features plumb-server/cuda --test gpu \
         --test gpu_gradient --test gpu_gradient_rows --test golden --test gradients 2>&1) || { echo "$log" && exit 1; }
     mkdir -p "$folder/tests"
     for test in gpu gpu_gradient gpu_gradient_rows golden gradients; do
@@ -24,19 +24,20 @@ build() {
         cp "$program" "$folder/$test"
         strip "$folder/$test"
     done
-    log=$(cargo bench --no-run --locked --workspace --features plumb-model/cuda --bench gpu 2>&1) ||
+    log=$(cargo bench --no-run --locked --workspace --features plumb-server/cuda --bench gpu 2>&1) ||
         { echo "$log" && exit 1; }
     cp "$(sed -nE 's|.*Executable benches/gpu\.rs \((.*)\)|\1|p' <<<"$log")" "$folder/kernel-benchmark"
-    cargo build --release --locked --workspace --features plumb-model/cuda --bin plumb-server --bin plumb
-    cp target/release/plumb-server target/release/plumb "$folder/"
+    cargo build --release --locked --workspace --features plumb-server/cuda --bin plumb-server --bin plumb
+    cp "${CARGO_TARGET_DIR:-target}"/release/{plumb-server,plumb} "$folder/"
     strip "$folder"/{kernel-benchmark,plumb-server,plumb}
     cp -r tests/fixtures tests/benchmarks "$folder/tests/"
     cp tests/gpu.sh "$folder/"
 }
 
 bench() {
-    cd "$(dirname "$0")"
-    python3 tests/benchmarks/gpu.py . "$@"
+    local folder
+    folder=$(dirname "$0")
+    python3 "$folder/tests/benchmarks/gpu.py" "$folder" "$@"
 }
 
 run() {

@@ -485,8 +485,9 @@ fn what_was_recorded_is_done_again_with_what_is_there_then() {
         assert!(graph.replay().unwrap());
         let again = (y.to_vec().unwrap(), activated.to_vec().unwrap());
         assert_ne!(again.0, before);
-        let refused = gpu.record(|| gpu.upload(&[1u32]).map(drop));
-        assert!(matches!(refused, Err(gpu::GpuError::Failed(_))), "{refused:?}");
+        for refused in [gpu.record(|| gpu.upload(&[1u32]).map(drop)), gpu.record(|| gpu.empty::<u32>().grow(4))] {
+            assert!(matches!(refused, Err(gpu::GpuError::Failed(_))), "{refused:?}");
+        }
         let mut other = gpu.zeros::<f32>(3 * 8).unwrap();
         layer.forward(gpu, x.all(), other.all_mut()).unwrap();
         assert_eq!(other.to_vec().unwrap(), again.0, "after a recording that failed, all is as before");
@@ -501,18 +502,27 @@ fn what_was_recorded_is_done_again_with_what_is_there_then() {
 fn an_invariant_gpu_computes_a_row_by_itself() {
     on_each(|gpu| {
         let gpu = &gpu.clone().invariant();
-        let (inputs, outputs, most) = (768, 264, 300);
-        let w: Vec<bf16> = rounded(&numbers(outputs * inputs, 1));
-        let layer = gpu::Linear::new(gpu, &w, None, inputs).unwrap();
-        let x = gpu.upload(&rounded::<bf16>(&numbers(most * inputs, 2))).unwrap();
-        let rows = |rows: std::ops::Range<usize>| {
-            let mut y = gpu.zeros::<f32>(rows.len() * outputs).unwrap();
-            layer.forward(gpu, x.view(rows.start * inputs..rows.end * inputs), y.all_mut()).unwrap();
-            y.to_vec().unwrap()
-        };
-        let all = rows(0..most);
-        for part in [0..1, 1..3, 8..24, 100..164, 7..263] {
-            assert_eq!(rows(part.clone()), all[part.start * outputs..part.end * outputs], "{part:?}");
+        // Few outputs and many inputs are what sums in parts would be chosen for.
+        for (inputs, outputs, most, bias) in [(768, 264, 300, None), (4096, 64, 70, Some(numbers(64, 3)))] {
+            let w: Vec<bf16> = rounded(&numbers(outputs * inputs, 1));
+            let layer = gpu::Linear::new(gpu, &w, bias.as_deref(), inputs).unwrap();
+            let x = gpu.upload(&rounded::<bf16>(&numbers(most * inputs, 2))).unwrap();
+            let of = |rows: std::ops::Range<usize>| {
+                let x = x.view(rows.start * inputs..rows.end * inputs);
+                let mut wide = gpu.zeros::<f32>(rows.len() * outputs).unwrap();
+                layer.forward(gpu, x, wide.all_mut()).unwrap();
+                layer.add_to(gpu, x, wide.all_mut()).unwrap();
+                let mut narrow = gpu.zeros::<bf16>(rows.len() * outputs).unwrap();
+                layer.forward(gpu, x, narrow.all_mut()).unwrap();
+                (wide.to_vec().unwrap(), narrow.to_vec().unwrap())
+            };
+            let all = of(0..most);
+            for part in [0..1, 1..3, 8..24, 6..70, 7..most] {
+                let (wide, narrow) = of(part.clone());
+                let part = part.start * outputs..part.end * outputs;
+                assert_eq!(wide, all.0[part.clone()]);
+                assert_eq!(narrow, all.1[part]);
+            }
         }
     });
 }

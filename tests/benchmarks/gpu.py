@@ -1,11 +1,13 @@
 """Measures Plumb on a GPU, and PyTorch beside it, in one run: the kernels beside the GPU's limits, then the server.
 
 Models have the shapes of published ones and random weights, which are written to a folder first. Takes a machine with a
-GPU, CUDA's libraries, PyTorch, Transformers and safetensors; `tests/gpu.sh build FOLDER` packs this and the programs.
+GPU, CUDA's libraries, PyTorch, Transformers and safetensors, and 40 GB for the models; `tests/gpu.sh build FOLDER` packs
+this and the programs. What PyTorch does is done by processes of its own, so that it leaves no memory taken.
 """
 
 import argparse
 import json
+import multiprocessing
 import pathlib
 import shutil
 import statistics
@@ -34,6 +36,9 @@ SHAPES = {
 SHAPES["lm-8b"] = ("LlamaForCausalLM", *SHAPES["pm-8b"][1:])
 # Calls in flight, so that a batch is ready when the last one is done.
 IN_FLIGHT = 16
+# None of them is to be refused, and all are to find room in the cache.
+FLAGS = ["--max-batch-tokens", 8192, "--max-queue-tokens", 1 << 20]
+START_SECONDS = 600
 ATTENTION = [(8, 1024, 64), (2, 4096, 64), (8, 1024, 128), (2, 4096, 128)]
 
 
@@ -61,7 +66,6 @@ def parse():
     add("--models", type=pathlib.Path, metavar="DIR", help="where models are written, and kept [default: not kept]")
     add("--only", nargs="+", choices=ALL, metavar="NAME", help="only these measurements")
     add("--out", type=pathlib.Path, metavar="FILE", help="raw values, as JSON")
-    add("--device", default="cuda:0", help="as plumb-server takes it (default: %(default)s)")
     add("--quick", action="store_true", help="tiny models and few requests, to try the script")
     return parser.parse_args()
 
@@ -105,13 +109,14 @@ class Job:
             if "Classification" in kind:
                 config |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
             (folder / "config.json").write_text(json.dumps(config))
-            write_weights(folder / "model.safetensors", kind, config)
+            apart(write_weights, folder / "model.safetensors", kind, config)
             (folder / "done").touch()
         return folder
 
     def server(self, name, *flags):
-        flags = ["--device", self.options.device, "--max-batch-tokens", 8192, *flags]
-        return plumb.Server(self.programs, self.models, {"model": self.checkpoint(name)}, flags)
+        flags = ["--device", "cpu" if self.options.quick else "cuda:0", *FLAGS, *flags]
+        models = {"model": self.checkpoint(name)}
+        return plumb.Server(self.programs, self.models, models, flags, START_SECONDS)
 
     def finish(self):
         for who, bars in BARS.items():
@@ -122,6 +127,12 @@ class Job:
             self.options.out.write_text(json.dumps({"device": gpu_name(), "values": self.values}, indent=1))
         if self.temporary:
             shutil.rmtree(self.temporary)
+
+
+def apart(function, *arguments):
+    """What a function answers in a process of its own."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(function, arguments)
 
 
 def write_weights(path, kind, config):
@@ -156,31 +167,37 @@ def write_weights(path, kind, config):
 
 def kernels(job):
     """the kernels, beside the rates of copies and of a large product"""
-    done = process.run([job.programs / "kernel-benchmark", "--json"])
+    done = process.run([job.programs / "kernel-benchmark", "--json"], PLUMB_REQUIRE_GPU="1")
     for line in map(json.loads, done.stdout.splitlines()):
         job.add(line["name"], "plumb", line["rate"], line["unit"], line)
         if not line["name"].startswith("limit"):
-            job.add(f"{line['name']}, of the limit", "plumb", 100 * line["rate"] / line["limit"], "%")
+            job.add(f"{line['name']}, of the limit", "plumb", line["percent"], "%")
 
 
 def attention(job):
     """attention by PyTorch, at the kernels' shapes"""
-    import torch
-    from torch.nn.functional import scaled_dot_product_attention
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
     for count, length, dim in ATTENTION:
-        shape = lambda heads: (count, heads, length, dim)  # noqa: E731
-        q, k, v = (torch.randn(shape(heads), device="cuda", dtype=torch.bfloat16) for heads in (32, 8, 8))
-        best = 0.0
-        for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION):
-            try:
-                with sdpa_kernel(backend):
-                    run = lambda: scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)  # noqa: E731
-                    best = max(best, 2.0 * count * length**2 * dim * 32 / torch_seconds(run) / 1e12)
-            except RuntimeError as error:
-                print(f"{backend}: {error}", file=sys.stderr)
-        job.add(f"attention, {count} x {length} tokens, 32 heads of {dim}", "torch sdpa", best, "TFLOP/s")
+        rate = apart(sdpa_rate, count, length, dim)
+        job.add(f"attention, {count} x {length} tokens, 32 heads of {dim}", "torch sdpa", rate, "TFLOP/s")
+
+
+def sdpa_rate(count, length, dim):
+    """TFLOP/s of the better of its two kernels, by half of the products, as the others are masked."""
+    import torch
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.nn.functional import scaled_dot_product_attention
+
+    shape = lambda heads: (count, heads, length, dim)  # noqa: E731
+    q, k, v = (torch.randn(shape(heads), device="cuda", dtype=torch.bfloat16) for heads in (32, 8, 8))
+    rates = []
+    for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION):
+        try:
+            with sdpa_kernel(backend):
+                run = lambda: scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)  # noqa: E731
+                rates.append(2.0 * count * length**2 * dim * 32 / torch_seconds(run) / 1e12)
+        except RuntimeError as error:
+            print(f"{backend}: {error}", file=sys.stderr)
+    return max(rates)
 
 
 def small(job):
@@ -203,7 +220,9 @@ def large(job):
         _, _, config = job.shape("pm-8b")
         share = 100 * report["input_tokens_per_s"] * 2 * weights(config) / (rate * 1e12)
         job.add("score 8B, of the matrix rate", "plumb", share, "%")
-    job.add("score 8B, 1024 tokens", "transformers", transformers_rate(job, "pm-8b", 8, 1024), "tok/s")
+    kind, _, _ = job.shape("pm-8b")
+    rate = apart(transformers_rate, kind, job.checkpoint("pm-8b"), 8, 1024)
+    job.add("score 8B, 1024 tokens", "transformers", rate, "tok/s")
 
 
 def rank(job):
@@ -244,40 +263,45 @@ def weights(config):
     return config["num_hidden_layers"] * config["hidden_size"] * (heads + 3 * config["intermediate_size"])
 
 
-def transformers_rate(job, name, count, length):
+def transformers_rate(kind, folder, count, length):
     """Tokens a second of a forward pass without padding."""
     import torch
     import transformers
 
-    kind, _, _ = SHAPES[name]
-    model = getattr(transformers, kind).from_pretrained(
-        job.checkpoint(name), dtype=torch.bfloat16, attn_implementation="sdpa", device_map="cuda"
-    )
-    ids = torch.randint(5, 200, (count, length), device="cuda")
+    load = getattr(transformers, kind).from_pretrained
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = load(folder, dtype=torch.bfloat16, attn_implementation="sdpa").to(device).eval()
+    ids = torch.randint(5, 200, (count, length), device=device)
     with torch.inference_mode():
         return count * length / torch_seconds(lambda: model(ids, use_cache=False))
 
 
-def torch_seconds(run, times=10):
-    """The median of several runs, by the host's clock around waits."""
+def torch_seconds(run, times=5, least=0.03):
+    """The median of several runs of many calls without a pause between them."""
     import torch
 
-    seconds = []
-    for number in range(times + 3):
-        torch.cuda.synchronize()
+    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+
+    def seconds(calls):
+        wait()
         started = time.perf_counter()
-        run()
-        torch.cuda.synchronize()
-        if number >= 3:
-            seconds.append(time.perf_counter() - started)
-    return statistics.median(seconds)
+        for _ in range(calls):
+            run()
+        wait()
+        return time.perf_counter() - started
+
+    seconds(3)
+    calls = 1
+    while seconds(calls) < least:
+        calls *= 2
+    return statistics.median(seconds(calls) / calls for _ in range(times))
 
 
 def gpu_name():
     argv = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
     try:
         return subprocess.run(argv, capture_output=True, text=True, check=True).stdout.strip()
-    except OSError:
+    except (OSError, subprocess.CalledProcessError):
         return "none"
 
 

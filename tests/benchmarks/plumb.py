@@ -20,8 +20,8 @@ class Server:
     """A running server, in a `with` statement. `programs` is the folder of the server and the client, `models` maps names
     to sources, `folder` takes its log and ports."""
 
-    def __init__(self, programs, folder, models, flags=()):
-        self.programs = programs
+    def __init__(self, programs, folder, models, flags=(), start_seconds=START_SECONDS):
+        self.programs, self.start_seconds = programs, start_seconds
         self.folder = pathlib.Path(folder)
         named = [word for name, source in models.items() for word in ("--model", f"{name}={source}")]
         self.flags = [*named, *map(str, flags)]
@@ -55,7 +55,7 @@ class Server:
             self.process.wait()
 
     def wait(self, ready):
-        deadline = time.monotonic() + START_SECONDS
+        deadline = time.monotonic() + self.start_seconds
         while time.monotonic() < deadline and self.process.poll() is None:
             if answer := ready():
                 return answer

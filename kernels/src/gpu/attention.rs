@@ -60,6 +60,14 @@ impl<E: Element> KvPages<E> {
         self.pages
     }
 
+    /// Sees to it that a step's pages are there.
+    ///
+    /// # Panics
+    /// If one is not.
+    pub fn check(&self, pieces: &Pieces) {
+        assert!((pieces.last_page as usize) < self.pages, "no such page");
+    }
+
     /// A number that no other pages of the same GPU have while these are there.
     pub fn number(&self) -> u64 {
         self.layers.first().map_or(0, |[keys, _]| keys.all().address)
@@ -240,7 +248,7 @@ impl Gpu {
         let rows = qkv.len / (heads * dim);
         assert_eq!((qkv.len, q.len), (rows * heads * dim, rows * kv.q_width(how.heads)), "shapes of q, k and v");
         assert!(how.rotated <= dim && how.rotated.is_multiple_of(2), "a rotation of {} elements", how.rotated);
-        assert!((pieces.last_page as usize) < kv.pages, "no such page");
+        kv.check(pieces);
         assert!(how.rotated == 0 || pieces.last_position < how.table.len / how.rotated, "no such position");
         let [q_norm, k_norm, eps] = how.norms(dim)?;
         let [keys, values] = &mut kv.layers[layer];
@@ -286,7 +294,7 @@ impl Gpu {
         assert!(rule.heads.is_multiple_of(kv.kv_heads) && rule.head_dim == dim, "heads");
         assert_eq!(q.len, pieces.rows * kv.q_width(rule.heads), "shape of q");
         assert_eq!(out.len, pieces.rows * rule.heads * dim, "shape of the attention's result");
-        assert!((pieces.last_page as usize) < kv.pages, "no such page");
+        kv.check(pieces);
         let width = kernel_width::<E>(dim);
         let (tile, stages) = match (size_of::<E>() == 2, width > 128) {
             (true, false) => (64, 2),

@@ -13,7 +13,7 @@ use cudarc::driver::result::{self, DriverError};
 use cudarc::driver::{CudaContext, sys};
 
 use super::driver::{Argument, Driver, Number, Order, Product, Recording};
-use super::recording::{Arrays, Whole};
+use super::recording::{Allocations, Validity};
 use super::{GpuError, Memory, Result};
 use staging::Staging;
 
@@ -38,8 +38,11 @@ const WORKSPACE: usize = 32 << 20;
 const OP_N: i32 = 0;
 const OP_T: i32 = 1;
 
-/// Products that are to be invariant are computed as is best for so many rows.
-const INVARIANT_ROWS: usize = 1024;
+/// Products that are to be invariant are computed as is best for the first of these numbers of rows, if the others can be
+/// computed in the same way.
+const INVARIANT_ROWS: [usize; 6] = [1024, 1, 8, 64, 4096, 8192];
+/// Ways that are tried for them.
+const CANDIDATES: usize = 16;
 /// `CUBLASLT_REDUCTION_SCHEME_NONE` of cublasLt.h.
 const NO_REDUCTION: u32 = 0;
 
@@ -58,10 +61,12 @@ pub(super) struct Cuda {
     workspace: u64,
     /// For the stream, and for that of loads.
     staging: [Mutex<Staging>; 2],
-    arrays: Arrays,
+    allocations: Allocations,
     functions: Mutex<HashMap<String, Function>>,
     /// What was found out about products: by everything but their addresses.
     plans: Mutex<HashMap<PlanKey, Plan>>,
+    /// How products are computed that are to be invariant: the same for any number of rows, which is 0 here.
+    invariant: Mutex<HashMap<PlanKey, blas_sys::cublasLtMatmulAlgo_t>>,
 }
 
 /// What belongs to the context.
@@ -138,9 +143,10 @@ impl Cuda {
             handles,
             workspace: 0,
             staging: [staging(STEP_STAGING)?, staging(LOAD_STAGING)?],
-            arrays: Arrays::default(),
+            allocations: Allocations::default(),
             functions: Mutex::default(),
             plans: Mutex::default(),
+            invariant: Mutex::default(),
         };
         cuda.workspace = cuda.allocate(WORKSPACE)?;
         Ok(cuda)
@@ -196,71 +202,114 @@ impl Cuda {
             set(Attribute::CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE, &(kind(outputs_are) as i32))?;
         }
         let layouts = Layouts::new(product)?;
-        let algorithm = if invariant {
-            // What is good for many rows, without sums in parts, whose number could follow that of the rows.
-            let many = Layouts::new(&Product { rows: INVARIANT_ROWS, ..*product })?;
-            let algorithm = self.best(product, &description, &many, Some(NO_REDUCTION))?;
-            self.check(&description, &layouts, &algorithm)?;
-            algorithm
-        } else {
-            self.best(product, &description, &layouts, None)?
+        let algorithm = match invariant {
+            true => self.invariant_algorithm(&description, product)?,
+            false => self.algorithms(product, &description, &layouts, WORKSPACE, 1)?[0],
         };
         Ok(Plan { description, layouts, algorithm })
     }
 
-    /// The algorithm that cuBLASLt thinks best.
-    fn best(
+    /// The best algorithm for many rows that can do any number of them, and adds up a row by itself: without memory in
+    /// which parts of sums could lie.
+    fn invariant_algorithm(
+        &self,
+        description: &Description,
+        product: &Product,
+    ) -> Result<blas_sys::cublasLtMatmulAlgo_t, blas::CublasError> {
+        let mut known = lock(&self.invariant);
+        let key = key(&Product { rows: 0, ..*product });
+        if let Some(algorithm) = known.get(&key) {
+            return Ok(*algorithm);
+        }
+        let layouts = INVARIANT_ROWS
+            .map(|rows| Layouts::new(&Product { rows, ..*product }))
+            .into_iter()
+            .collect::<Result<Vec<_>, _>>()?;
+        let does = |algorithm: &_| layouts.iter().all(|layouts| self.does(description, layouts, algorithm));
+        let best = self.algorithms(product, description, &layouts[0], 0, CANDIDATES)?;
+        let algorithm = best
+            .into_iter()
+            .find(does)
+            .ok_or(blas::CublasError(blas_sys::cublasStatus_t::CUBLAS_STATUS_NOT_SUPPORTED))?;
+        known.insert(key, algorithm);
+        Ok(algorithm)
+    }
+
+    /// At least one and at most `count` algorithms, the one that cuBLASLt thinks best first. Without memory to work in,
+    /// they add up in one go.
+    fn algorithms(
         &self,
         product: &Product,
         description: &Description,
         layouts: &Layouts,
-        reductions: Option<u32>,
-    ) -> Result<blas_sys::cublasLtMatmulAlgo_t, blas::CublasError> {
+        workspace: usize,
+        count: usize,
+    ) -> Result<Vec<blas_sys::cublasLtMatmulAlgo_t>, blas::CublasError> {
         use blas_sys::cublasLtMatmulPreferenceAttributes_t as Attribute;
         let preference = blas::create_matmul_pref()?;
         let [w, x, y] = layouts.0;
-        let set = |attribute, value: &u32| {
-            let value = std::ptr::from_ref(value).cast::<c_void>();
-            // SAFETY: the preference is there, and these attributes are of four bytes.
-            unsafe { blas::set_matmul_pref_attribute(preference, attribute, value, size_of::<u32>()) }
-        };
+        let mut found = Vec::with_capacity(count);
+        let mut length = 0;
         let [w_at, x_at, y_at] = alignments(product);
-        let found = [
+        let no_reduction =
+            (workspace == 0).then_some((Attribute::CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, NO_REDUCTION));
+        let attributes = [
             (Attribute::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, w_at),
             (Attribute::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, x_at),
             (Attribute::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, y_at),
             (Attribute::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, y_at),
-        ]
-        .into_iter()
-        .chain(reductions.map(|mask| (Attribute::CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, mask)))
-        .try_for_each(|(attribute, value)| set(attribute, &value))
-        .and_then(|()| {
-            let most = std::ptr::from_ref(&WORKSPACE).cast::<c_void>();
+        ];
+        // SAFETY: all of them are there, the first attribute is of eight bytes, the others of four, and there is room for
+        // so many answers, of which `length` are written.
+        let asked = unsafe {
+            let most = std::ptr::from_ref(&workspace).cast::<c_void>();
             let attribute = Attribute::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES;
-            // SAFETY: all of them are there, and the attribute is of eight bytes.
-            unsafe {
-                blas::set_matmul_pref_attribute(preference, attribute, most, size_of::<usize>())?;
-                blas::get_matmul_algo_heuristic(self.handles.blas, description.0, w, x, y, y, preference)
+            let mut set = blas::set_matmul_pref_attribute(preference, attribute, most, size_of::<usize>());
+            for (attribute, value) in attributes.into_iter().chain(no_reduction) {
+                let value = std::ptr::from_ref(&value).cast::<c_void>();
+                set =
+                    set.and_then(|()| blas::set_matmul_pref_attribute(preference, attribute, value, size_of::<u32>()));
             }
-        });
+            set.and_then(|()| {
+                let (handle, answers): (_, *mut blas_sys::cublasLtMatmulHeuristicResult_t) =
+                    (self.handles.blas, found.as_mut_ptr());
+                let asked = blas_sys::cublasLtMatmulAlgoGetHeuristic(
+                    handle,
+                    description.0,
+                    w,
+                    x,
+                    y,
+                    y,
+                    preference,
+                    count as i32,
+                    answers,
+                    &mut length,
+                );
+                asked.result()?;
+                found.set_len(length as usize);
+                Ok(())
+            })
+        };
         // SAFETY: nobody uses it any more.
         let _ = unsafe { blas::destroy_matmul_pref(preference) };
-        Ok(found?.algo)
+        asked?;
+        let good = blas_sys::cublasStatus_t::CUBLAS_STATUS_SUCCESS;
+        let found: Vec<_> = found.into_iter().filter(|found| found.state == good).map(|found| found.algo).collect();
+        match found.is_empty() {
+            true => Err(blas::CublasError(blas_sys::cublasStatus_t::CUBLAS_STATUS_NOT_SUPPORTED)),
+            false => Ok(found),
+        }
     }
 
-    /// Whether an algorithm can do these shapes.
-    fn check(
-        &self,
-        description: &Description,
-        layouts: &Layouts,
-        algorithm: &blas_sys::cublasLtMatmulAlgo_t,
-    ) -> Result<(), blas::CublasError> {
+    /// Whether an algorithm can do these shapes without memory to work in.
+    fn does(&self, description: &Description, layouts: &Layouts, algorithm: &blas_sys::cublasLtMatmulAlgo_t) -> bool {
         let [w, x, y] = layouts.0;
-        let mut result = std::mem::MaybeUninit::uninit();
-        // SAFETY: all of them are there.
+        let mut result = std::mem::MaybeUninit::<blas_sys::cublasLtMatmulHeuristicResult_t>::uninit();
+        // SAFETY: all of them are there; the result is written where the check succeeds.
         unsafe {
-            let (handle, result) = (self.handles.blas, result.as_mut_ptr());
-            blas_sys::cublasLtMatmulAlgoCheck(handle, description.0, w, x, y, y, algorithm, result).result()
+            let (handle, answer) = (self.handles.blas, result.as_mut_ptr());
+            let checked = blas_sys::cublasLtMatmulAlgoCheck(handle, description.0, w, x, y, y, algorithm, answer);
+            checked.result().is_ok() && result.assume_init().workspaceSize == 0
         }
     }
 }
@@ -323,13 +372,13 @@ impl Driver for Cuda {
 
     fn allocate(&self, bytes: usize) -> Result<u64> {
         self.bind()?;
-        self.arrays.refuse_recording("taking memory")?;
+        self.allocations.refuse_recording("taking memory")?;
         // SAFETY: what is there is set before anybody reads it.
         let address = unsafe { result::malloc_sync(bytes) }.map_err(|error| match error.0 {
             sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY => GpuError::OutOfMemory { bytes },
             _ => failed(error),
         })?;
-        self.arrays.allocated(address);
+        self.allocations.allocated(address);
         Ok(address)
     }
 
@@ -338,13 +387,13 @@ impl Driver for Cuda {
             return Ok(());
         }
         self.bind()?;
-        self.arrays.refuse_recording("clearing memory")?;
+        self.allocations.refuse_recording("clearing memory")?;
         // SAFETY: so many bytes are allocated there.
         unsafe { result::memset_d8_async(address, 0, bytes, self.handles.stream) }.map_err(failed)
     }
 
     unsafe fn free(&self, address: u64) {
-        self.arrays.freed(address);
+        self.allocations.freed(address);
         // What was asked for may still use it. If the device is lost, so is its memory.
         if self.synchronize().is_ok() {
             // SAFETY: it was allocated, once, and nothing uses it any more.
@@ -354,7 +403,7 @@ impl Driver for Cuda {
 
     unsafe fn write(&self, address: u64, bytes: &[u8]) -> Result<()> {
         self.bind()?;
-        self.arrays.refuse_recording("a copy")?;
+        self.allocations.refuse_recording("a copy")?;
         // SAFETY: so many bytes are there.
         unsafe { lock(&self.staging[0]).copy(self.handles.stream, address, bytes) }.map_err(failed)
     }
@@ -364,8 +413,10 @@ impl Driver for Cuda {
         let stream = self.handles.loads;
         // SAFETY: so many bytes are there, and the stream lives as long as `self`.
         unsafe {
-            lock(&self.staging[1]).copy(stream, address, bytes).map_err(failed)?;
-            result::stream::synchronize(stream).map_err(failed)
+            let copied = lock(&self.staging[1]).copy(stream, address, bytes);
+            // Also after an error: the memory may be given back then.
+            let done = result::stream::synchronize(stream);
+            copied.and(done).map_err(failed)
         }
     }
 
@@ -374,13 +425,13 @@ impl Driver for Cuda {
             return Ok(());
         }
         self.bind()?;
-        self.arrays.refuse_recording("a copy")?;
+        self.allocations.refuse_recording("a copy")?;
         // SAFETY: so many bytes are at both places.
         unsafe { result::memcpy_dtod_async(to, from, bytes, self.handles.stream) }.map_err(failed)
     }
 
     unsafe fn read(&self, address: u64, bytes: &mut [u8]) -> Result<()> {
-        self.arrays.refuse_recording("a copy")?;
+        self.allocations.refuse_recording("a copy")?;
         if bytes.is_empty() {
             return self.synchronize();
         }
@@ -402,7 +453,7 @@ impl Driver for Cuda {
         let function = self.function(kernel, shared_bytes)?;
         let mut pointers: Vec<*mut c_void> = arguments.iter().map(Argument::pointer).collect();
         let [x, y, z] = grid;
-        let stream = self.stream(self.arrays.note_launch(arguments));
+        let stream = self.stream(self.allocations.note_launch(arguments));
         // SAFETY: the arguments are the kernel's, and taken before it returns.
         unsafe { result::launch_kernel(function, (x, y, z), (threads, 1, 1), shared_bytes, stream, &mut pointers) }
             .map_err(|error| GpuError::Failed(format!("{kernel}: {}", describe(error))))
@@ -411,16 +462,8 @@ impl Driver for Cuda {
     unsafe fn multiply(&self, product: &Product) -> Result<()> {
         self.bind()?;
         let failed = |error| blas_failed(product, error);
-        let Product {
-            inputs_are, outputs_are, bias, rows, inputs, outputs, x_is, x_stride, w_is, add, invariant, ..
-        } = *product;
-        let key = (
-            [inputs_are, outputs_are],
-            [add, bias != 0, invariant],
-            [x_is, w_is],
-            [rows, inputs, outputs, x_stride],
-            alignments(product),
-        );
+        let Product { bias, add, .. } = *product;
+        let key = key(product);
         // Held until the product is asked for: the bias is part of a description, which has been taken then.
         let mut plans = lock(&self.plans);
         if plans.len() >= MAX_PLANS && !plans.contains_key(&key) {
@@ -435,7 +478,7 @@ impl Driver for Cuda {
         }
         let (one, beta) = (1.0f32, if add { 1.0f32 } else { 0.0 });
         let [w, x, y] = plan.layouts.0;
-        let stream = self.stream(self.arrays.note_product(product));
+        let stream = self.stream(self.allocations.note_product(product));
         // SAFETY: the plan is that of these shapes and types; as much memory is there.
         unsafe {
             blas::matmul(
@@ -453,7 +496,7 @@ impl Driver for Cuda {
                 y,
                 &plan.algorithm,
                 pointer(self.workspace),
-                WORKSPACE,
+                if invariant { 0 } else { WORKSPACE },
                 stream.cast(),
             )
         }
@@ -462,37 +505,41 @@ impl Driver for Cuda {
 
     fn begin_recording(&self) -> Result<()> {
         self.bind()?;
-        self.arrays.begin()?;
+        self.allocations.begin()?;
         // What other threads ask of the device meanwhile has nothing to do with it.
         let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
         // SAFETY: the stream is there until `self` is dropped.
         unsafe { result::stream::begin_capture(self.handles.recorder, mode) }.map_err(|error| {
-            self.arrays.end();
+            self.allocations.end();
             failed(error)
         })
     }
 
     fn end_recording(&self) -> Result<Box<dyn Recording>> {
-        self.bind()?;
-        let whole = self.arrays.end();
-        // SAFETY: the stream records; the graph is what it answers, and not needed once it can be launched.
-        let graph = unsafe {
-            let graph = result::stream::end_capture(self.handles.recorder).map_err(failed)?;
+        let bound = self.bind();
+        // SAFETY: the stream is there until `self` is dropped.
+        let graph = unsafe { result::stream::end_capture(self.handles.recorder) };
+        let validity = self.allocations.end();
+        bound?;
+        let graph = graph.map_err(failed)?;
+        // SAFETY: it was just made, and is not needed once it can be launched.
+        let launchable = unsafe {
             let launchable = result::graph::instantiate(graph, sys::CUgraphInstantiate_flags(0));
             let _ = result::graph::destroy(graph);
-            launchable.map_err(failed)?
+            launchable
         };
-        Ok(Box::new(Recorded { context: self.context.clone(), graph, whole }))
+        Ok(Box::new(Recorded { context: self.context.clone(), graph: launchable.map_err(failed)?, validity }))
     }
 
     fn replay(&self, recording: &dyn Recording) -> Result<bool> {
         let recording: &dyn Any = recording;
-        let Some(Recorded { graph, whole, .. }) = recording.downcast_ref() else {
+        let Some(Recorded { graph, validity, .. }) = recording.downcast_ref() else {
             return Err(GpuError::Failed("a recording of another kind of device".into()));
         };
         self.bind()?;
         // SAFETY: the graph is there, and the arrays that it uses.
-        self.arrays.replay(whole, || unsafe { result::graph::launch(*graph, self.handles.stream) }.map_err(failed))
+        self.allocations
+            .replay(validity, || unsafe { result::graph::launch(*graph, self.handles.stream) }.map_err(failed))
     }
 }
 
@@ -501,10 +548,10 @@ impl Driver for Cuda {
 struct Recorded {
     context: Arc<CudaContext>,
     graph: sys::CUgraphExec,
-    whole: Whole,
+    validity: Validity,
 }
 
-// SAFETY: a graph may be launched from any thread, by one at a time, which the lock of `Arrays::replay` sees to.
+// SAFETY: a graph may be launched from any thread, by one at a time, which the lock of `Allocations::replay` sees to.
 unsafe impl Send for Recorded {}
 // SAFETY: as above.
 unsafe impl Sync for Recorded {}
@@ -530,9 +577,6 @@ impl Drop for Cuda {
             lock(&self.plans).clear();
             let _ = blas::destroy_handle(self.handles.blas);
             let _ = result::free_sync(self.workspace);
-            for staging in &self.staging {
-                lock(staging).free();
-            }
             for module in &self.handles.modules {
                 let _ = result::module::unload(*module);
             }
@@ -543,9 +587,18 @@ impl Drop for Cuda {
     }
 }
 
-/// What the addresses of w, x and y are multiples of, as far as cuBLASLt asks: it would take views of arrays for arrays.
+fn key(product: &Product) -> PlanKey {
+    let Product { inputs_are, outputs_are, bias, rows, inputs, outputs, x_is, x_stride, w_is, add, invariant, .. } =
+        *product;
+    let how = [add, bias != 0, invariant];
+    ([inputs_are, outputs_are], how, [x_is, w_is], [rows, inputs, outputs, x_stride], alignments(product))
+}
+
+/// What the addresses of w, x and y are multiples of, as far as it is told: cuBLASLt would take views of arrays for arrays.
+/// Where rows begin must not change what is invariant.
 fn alignments(product: &Product) -> [u32; 3] {
-    [product.w, product.x, product.y].map(|address| 1 << address.trailing_zeros().min(8))
+    let most = if product.invariant { 4 } else { 8 };
+    [product.w, product.x, product.y].map(|address| 1 << address.trailing_zeros().min(most))
 }
 
 fn kind(number: Number) -> blas_sys::cudaDataType {

@@ -9,7 +9,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use half::bf16;
 
 use super::driver::{Argument, Driver, Number, Order, Product, Recording};
-use super::recording::{Arrays, Whole};
+use super::recording::{Allocations, Validity};
 use super::{GpuError, Memory, Result};
 
 unsafe extern "C" {
@@ -32,7 +32,7 @@ const MEMORY: usize = 4 << 30;
 #[derive(Default)]
 pub(super) struct Emulated {
     allocated: Mutex<HashMap<u64, Layout>>,
-    arrays: Arrays,
+    allocations: Allocations,
     recorded: Mutex<Vec<Work>>,
 }
 
@@ -78,7 +78,7 @@ impl Owned {
 #[derive(Debug)]
 struct Recorded {
     work: Vec<Work>,
-    whole: Whole,
+    validity: Validity,
 }
 
 impl Recording for Recorded {}
@@ -108,6 +108,7 @@ impl Driver for Emulated {
     }
 
     fn allocate(&self, bytes: usize) -> Result<u64> {
+        self.allocations.refuse_recording("taking memory")?;
         let refused = GpuError::OutOfMemory { bytes };
         if bytes > self.memory()?.free {
             return Err(refused);
@@ -123,12 +124,12 @@ impl Driver for Emulated {
         unsafe { pointer.write_bytes(0xff, bytes) };
         let address = pointer.expose_provenance() as u64;
         self.allocated().insert(address, layout);
-        self.arrays.allocated(address);
+        self.allocations.allocated(address);
         Ok(address)
     }
 
     unsafe fn clear(&self, address: u64, bytes: usize) -> Result<()> {
-        self.arrays.refuse_recording("clearing memory")?;
+        self.allocations.refuse_recording("clearing memory")?;
         // SAFETY: so many bytes are allocated there, and no kernel is running.
         unsafe { pointer::<u8>(address).write_bytes(0, bytes) };
         Ok(())
@@ -136,7 +137,7 @@ impl Driver for Emulated {
 
     unsafe fn free(&self, address: u64) {
         if let Some(layout) = self.allocated().remove(&address) {
-            self.arrays.freed(address);
+            self.allocations.freed(address);
             // SAFETY: it came from `alloc` with this layout.
             unsafe { dealloc(pointer(address), layout) };
         }
@@ -148,21 +149,21 @@ impl Driver for Emulated {
     }
 
     unsafe fn write(&self, address: u64, bytes: &[u8]) -> Result<()> {
-        self.arrays.refuse_recording("a copy")?;
+        self.allocations.refuse_recording("a copy")?;
         // SAFETY: so many bytes are allocated there, and no kernel is running.
         unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), pointer(address), bytes.len()) };
         Ok(())
     }
 
     unsafe fn copy(&self, from: u64, to: u64, bytes: usize) -> Result<()> {
-        self.arrays.refuse_recording("a copy")?;
+        self.allocations.refuse_recording("a copy")?;
         // SAFETY: so many bytes are at both places, which have none in common, and no kernel is running.
         unsafe { std::ptr::copy_nonoverlapping(pointer::<u8>(from), pointer::<u8>(to), bytes) };
         Ok(())
     }
 
     unsafe fn read(&self, address: u64, bytes: &mut [u8]) -> Result<()> {
-        self.arrays.refuse_recording("a copy")?;
+        self.allocations.refuse_recording("a copy")?;
         // SAFETY: so many bytes are allocated there, and no kernel is running.
         unsafe { std::ptr::copy_nonoverlapping(pointer::<u8>(address), bytes.as_mut_ptr(), bytes.len()) };
         Ok(())
@@ -176,7 +177,7 @@ impl Driver for Emulated {
         shared_bytes: u32,
         arguments: &[Argument<'_>],
     ) -> Result<()> {
-        if self.arrays.note_launch(arguments) {
+        if self.allocations.note_launch(arguments) {
             let arguments = arguments.iter().map(Owned::of).collect();
             self.recorded().push(Work::Launch { kernel: kernel.to_owned(), grid, threads, shared_bytes, arguments });
             return Ok(());
@@ -186,7 +187,7 @@ impl Driver for Emulated {
     }
 
     unsafe fn multiply(&self, product: &Product) -> Result<()> {
-        if self.arrays.note_product(product) {
+        if self.allocations.note_product(product) {
             self.recorded().push(Work::Product(*product));
             return Ok(());
         }
@@ -196,20 +197,20 @@ impl Driver for Emulated {
     }
 
     fn begin_recording(&self) -> Result<()> {
-        self.arrays.begin()
+        self.allocations.begin()
     }
 
     fn end_recording(&self) -> Result<Box<dyn Recording>> {
         let work = std::mem::take(&mut *self.recorded());
-        Ok(Box::new(Recorded { work, whole: self.arrays.end() }))
+        Ok(Box::new(Recorded { work, validity: self.allocations.end() }))
     }
 
     fn replay(&self, recording: &dyn Recording) -> Result<bool> {
         let recording: &dyn Any = recording;
-        let Some(Recorded { work, whole }) = recording.downcast_ref() else {
+        let Some(Recorded { work, validity }) = recording.downcast_ref() else {
             return Err(GpuError::Failed("a recording of another kind of device".into()));
         };
-        self.arrays.replay(whole, || {
+        self.allocations.replay(validity, || {
             work.iter().try_for_each(|work| {
                 // SAFETY: it was asked for with these, and the arrays are still there.
                 unsafe {

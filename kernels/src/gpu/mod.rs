@@ -21,6 +21,7 @@ mod recording;
 mod rows;
 
 use std::fmt;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::Arc;
 
 pub use attention::{KvPages, Pieces, Prepare, padded};
@@ -38,8 +39,9 @@ pub struct Gpu(Arc<dyn Driver>, bool);
 /// Operations that were recorded, to be asked for again at the price of one.
 #[derive(Debug)]
 pub struct Graph {
-    gpu: Gpu,
+    /// Dropped first: the device must be there.
     recording: Box<dyn Recording>,
+    gpu: Gpu,
 }
 
 /// What a GPU could not do.
@@ -141,25 +143,11 @@ impl Gpu {
     /// # Errors
     /// What `work` could not do, or what of it cannot be recorded.
     pub fn record<E: From<GpuError>>(&self, work: impl FnOnce() -> Result<(), E>) -> Result<Graph, E> {
-        /// Ends the recording, whatever becomes of the work.
-        struct Ending<'a>(Option<&'a dyn Driver>);
-        impl Ending<'_> {
-            fn end(&mut self) -> Option<Result<Box<dyn Recording>>> {
-                self.0.take().map(Driver::end_recording)
-            }
-        }
-        impl Drop for Ending<'_> {
-            fn drop(&mut self) {
-                drop(self.end());
-            }
-        }
         self.0.begin_recording()?;
-        let mut ending = Ending(Some(&*self.0));
-        work()?;
-        match ending.end() {
-            Some(recording) => Ok(Graph { gpu: self.clone(), recording: recording? }),
-            None => Err(GpuError::Failed("a recording ended twice".into()).into()),
-        }
+        let done = catch_unwind(AssertUnwindSafe(work));
+        let recording = self.0.end_recording();
+        done.unwrap_or_else(|panic| resume_unwind(panic))?;
+        Ok(Graph { recording: recording?, gpu: self.clone() })
     }
 
     /// Runs a kernel of `cuda/`.
@@ -186,7 +174,8 @@ impl Gpu {
 }
 
 impl Graph {
-    /// Asks for everything again, with the same arrays and whatever is in them now. False, with nothing asked for, if one
+    /// Asks for everything again, with the same arrays and whatever is in them now. What was checked when it was recorded,
+    /// such as pages that a cache must have, is not checked again: that is for the caller to see to. False, with nothing asked for, if one
     /// of the arrays is gone: then it is to be recorded anew.
     ///
     /// # Errors

@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::thread::{self, ThreadId};
 
 use super::driver::{Argument, Product};
@@ -10,7 +10,11 @@ use super::{GpuError, Result};
 
 /// Arrays by their addresses, and who records.
 #[derive(Debug, Default)]
-pub(super) struct Arrays(Mutex<Inner>);
+pub(super) struct Allocations {
+    inner: Mutex<Inner>,
+    /// Told when a recording has ended.
+    ended: Condvar,
+}
 
 #[derive(Debug, Default)]
 struct Inner {
@@ -22,11 +26,11 @@ struct Inner {
 
 /// Tells whether everything that a recording uses is still there.
 #[derive(Clone, Debug)]
-pub(super) struct Whole(Arc<AtomicBool>);
+pub(super) struct Validity(Arc<AtomicBool>);
 
-impl Arrays {
+impl Allocations {
     fn inner(&self) -> MutexGuard<'_, Inner> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(super) fn allocated(&self, address: u64) {
@@ -35,18 +39,17 @@ impl Arrays {
 
     pub(super) fn freed(&self, address: u64) {
         for recording in self.inner().live.remove(&address).unwrap_or_default() {
-            if let Some(whole) = recording.upgrade() {
-                whole.store(false, Ordering::Release);
+            if let Some(valid) = recording.upgrade() {
+                valid.store(false, Ordering::Release);
             }
         }
     }
 
-    /// This thread's kernels and products are recorded from now on.
+    /// This thread's kernels and products are recorded from now on. Waits while another one records.
     pub(super) fn begin(&self) -> Result<()> {
-        let mut inner = self.inner();
-        if inner.recording.is_some() {
-            return Err(GpuError::Failed("two threads cannot record at once".into()));
-        }
+        self.refuse_recording("a recording")?;
+        let others = |inner: &mut Inner| inner.recording.is_some();
+        let mut inner = self.ended.wait_while(self.inner(), others).unwrap_or_else(PoisonError::into_inner);
         inner.recording = Some((thread::current().id(), BTreeSet::new()));
         Ok(())
     }
@@ -89,29 +92,30 @@ impl Arrays {
     }
 
     /// Runs a recording if everything that it uses is there, and sees to it that it stays while it is asked for.
-    pub(super) fn replay(&self, whole: &Whole, run: impl FnOnce() -> Result<()>) -> Result<bool> {
+    pub(super) fn replay(&self, valid: &Validity, run: impl FnOnce() -> Result<()>) -> Result<bool> {
         let _inner = self.inner();
-        let is_whole = whole.0.load(Ordering::Acquire);
-        if is_whole {
+        let is_valid = valid.0.load(Ordering::Acquire);
+        if is_valid {
             run()?;
         }
-        Ok(is_whole)
+        Ok(is_valid)
     }
 
     /// Ends the recording.
-    pub(super) fn end(&self) -> Whole {
+    pub(super) fn end(&self) -> Validity {
         let mut inner = self.inner();
         let used = inner.recording.take().map(|(_, used)| used).unwrap_or_default();
-        let whole = Arc::new(AtomicBool::new(true));
+        let valid = Arc::new(AtomicBool::new(true));
         for address in used {
             match inner.live.get_mut(&address) {
                 Some(recordings) => {
                     recordings.retain(|recording| recording.strong_count() > 0);
-                    recordings.push(Arc::downgrade(&whole));
+                    recordings.push(Arc::downgrade(&valid));
                 }
-                None => whole.store(false, Ordering::Release),
+                None => valid.store(false, Ordering::Release),
             }
         }
-        Whole(whole)
+        self.ended.notify_one();
+        Validity(valid)
     }
 }

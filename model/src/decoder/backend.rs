@@ -49,8 +49,8 @@ pub(super) trait Backend: Clone + Debug + Send + Sync + Sized + 'static {
     type Used: Debug + Send + Sync;
     /// What steps have in common that do the same with other numbers.
     type Shape;
-    /// What is known of steps, by their shapes.
-    type Known: Debug + Default + Send + Sync;
+    /// How the layers of steps have run, by their shapes.
+    type Graphs: Debug + Default + Send + Sync;
     /// Where an activated layer puts what its gradient needs.
     type Kept<'a>;
     /// What reading needs beside the residual stream.
@@ -118,7 +118,7 @@ pub(super) trait Backend: Clone + Debug + Send + Sync + Sized + 'static {
     /// What a step and its cache have in common with others whose layers do the same.
     fn shape(cut: &Self::Cut<'_>, kv: &Self::KvPages) -> Self::Shape;
     /// Has the layers of a step done: by `run`, or as they were before for a step of the same shape.
-    fn layers(&self, shape: Self::Shape, known: &mut Self::Known, run: &mut dyn FnMut() -> Result<()>) -> Result<()>;
+    fn layers(&self, shape: Self::Shape, known: &mut Self::Graphs, run: &mut dyn FnMut() -> Result<()>) -> Result<()>;
     /// Elements of q for a row.
     fn q_width(config: &Config) -> usize;
 

@@ -8,6 +8,7 @@ use plumb_kernels::linear::{Matrix, Rows};
 use plumb_kernels::norm::Norm;
 use plumb_kernels::quantised::QuantRows;
 use plumb_kernels::rotary::Rotary;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::backend::Backend;
 use super::names::{LayerNames, Names, Qkv};
@@ -47,7 +48,9 @@ impl<B: Backend> Stack<B> {
             (0..config.num_layers).map(|i| taker.layer(&LayerNames::of(config, i))).collect::<Result<Vec<_>>>()?;
         let final_norm = taker.norm(names.final_norm, config.hidden_size)?;
         let parameters = taker.parameters;
+        static STACKS: AtomicU64 = AtomicU64::new(1);
         Ok(Self {
+            number: STACKS.fetch_add(1, Ordering::Relaxed),
             embedding,
             layers,
             final_norm,

@@ -65,7 +65,7 @@ impl<E: Load + Number> Backend for Cpu<E> {
     type Cut<'a> = Cut<'a>;
     type Used = ();
     type Shape = ();
-    type Known = ();
+    type Graphs = ();
     type Kept<'a> = Kept<'a, E>;
     type Scratch = Scratch;
 

@@ -35,7 +35,8 @@ pub(super) struct Buffers<B: Backend> {
     pub(super) scratch: B::Scratch,
     /// Of the last step.
     used: Option<B::Used>,
-    known: B::Known,
+    /// Of the model whose number it is.
+    graphs: (u64, B::Graphs),
 }
 
 impl<B: Backend> Buffers<B> {
@@ -52,12 +53,12 @@ impl<B: Backend> Buffers<B> {
             parallel: backend.array(),
             scratch: backend.scratch(),
             used: None,
-            known: B::Known::default(),
+            graphs: Default::default(),
         }
     }
 
     pub(super) fn bytes(&self) -> usize {
-        let Self { progress: _, x, normed, qkv, branch, inner, q, attended, parallel, scratch, used: _, known: _ } =
+        let Self { progress: _, x, normed, qkv, branch, inner, q, attended, parallel, scratch, used: _, graphs: _ } =
             self;
         let elements = [normed, inner, q, attended, parallel].map(B::bytes).iter().sum::<usize>();
         elements + B::bytes(x) + B::bytes(qkv) + B::bytes(branch) + B::scratch_bytes(scratch)
@@ -72,15 +73,18 @@ impl<B: Backend> Stack<B> {
         }
         let cut = self.backend.cut(&self.config, step, buffers.used.take())?;
         self.embed(step, B::rows(&cut), buffers)?;
-        let (shape, mut known) = (B::shape(&cut, kv), std::mem::take(&mut buffers.known));
-        let ran = self.backend.layers(shape, &mut known, &mut || {
+        let (of, mut graphs) = std::mem::take(&mut buffers.graphs);
+        if of != self.number {
+            graphs = B::Graphs::default();
+        }
+        let ran = self.backend.layers(B::shape(&cut, kv), &mut graphs, &mut || {
             (0..self.layers.len()).try_for_each(|layer| {
                 self.layer(layer, &cut, kv, buffers, None)?;
                 buffers.progress.advance();
                 Ok(())
             })
         });
-        buffers.known = known;
+        buffers.graphs = (self.number, graphs);
         ran?;
         // Where they ran as they had before, none of them has counted itself.
         buffers.progress.advance();

@@ -52,9 +52,7 @@ pub(super) struct Shape {
 
 /// Steps' shapes, the last ones first. The layers of a shape that comes for the second time are recorded.
 #[derive(Debug, Default)]
-pub(super) struct Known {
-    shapes: VecDeque<(Shape, Option<Graph>)>,
-}
+pub(super) struct Graphs(VecDeque<(Shape, Option<Graph>)>);
 
 /// A GPU, with weights of one type.
 #[derive(Clone, Debug)]
@@ -111,7 +109,7 @@ where
     type Cut<'a> = Pieces;
     type Used = Pieces;
     type Shape = Shape;
-    type Known = Known;
+    type Graphs = Graphs;
     /// For gate and up beside one another, or up alone.
     type Kept<'a> = ViewMut<'a, E>;
     type Scratch = Scratch<E>;
@@ -256,15 +254,18 @@ where
     }
 
     fn shape(cut: &Pieces, kv: &KvPages<E>) -> Shape {
+        kv.check(cut);
         Shape { step: cut.shape(), cache: kv.number() }
     }
 
-    fn layers(&self, shape: Shape, known: &mut Known, run: &mut dyn FnMut() -> Result<()>) -> Result<()> {
+    fn layers(&self, shape: Shape, graphs: &mut Graphs, run: &mut dyn FnMut() -> Result<()>) -> Result<()> {
         if shape.step[0] > MAX_RECORDED_ROWS {
             return run();
         }
-        let place = known.shapes.iter().position(|(other, _)| *other == shape);
-        let graph = match place.and_then(|place| known.shapes.remove(place)) {
+        // After an error arrays may be missing, so that nothing is known any more.
+        let mut shapes = std::mem::take(&mut graphs.0);
+        let place = shapes.iter().position(|(other, _)| *other == shape);
+        let graph = match place.and_then(|place| shapes.remove(place)) {
             // All arrays are there: the layers of such a step have run before.
             Some((_, Some(graph))) if graph.replay()? => Some(graph),
             Some((_, None)) => {
@@ -281,8 +282,9 @@ where
                 None
             }
         };
-        known.shapes.truncate(MAX_RECORDED - 1);
-        known.shapes.push_front((shape, graph));
+        shapes.truncate(MAX_RECORDED - 1);
+        shapes.push_front((shape, graph));
+        graphs.0 = shapes;
         Ok(())
     }
 

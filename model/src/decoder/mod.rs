@@ -292,6 +292,8 @@ fn refuse_beyond(bytes: usize) -> Result<()> {
 /// Embedding, layers, final norm and head.
 #[derive(Debug)]
 struct Stack<B: Backend> {
+    /// No other one's.
+    number: u64,
     backend: B,
     config: Config,
     /// `[vocab_size, hidden_size]`; absent where the language head holds the same numbers.

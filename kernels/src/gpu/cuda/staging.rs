@@ -36,7 +36,6 @@ impl Staging {
                 Err(error) => {
                     // SAFETY: it was just made.
                     let _ = unsafe { result::event::destroy(taken) };
-                    staging.free();
                     return Err(error);
                 }
             }
@@ -77,10 +76,12 @@ impl Staging {
         }
         Ok(())
     }
+}
 
-    /// Gives the memory back. Nothing is on its way any more, and the context is current.
-    pub(super) fn free(&mut self) {
-        for slot in self.slots.drain(..) {
+impl Drop for Staging {
+    /// Nothing is on its way any more, and the context is current.
+    fn drop(&mut self) {
+        for slot in &self.slots {
             // SAFETY: they were made for it, and nobody uses them.
             unsafe {
                 let _ = result::event::destroy(slot.taken);
