@@ -462,7 +462,7 @@ impl Driver for Cuda {
     unsafe fn multiply(&self, product: &Product) -> Result<()> {
         self.bind()?;
         let failed = |error| blas_failed(product, error);
-        let Product { bias, add, .. } = *product;
+        let Product { bias, add, invariant, .. } = *product;
         let key = key(product);
         // Held until the product is asked for: the bias is part of a description, which has been taken then.
         let mut plans = lock(&self.plans);
