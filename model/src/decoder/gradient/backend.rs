@@ -238,6 +238,7 @@ pub(in super::super) struct Attended<'a, B: Backend> {
     pub(in super::super) q: B::Part<'a, B::Element>,
     pub(in super::super) kv: &'a B::KvPages,
     pub(in super::super) layer: usize,
+    #[cfg_attr(not(feature = "gpu"), expect(dead_code, reason = "the CPU goes over the keys again"))]
     pub(in super::super) out: B::Part<'a, B::Element>,
 }
 
