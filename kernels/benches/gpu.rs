@@ -9,12 +9,16 @@
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
-use half::bf16;
+use half::{bf16, f16};
 use plumb_kernels::activation::Activation;
 use plumb_kernels::attention::{PAGE, Rule, Run, Span};
-use plumb_kernels::gpu::{self, Gpu, KvPages, Linear, Pieces, Prepare, Vocabulary};
+use plumb_kernels::fp8::Fp8Rows;
+use plumb_kernels::gpu::{self, CutRule, Gpu, KvPages, Linear, Partials, Pieces, Prepare, Room, Sampler, Vocabulary};
+use plumb_kernels::linear::{Matrix, Rows};
 use plumb_kernels::norm::Norm;
+use plumb_kernels::quantised::{Described, QuantRows, Scales};
 use plumb_kernels::rotary::Rotary;
+use plumb_kernels::sample::Draw;
 
 const HIDDEN: usize = 4096;
 const INNER: usize = 14_336;
@@ -161,6 +165,59 @@ impl Bench {
         }
     }
 
+    /// Products with weights that are no bf16. The limit of e4m3 is that of bf16, which it passes.
+    fn narrow_products(&self) {
+        let gpu = &self.gpu;
+        let (inputs, outputs) = (HIDDEN, 2 * INNER);
+        let (count, room) = (inputs * outputs, Room::new(gpu));
+        let scales = |len: usize, integers| Scales {
+            factors: vec![f16::from_f32(0.01); len],
+            integers: vec![3; if integers { count / 32 } else { 0 }],
+        };
+        let q8 = Described { group: 32, block: 1, least: -128, bits: 8, offsets: false };
+        let q4 = Described { group: 32, block: 8, least: 0, bits: 4, offsets: true };
+        let codes = |modulus: usize| (0..count).map(|i| (i * 31 % modulus) as i8).collect();
+        let q8 = QuantRows {
+            inputs,
+            described: q8,
+            codes: codes(128),
+            scales: scales(count / 32, false),
+            offsets: Scales::default(),
+        };
+        let q4 = QuantRows {
+            inputs,
+            described: q4,
+            codes: codes(16),
+            scales: scales(count / 256, true),
+            offsets: scales(count / 256, true),
+        };
+        let fp8 = Fp8Rows::quantise(&numbers(count), inputs);
+        let kinds = [("Q8_0", Rows::Quantised(&q8)), ("Q4_K", Rows::Quantised(&q4)), ("fp8", Rows::Fp8(&fp8))];
+        for (kind, weights) in kinds {
+            let part = Matrix { weights, bias: None };
+            let layer = || Linear::<bf16>::stacked(gpu, &[part], inputs, &room);
+            let first = match layer() {
+                Ok(layer) => layer,
+                Err(error) => {
+                    eprintln!("skipped: {error}");
+                    continue;
+                }
+            };
+            let held = first.bytes();
+            let layers: Vec<_> = (1..copies(held)).map(|_| layer().unwrap()).chain([first]).collect();
+            let mut layers = layers.iter().cycle();
+            for rows in [1, 8, 16, 32, 64, 256, ROWS] {
+                let x = gpu.upload(&numbers(rows * inputs)).unwrap();
+                let mut y = gpu.zeros::<bf16>(rows * outputs).unwrap();
+                let bytes = held + 2 * rows * (inputs + outputs);
+                let work = Work { bytes, operations: 2.0 * (rows * count) as f64 };
+                self.measure(&format!("up and gate in {kind}, {rows} rows"), work, || {
+                    layers.next().unwrap().forward(gpu, x.all(), y.all_mut()).unwrap();
+                });
+            }
+        }
+    }
+
     /// Seconds of attention and of what makes it ready, for sequences of so many tokens behind so many.
     fn attend(&self, dim: usize, heads: usize, kv_heads: usize, sequences: &[(usize, usize)]) -> (f64, f64) {
         let gpu = &self.gpu;
@@ -183,7 +240,9 @@ impl Bench {
         let layers = copies(KvPages::<bf16>::page_bytes(1, kv_heads, dim) * next as usize);
         let mut kv = KvPages::<bf16>::new(gpu, layers, kv_heads, dim, next as usize).unwrap();
         let mut pieces = Pieces::new(gpu);
-        pieces.set(&spans, &runs, heads / kv_heads, row).unwrap();
+        let rule = CutRule { heads, kv_heads, head_dim: dim, invariant: false, partial_bytes: gpu::PARTIAL_BYTES };
+        pieces.set::<bf16>(&spans, &runs, rule, row).unwrap();
+        let mut partials = Partials::new(gpu);
         let positions = sequences.iter().map(|(cached, len)| cached + len).max().unwrap_or(0);
         let frequencies: Vec<f32> = (0..dim / 2).map(|i| 10_000f32.powf(-2.0 * i as f32 / dim as f32)).collect();
         let table = gpu.upload(Rotary::new(&frequencies, positions).table()).unwrap();
@@ -195,7 +254,8 @@ impl Bench {
         let mut out = gpu.zeros::<bf16>(row * heads * dim).unwrap();
         let mut layer = (0..layers).cycle();
         let attended = self.time(|| {
-            gpu.attention(q.all(), &kv, layer.next().unwrap(), &pieces, rule, out.all_mut()).unwrap();
+            gpu.attention(q.all(), &kv, layer.next().unwrap(), &pieces, rule, &mut partials, out.all_mut(), None)
+                .unwrap();
         });
         (attended, prepared)
     }
@@ -226,6 +286,23 @@ impl Bench {
         self.measure("log-probabilities of 1024 rows, 128256 tokens", work, || {
             sweep.token_log_probs(&head, None, &x, &targets).unwrap();
         });
+    }
+
+    /// A token for each stream, the copies of what is asked and answered included.
+    fn draws(&self) {
+        for streams in [1, 64] {
+            let logits: Vec<f32> = numbers_f32(streams * VOCABULARY).into_iter().map(|logit| 8.0 * logit).collect();
+            let logits = self.gpu.upload(&logits).unwrap();
+            let mut sampler = Sampler::new(&self.gpu);
+            let filtered = Draw { top_k: 50, top_p: 0.9, ..Draw::default() };
+            for (name, how) in [("all kept", Draw::default()), ("top-k 50, top-p 0.9", filtered)] {
+                let draws: Vec<_> = (0..streams).map(|row| Draw { row, seed: row as u64, ..how }).collect();
+                let work = Work::bytes(streams * VOCABULARY * size_of::<f32>());
+                self.measure(&format!("draw, {streams} x {VOCABULARY} tokens, {name}"), work, || {
+                    sampler.draw(logits.all(), VOCABULARY, &draws).unwrap();
+                });
+            }
+        }
     }
 }
 
@@ -260,5 +337,7 @@ fn main() -> ExitCode {
     bench.rows();
     bench.attention();
     bench.products();
+    bench.draws();
+    bench.narrow_products();
     ExitCode::SUCCESS
 }

@@ -7,7 +7,7 @@
 use std::hint::black_box;
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
-use half::bf16;
+use half::{bf16, f16};
 use plumb_kernels::Element;
 use plumb_kernels::activation::Activation;
 use plumb_kernels::attention::{KvPages, PAGE, Prepare, Rule, Run, Span, Work, attention, padded, prepare};
@@ -15,7 +15,7 @@ use plumb_kernels::head::{dot, token_log_probs};
 use plumb_kernels::linear::{Activated, Linear, Matrix, Rows, Store};
 use plumb_kernels::memory::Buffer;
 use plumb_kernels::norm::Norm;
-use plumb_kernels::quantised::QuantRows;
+use plumb_kernels::quantised::{Described, QuantRows, Scales};
 use plumb_kernels::rotary::Rotary;
 use rayon::prelude::*;
 
@@ -102,13 +102,16 @@ fn linear<E: Element>(c: &mut Criterion) {
 fn quantised(c: &mut Criterion) {
     let mut group = c.benchmark_group("quantised/bf16");
     let (outputs, inputs) = (INNER, HIDDEN);
-    for (name, span, offsets) in [("4 bits", 16, outputs * inputs / 32), ("8 bits", 100, 0)] {
+    for (name, bits, offsets) in [("4 bits", 4, true), ("8 bits", 8, false)] {
+        let described = Described { group: 32, block: 1, least: if bits == 8 { i8::MIN } else { 0 }, bits, offsets };
+        let numbers =
+            |x, len| Scales { factors: vec![f16::from_f32(x); len * outputs * inputs / 32], integers: Vec::new() };
         let rows = QuantRows {
             inputs,
-            group: 32,
-            codes: (0..outputs * inputs).map(|i| (i * 31 % span) as i8).collect(),
-            scales: vec![1.0 / 512.0; outputs * inputs / 32],
-            offsets: vec![-1.0 / 64.0; offsets],
+            described,
+            codes: (0..outputs * inputs).map(|i| (i * 31 % (1 << bits)) as u8 as i8).collect(),
+            scales: numbers(1.0 / 512.0, 1),
+            offsets: numbers(-1.0 / 64.0, usize::from(offsets)),
         };
         let layer = Linear::<bf16>::new(&[Matrix { weights: Rows::Quantised(&rows), bias: None }], inputs).unwrap();
         for rows in [1, 16, 512] {

@@ -8,14 +8,13 @@
 // heads that share it, and over all spans whose pages it lies in.
 //
 // A query here is a row of one head: those of a span are its positions, times the heads that share a key head.
+#include "attention.cuh"
 #include "tile.cuh"
 
-constexpr int PAGE = 32;
 // Queries, and keys, that an entry of their lists names.
 constexpr unsigned LISTED = 64;
 // No page, or no row.
 constexpr unsigned NONE = 0xffffffff;
-constexpr float LOG2E = 1.4426950408889634f;
 
 // Rows of one sequence.
 struct Span {
@@ -36,15 +35,6 @@ struct Keys {
     unsigned rows;
     // Those spans, in the list of viewers.
     unsigned first, last;
-};
-
-struct Rule {
-    unsigned heads, kv_heads, dim, padded_dim;
-    float scale;
-    // 0 for none.
-    float softcap;
-    // Keys that a query sees, itself included; 0 for all.
-    unsigned window;
 };
 
 // What is known of a query.
@@ -115,15 +105,13 @@ __device__ __forceinline__ void load_keys(E* to_keys, E* to_values, const E* key
         unsigned row = i / CHUNKS, column = i % CHUNKS * S::CHUNK, to = row * S::STRIDE + column, key = first + row;
         bool valid = key < end;
         uint64_t page = valid ? pages[key / PAGE] : 0;
-        uint64_t from = ((page * rule.kv_heads + kv_head) * PAGE + key % PAGE) * rule.padded_dim;
-        copy_chunk(to_keys + to, keys + from, column, rule.padded_dim, valid);
-        if (VALUES) copy_chunk(to_values + to, values + from, column, rule.padded_dim, valid);
+        uint64_t from = (page * rule.kv_heads + kv_head) * PAGE * rule.padded_dim +
+                        in_tile<E>(key, column, rule.padded_dim);
+        valid = valid && column < rule.padded_dim;
+        copy16(to_keys + to, keys + (valid ? from : 0), valid);
+        if (VALUES) copy16(to_values + to, values + (valid ? from : 0), valid);
     }
     end_group_of_copies();
-}
-
-__device__ __forceinline__ bool sees(unsigned query, unsigned key, const Rule& rule) {
-    return key <= query && (rule.window == 0 || query - key < rule.window);
 }
 
 // From a product of q and k to a weight, and from the gradient of the weight to that of the product.
@@ -134,7 +122,7 @@ __device__ __forceinline__ void weigh(float& score, float& slope, const Query& q
         scaled = rule.softcap * t;
         scale *= 1 - t * t;
     }
-    bool seen = sees(query.position, key, rule);
+    bool seen = sees(rule, query.position, key);
     score = seen ? exp2f(scaled * LOG2E - query.log_sum) : 0;
     slope = seen ? score * (slope - query.along) * scale : 0;
 }
@@ -279,7 +267,7 @@ __device__ __forceinline__ void to_queries(const E* q, const E* keys, const E* v
     const unsigned warp_row = threadIdx.x / WARP * 16;
     float d_queries[WIDTH / 8][4];
     clear<WIDTH>(d_queries);
-    const unsigned from = rule.window && lowest + 1 > rule.window ? (lowest + 1 - rule.window) / TILE : 0;
+    const unsigned from = first_seen(lowest, rule.window) / TILE;
     const unsigned last = (end - 1) / TILE;
     load(from, 0);
     for (unsigned tile = from; tile <= last; ++tile) {
@@ -370,7 +358,7 @@ __device__ __forceinline__ void sum_up(const E* q, const E* keys, const Queries*
     const unsigned rows[2] = {first + warp_row + lane() / 4, first + warp_row + lane() / 4 + 8};
     const unsigned positions[2] = {span.position + rows[0] / group, span.position + rows[1] / group};
     float largest[2] = {-INFINITY, -INFINITY}, sums[2] = {0, 0};
-    const unsigned from = rule.window && lowest + 1 > rule.window ? (lowest + 1 - rule.window) / TILE : 0;
+    const unsigned from = first_seen(lowest, rule.window) / TILE;
     for (unsigned tile = from; tile <= (end - 1) / TILE; ++tile) {
         load_keys<E, WIDTH, TILE, false>(own_keys, own_keys, keys, keys, pages, tile * TILE, end, kv_head, rule);
         wait_for_copies<0>();
@@ -384,7 +372,7 @@ __device__ __forceinline__ void sum_up(const E* q, const E* keys, const Queries*
             for (int c = 0; c < 4; ++c) {
                 float score = s[j][c] * rule.scale;
                 if (rule.softcap != 0) score = rule.softcap * tanhf(score / rule.softcap);
-                bool seen = sees(positions[c / 2], tile * TILE + 8 * j + 2 * (lane() % 4) + c % 2, rule);
+                bool seen = sees(rule, positions[c / 2], tile * TILE + 8 * j + 2 * (lane() % 4) + c % 2);
                 s[j][c] = seen ? score * LOG2E : -INFINITY;
                 largest[c / 2] = fmaxf(largest[c / 2], s[j][c]);
             }
@@ -414,7 +402,7 @@ __device__ __forceinline__ void sum_up(const E* q, const E* keys, const Queries*
     }
 }
 
-// q[rows, heads, padded_dim] and d_out[rows, heads, dim] over pages [_, kv_heads, PAGE, padded_dim], into
+// q[rows, heads, padded_dim] and d_out[rows, heads, dim] over pages as in pages.cuh, into
 // dqkv[rows, heads + 2 * kv_heads, dim]. Blocks are entries of a list, times those that share one, by key heads.
 #define BACKWARD(suffix, E, WIDTH)                                                                                    \
     KERNEL(attention_log_sums_##suffix##_##WIDTH, const E* q, const E* keys, const Queries* list, const Span* spans,  \

@@ -7,11 +7,15 @@
 
 #ifdef __CUDACC__
 #include <cuda_bf16.h>
+#include <cuda_fp16.h>
 #include <stdint.h>
 
 #define KERNEL(name, ...) extern "C" __global__ void name(__VA_ARGS__)
-#define DYNAMIC_SHARED(type, name)                              \
-    extern __shared__ __align__(16) unsigned char name##_raw[]; \
+// One with so many threads, a block on a processor.
+#define KERNEL_OF(threads, name, ...) extern "C" __global__ void __launch_bounds__(threads, 1) name(__VA_ARGS__)
+// At a multiple of 1024 bytes, where swizzles begin.
+#define DYNAMIC_SHARED(type, name)                                \
+    extern __shared__ __align__(1024) unsigned char name##_raw[]; \
     type* name = reinterpret_cast<type*>(name##_raw)
 #else
 #include "emulate.h"
@@ -21,6 +25,8 @@ typedef __nv_bfloat16 bf16;
 
 constexpr unsigned WARP = 32;
 constexpr unsigned ALL = 0xffffffff;
+
+constexpr float LOG2E = 1.4426950408889634f;
 
 __device__ __forceinline__ float wide(float value) { return value; }
 __device__ __forceinline__ float wide(bf16 value) { return __bfloat162float(value); }

@@ -1,17 +1,15 @@
 // What attention reads: q and k normed and rotated (Su et al. 2021), k and v written to their pages. A warp for each
 // head of each row.
-#include "device.cuh"
+#include "pages.cuh"
 
-constexpr unsigned PAGE = 32;
 constexpr unsigned MAX_DIM = 256;
 constexpr unsigned KEPT = MAX_DIM / WARP;
 constexpr unsigned NONE = 0xffffffff;
 
 // A row is q of all heads, k of all key heads, then v of all key heads. `norms` are q's and k's weights, or null.
-// Pages are [pages, kv_heads, PAGE, padded_dim], q is [rows, heads, padded_dim]; what pads is 0. Row i goes to position
-// positions[i] of its sequence, which is in page pages[i]; of a row that is of no sequence, whose page is NONE, nothing is
-// kept. The rotation's table is [positions, rotated], cosines before
-// sines.
+// Pages are as in pages.cuh, q is [rows, heads, padded_dim]; what pads is 0. Row i goes to position positions[i] of its
+// sequence, which is in page pages[i]; of a row that is of no sequence, whose page is NONE, nothing is kept. The rotation's
+// table is [positions, rotated], cosines before sines.
 //
 // A v that is not finite would reach queries that do not see it, through a weight of zero, so it is left out, and its
 // key becomes NaN, which is masked for those and seen by the others.
@@ -31,9 +29,9 @@ __device__ __forceinline__ void prepare(const E* qkv, const unsigned* positions,
         kept[i] = at < dim ? wide(x[at]) : 0;
     }
     const unsigned position = positions[row];
-    const uint64_t slot = (uint64_t(pages[row]) * kv_heads + (head - heads) % kv_heads) * PAGE + position % PAGE;
+    const uint64_t tile = uint64_t(pages[row]) * kv_heads + (head - heads) % kv_heads;
     E* out = head < heads ? q + (row * heads + head) * padded_dim
-                          : (head < heads + kv_heads ? keys : values) + slot * padded_dim;
+                          : (head < heads + kv_heads ? keys : values) + tile * PAGE * padded_dim;
     if (head >= heads + kv_heads) {
         bool finite = true;
 #pragma unroll
@@ -42,7 +40,7 @@ __device__ __forceinline__ void prepare(const E* qkv, const unsigned* positions,
 #pragma unroll
         for (unsigned i = 0; i < KEPT; ++i) {
             unsigned at = lane() + i * WARP;
-            if (at < padded_dim) out[at] = narrow<E>(finite ? kept[i] : 0);
+            if (at < padded_dim) out[in_tile<E>(position, at, padded_dim)] = narrow<E>(finite ? kept[i] : 0);
         }
         return;
     }
@@ -79,7 +77,8 @@ __device__ __forceinline__ void prepare(const E* qkv, const unsigned* positions,
         float y = kept[i];
         if (at < half) y = y * angles[at] - shared[at + half] * angles[half + at];
         else if (at < rotated) y = y * angles[at - half] + shared[at - half] * angles[at];
-        if (at < padded_dim) out[at] = narrow<E>(poisoned ? NAN : y);
+        unsigned to = head < heads ? at : in_tile<E>(position, at, padded_dim);
+        if (at < padded_dim) out[to] = narrow<E>(poisoned ? NAN : y);
     }
 }
 

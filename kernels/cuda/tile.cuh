@@ -96,8 +96,32 @@ __device__ __forceinline__ void weighted(float (&o)[N / 8][4], const float (&p)[
 }
 
 // ---- bf16 ----
+//
+// In registers, two columns in each, a lane holds of 16 columns 2t, 2t + 1 and 2t + 8, 2t + 9, t = lane % 4: in a[0] and
+// a[2] those of row lane / 4, in a[1] and a[3] those of row lane / 4 + 8; in b0 and b1 those of row lane / 4. So
+// multiply() is d[16, 8] += a[16, 16] b[8, 16]^T.
 
 #ifndef __CUDACC__
+
+inline unsigned pack(float low, float high) {
+    return narrow<bf16>(low).bits | unsigned(narrow<bf16>(high).bits) << 16;
+}
+
+inline void multiply(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+    const unsigned row = lane() & ~3, column = 8 * (lane() % 4);
+    for (unsigned k = 0; k < 16; ++k) {
+        const unsigned owner = k % 8 / 2, second = k / 8;
+        const auto number = [&](unsigned both, unsigned source) {
+            return wide(bf16{uint16_t(__shfl_sync(ALL, both, source) >> k % 2 * 16)});
+        };
+        const float upper = number(a[2 * second], row + owner), lower = number(a[2 * second + 1], row + owner);
+        const float left = number(second ? b1 : b0, column + owner), right = number(second ? b1 : b0, column + 4 + owner);
+        d[0] += upper * left;
+        d[1] += upper * right;
+        d[2] += lower * left;
+        d[3] += lower * right;
+    }
+}
 
 template <int N, int K>
 void product(float (&s)[N / 8][4], const bf16* a, const bf16* b, int stride) {

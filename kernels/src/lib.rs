@@ -18,6 +18,7 @@ pub mod memory;
 
 pub mod activation;
 pub mod attention;
+pub mod fp8;
 #[cfg(feature = "gpu")]
 pub mod gpu;
 pub mod gradient;
@@ -27,6 +28,7 @@ pub mod norm;
 pub mod quantised;
 pub mod reference;
 pub mod rotary;
+pub mod sample;
 
 mod gemm;
 mod simd;

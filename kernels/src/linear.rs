@@ -4,10 +4,11 @@ use std::ops::Range;
 
 use crate::activation::Activation;
 use crate::element::{Element, round};
+use crate::fp8::Fp8Rows;
 use crate::gemm::{LANES, Tile};
 use crate::memory::{Buffer, OutOfMemory, carve, carved, with_scratch};
 use crate::parallel::{self, Shared, for_each_piece};
-use crate::quantised::{QuantPanels, QuantRows};
+use crate::quantised::{Described, QuantPanels, QuantRows};
 
 /// Outputs that a packed panel holds: four vectors, so that six rows fill the registers.
 pub const PANEL: usize = 4 * LANES;
@@ -61,13 +62,36 @@ pub enum Rows<'a, E> {
     Plain(&'a [E]),
     /// Integers and scales.
     Quantised(&'a QuantRows),
+    /// e4m3 and scales.
+    Fp8(&'a Fp8Rows),
+}
+
+/// How weights are held in a checkpoint, as far as it is known before they are read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Held {
+    /// One number a weight.
+    Plain,
+    /// Integers and scales.
+    Quantised(Described),
+    /// e4m3 and scales.
+    Fp8,
 }
 
 impl<E: Element> Rows<'_, E> {
-    fn len(&self, inputs: usize) -> usize {
+    pub(crate) fn len(&self, inputs: usize) -> usize {
         match self {
             Self::Plain(rows) => rows.len() / inputs,
             Self::Quantised(rows) => rows.rows(),
+            Self::Fp8(rows) => rows.rows(),
+        }
+    }
+
+    /// How they are held.
+    pub fn held(&self) -> Held {
+        match self {
+            Self::Plain(_) => Held::Plain,
+            Self::Quantised(rows) => Held::Quantised(rows.described),
+            Self::Fp8(_) => Held::Fp8,
         }
     }
 }
@@ -101,7 +125,7 @@ impl<E: Element> Linear<E> {
             .iter()
             .filter_map(|part| match part.weights {
                 Rows::Quantised(rows) => Some(rows),
-                Rows::Plain(_) => None,
+                Rows::Plain(_) | Rows::Fp8(_) => None,
             })
             .collect();
         let weights = match quantised.len() == parts.len() {
@@ -366,6 +390,10 @@ fn pack<E: Element>(
         let rows = match part.weights {
             Rows::Plain(rows) => rows,
             Rows::Quantised(rows) => {
+                expanded = rows.expand();
+                &expanded
+            }
+            Rows::Fp8(rows) => {
                 expanded = rows.expand();
                 &expanded
             }

@@ -18,20 +18,45 @@ const NIBBLES: usize = 8;
 const BYTES: usize = 4;
 
 /// Rows of quantised weights, unpacked to one integer a weight: input `i` of a row weighs
-/// `codes[i] * scales[i / group] + offsets[i / group]`, in f32. The products are exact: codes and scales together have
-/// no more than 24 bits in any format.
+/// `codes[i] * scale(i / group) + offset(i / group)`, in f32. The products are exact: codes and scales together have no
+/// more than 24 bits in any format.
 #[derive(Clone, Debug, PartialEq)]
 pub struct QuantRows {
     /// Inputs of a row.
     pub inputs: usize,
-    /// Inputs that share a scale: 16 or 32.
-    pub group: usize,
+    /// What they are like.
+    pub described: Described,
     /// `[rows, inputs]`.
     pub codes: Vec<i8>,
-    /// `[rows, inputs / group]`.
-    pub scales: Vec<f32>,
+    /// Of every group.
+    pub scales: Scales,
+    /// Of every group, or nothing.
+    pub offsets: Scales,
+}
+
+/// A number for each group: that of its block, times the group's own integer where there are integers.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Scales {
+    /// `[rows, inputs / (group * block)]`.
+    pub factors: Vec<f16>,
     /// `[rows, inputs / group]`, or nothing.
-    pub offsets: Vec<f32>,
+    pub integers: Vec<i8>,
+}
+
+impl Scales {
+    /// That of a group, counted over all rows.
+    fn of(&self, group: usize, block: usize) -> f32 {
+        let factor = self.factors.get(group / block).map_or(0.0, |factor| factor.to_f32());
+        self.integers.get(group).map_or(factor, |integer| factor * f32::from(*integer))
+    }
+
+    fn select(&self, rows: impl Iterator<Item = usize> + Clone, of: usize) -> Self {
+        let (factors, integers) = (self.factors.len() / of, self.integers.len() / of);
+        Self {
+            factors: rows.clone().flat_map(|row| self.factors[row * factors..][..factors].to_vec()).collect(),
+            integers: rows.flat_map(|row| self.integers[row * integers..][..integers].to_vec()).collect(),
+        }
+    }
 }
 
 impl QuantRows {
@@ -40,41 +65,57 @@ impl QuantRows {
         self.codes.len() / self.inputs
     }
 
+    /// The scale of a group, counted over all rows.
+    pub fn scale(&self, group: usize) -> f32 {
+        self.scales.of(group, self.described.block)
+    }
+
+    /// The offset of a group, counted over all rows.
+    pub fn offset(&self, group: usize) -> f32 {
+        self.offsets.of(group, self.described.block)
+    }
+
     /// The given rows, in their order.
     ///
     /// # Panics
     /// If there is no such row.
     pub fn select(&self, rows: impl Iterator<Item = usize> + Clone) -> Self {
-        let groups = self.inputs / self.group;
-        let take = |from: &[f32]| match from.is_empty() {
-            true => Vec::new(),
-            false => rows.clone().flat_map(|row| from[row * groups..(row + 1) * groups].to_vec()).collect(),
-        };
         Self {
-            codes: rows
-                .clone()
-                .flat_map(|row| self.codes[row * self.inputs..(row + 1) * self.inputs].to_vec())
-                .collect(),
-            scales: take(&self.scales),
-            offsets: take(&self.offsets),
+            codes: rows.clone().flat_map(|row| self.codes[row * self.inputs..][..self.inputs].to_vec()).collect(),
+            scales: self.scales.select(rows.clone(), self.rows()),
+            offsets: self.offsets.select(rows, self.rows()),
             ..*self
         }
     }
 
     /// All weights, `[rows, inputs]`.
     pub fn expand<E: Element>(&self) -> Vec<E> {
-        let weight = |(i, code): (usize, &i8)| {
-            let group = i / self.group;
-            E::from_f32(f32::from(*code) * self.scales[group] + self.offsets.get(group).unwrap_or(&0.0))
-        };
-        self.codes.iter().enumerate().map(weight).collect()
+        let mut expanded = Vec::with_capacity(self.codes.len());
+        for (group, codes) in self.codes.chunks_exact(self.described.group).enumerate() {
+            let (scale, offset) = (self.scale(group), self.offset(group));
+            expanded.extend(codes.iter().map(|code| E::from_f32(f32::from(*code) * scale + offset)));
+        }
+        expanded
     }
 
-    fn check(&self) {
-        let groups = self.codes.len() / self.group;
-        assert!(matches!(self.group, 16 | 32) && self.inputs.is_multiple_of(self.group), "groups of quantised weights");
-        assert!(self.codes.len().is_multiple_of(self.inputs) && self.scales.len() == groups, "quantised weights");
-        assert!(self.offsets.is_empty() || self.offsets.len() == groups, "offsets of quantised weights");
+    /// # Panics
+    /// If they are not what they are described to be.
+    pub(crate) fn check(&self) {
+        let Described { group, block, offsets, .. } = self.described;
+        let (groups, blocks) = (self.codes.len() / group, self.codes.len() / (group * block));
+        assert!(matches!(group, 16 | 32) && self.inputs.is_multiple_of(group * block), "groups of quantised weights");
+        assert!(self.codes.len().is_multiple_of(self.inputs), "quantised weights");
+        let (least, most) = self.codes.iter().fold((i8::MAX, i8::MIN), |(a, b), code| (a.min(*code), b.max(*code)));
+        let codes = self.described.codes();
+        assert!(codes.start <= i32::from(least) && i32::from(most) < codes.end, "codes of quantised weights");
+        let fits = |scales: &Scales| {
+            scales.factors.len() == blocks && scales.integers.len() == if block > 1 { groups } else { 0 }
+        };
+        assert!(fits(&self.scales), "scales of quantised weights");
+        assert!(
+            if offsets { fits(&self.offsets) } else { self.offsets == Scales::default() },
+            "offsets of quantised weights"
+        );
     }
 }
 
@@ -83,25 +124,43 @@ impl QuantRows {
 pub struct Described {
     /// Inputs that share a scale: 16 or 32.
     pub group: usize,
-    /// All codes are in 0 to 15, or all in -8 to 7.
-    pub nibbles: bool,
-    /// Scales and offsets are exact as f16.
-    pub half_scales: bool,
+    /// Groups that share a factor: one, which has no integer then, or more.
+    pub block: usize,
+    /// The least that a code can be.
+    pub least: i8,
+    /// Bits of a code, counted from there.
+    pub bits: u32,
     /// There are offsets.
     pub offsets: bool,
+}
+
+impl Described {
+    /// What codes can be.
+    pub fn codes(&self) -> Range<i32> {
+        let least = i32::from(self.least);
+        least..least + (1 << self.bits)
+    }
 }
 
 /// Bytes that rows `[_, inputs]` of these descriptions take as one matrix, `outputs` with what fills up its parts. What
 /// the weights turn out to be can only make it less.
 pub fn packed_bytes(parts: &[Described], outputs: usize, inputs: usize) -> usize {
+    let all_in = |from: &i8| {
+        let nibbles = i32::from(*from)..i32::from(*from) + 16;
+        parts.iter().map(Described::codes).all(|codes| nibbles.start <= codes.start && codes.end <= nibbles.end)
+    };
     let form = Form {
         group: parts.iter().map(|part| part.group).min().unwrap_or(32),
-        nibbles_from: parts.iter().all(|part| part.nibbles).then_some(0),
-        half_scales: parts.iter().all(|part| part.half_scales),
+        nibbles_from: NIBBLES_FROM.into_iter().find(all_in),
+        // A product of an f16 and a small integer is no f16.
+        half_scales: parts.iter().all(|part| part.block == 1),
         offsets: parts.iter().any(|part| part.offsets),
     };
     form.panel_bytes(outputs, inputs)
 }
+
+/// From where codes of four bits may count.
+const NIBBLES_FROM: [i8; 2] = [0, -8];
 
 /// How codes, scales and offsets are held: the narrowest form that holds all parts of a matrix exactly.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -117,13 +176,17 @@ struct Form {
 impl Form {
     fn of(parts: &[&QuantRows]) -> Self {
         let codes = || parts.iter().flat_map(|part| &part.codes);
-        let scales = || parts.iter().flat_map(|part| part.scales.iter().chain(&part.offsets));
+        let scales = || {
+            let groups = |part: &&QuantRows| part.codes.len() / part.described.group;
+            let both = |part: &QuantRows, group| [part.scale(group), part.offset(group)];
+            parts.iter().flat_map(move |part| (0..groups(part)).flat_map(move |group| both(part, group)))
+        };
         let all_in = |range: Range<i8>| codes().all(|code| range.contains(code));
         Self {
-            group: parts.iter().map(|part| part.group).min().unwrap_or(32),
-            nibbles_from: [0, -8].into_iter().find(|from| all_in(*from..from + 16)),
-            half_scales: scales().all(|x| f16::from_f32(*x).to_f32() == *x),
-            offsets: parts.iter().any(|part| !part.offsets.is_empty()),
+            group: parts.iter().map(|part| part.described.group).min().unwrap_or(32),
+            nibbles_from: NIBBLES_FROM.into_iter().find(|from| all_in(*from..from + 16)),
+            half_scales: scales().all(|x| f16::from_f32(x).to_f32() == x),
+            offsets: parts.iter().any(|part| part.described.offsets),
         }
     }
 
@@ -184,16 +247,17 @@ impl QuantPanels {
         let Form { group, nibbles_from, half_scales, offsets } = self.form;
         let (column, size, codes_at) = (output % PANEL, self.form.scale_bytes(), self.form.codes_at());
         for g in 0..self.inputs / group {
-            let (first, theirs) = (row * self.inputs + g * group, (row * self.inputs + g * group) / part.group);
+            let (first, theirs) =
+                (row * self.inputs + g * group, (row * self.inputs + g * group) / part.described.group);
             let block = self.block_range(output / PANEL, g);
             let block = &mut self.bytes[block];
             let mut scale = |at: usize, x: f32| match half_scales {
                 true => block[at..at + 2].copy_from_slice(&f16::from_f32(x).to_le_bytes()),
                 false => block[at..at + 4].copy_from_slice(&x.to_le_bytes()),
             };
-            scale(column * size, part.scales[theirs]);
-            if offsets && !part.offsets.is_empty() {
-                scale((PANEL + column) * size, part.offsets[theirs]);
+            scale(column * size, part.scale(theirs));
+            if offsets {
+                scale((PANEL + column) * size, part.offset(theirs));
             }
             for (i, code) in part.codes[first..first + group].iter().enumerate() {
                 match nibbles_from {
@@ -422,23 +486,30 @@ pub(crate) mod tests {
         half: bool,
     ) -> QuantRows {
         let groups = rows * inputs / group;
+        let block = if half { 1 } else { inputs / group };
         // As in GGUF's blocks: an f16, or the product of an f16 and a small integer.
-        let number = |i: usize, seed: usize| {
-            let x = f16::from_f32(((i * 7919 + seed * 104_729) % 2003) as f32 / 9970.0 - 0.11).to_f32();
-            if half { x } else { x * (1 + i % 61) as f32 }
+        let numbers = |seed: usize| Scales {
+            factors: (0..groups / block)
+                .map(|i| f16::from_f32(((i * 7919 + seed * 104_729) % 2003) as f32 / 9970.0 - 0.11))
+                .collect(),
+            integers: (0..groups).filter(|_| block > 1).map(|i| (1 + i % 61) as i8).collect(),
         };
         let span = (codes.end - codes.start) as usize;
+        let (least, bits) = (codes.start as i8, span.ilog2());
         QuantRows {
             inputs,
-            group,
+            described: Described { group, block, least, bits, offsets },
             codes: (0..rows * inputs).map(|i| (codes.start + (i * 31 % span) as i32) as i8).collect(),
-            scales: (0..groups).map(|i| number(i, 1)).collect(),
-            offsets: if offsets { (0..groups).map(|i| number(i, 2)).collect() } else { Vec::new() },
+            scales: numbers(1),
+            offsets: if offsets { numbers(2) } else { Scales::default() },
         }
     }
 
     fn check<E: Element>(parts: &[&QuantRows], inputs: usize, align: usize) {
         let panels = QuantPanels::new(parts, inputs, align).unwrap();
+        let outputs = parts.iter().map(|part| part.rows().next_multiple_of(align)).sum();
+        let described: Vec<Described> = parts.iter().map(|part| part.described).collect();
+        assert!(panels.len() <= packed_bytes(&described, outputs, inputs), "{:?}: {described:?}", panels.form);
         let mut output = 0;
         for part in parts {
             let expected = part.expand::<E>();

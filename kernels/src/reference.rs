@@ -91,3 +91,66 @@ pub fn log_prob(logits: &[f32], target: usize) -> f32 {
     let sum: f64 = logits.iter().map(|l| f64::from(l - max).exp()).sum();
     (f64::from(logits[target] - max) - sum.ln()) as f32
 }
+
+/// What [`draw`] goes by, as [`crate::sample::Draw`].
+#[derive(Clone, Debug)]
+pub struct Sampling {
+    /// 1 is off.
+    pub penalty: f64,
+    /// Tokens that it concerns.
+    pub penalised: Vec<u32>,
+    /// Tokens that are not drawn.
+    pub excluded: Vec<u32>,
+    /// 0 takes the likeliest.
+    pub temperature: f64,
+    /// 0 keeps all.
+    pub top_k: usize,
+    /// 1 keeps all.
+    pub top_p: f64,
+    /// 0 keeps all.
+    pub min_p: f64,
+}
+
+/// The token where the cumulative distribution exceeds `uniform`, from 0 to 1, in the order of ids; `None` if all are
+/// excluded.
+pub fn draw(logits: &[f32], how: &Sampling, uniform: f64) -> Option<u32> {
+    let mut adjusted: Vec<f64> = logits.iter().copied().map(f64::from).collect();
+    for (id, logit) in adjusted.iter_mut().enumerate() {
+        if how.excluded.contains(&(id as u32)) {
+            *logit = f64::NEG_INFINITY;
+        } else if how.penalised.contains(&(id as u32)) && *logit != f64::NEG_INFINITY {
+            let penalised = if *logit >= 0.0 { *logit / how.penalty } else { *logit * how.penalty };
+            *logit = penalised.clamp(f64::from(f32::MIN), f64::from(f32::MAX));
+        }
+    }
+    let max = adjusted.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+    if max == f64::NEG_INFINITY {
+        return None;
+    }
+    if how.temperature == 0.0 {
+        return adjusted.iter().position(|logit| *logit == max).map(|id| id as u32);
+    }
+    let mut p: Vec<f64> = adjusted.iter().map(|logit| ((logit - max) / how.temperature).exp()).collect();
+    let mut order: Vec<usize> = (0..p.len()).collect();
+    order.sort_by(|a, b| p[*b].total_cmp(&p[*a]).then(a.cmp(b)));
+    let mut keep = if how.top_k == 0 { p.len() } else { how.top_k.min(p.len()) };
+    let total: f64 = order[..keep].iter().map(|id| p[*id]).sum();
+    let mut sum = 0.0;
+    for (i, id) in order[..keep].iter().enumerate() {
+        sum += p[*id];
+        if sum >= how.top_p * total {
+            keep = i + 1;
+            break;
+        }
+    }
+    keep = keep.min(order.iter().filter(|id| p[**id] >= how.min_p).count()).max(1);
+    order[keep..].iter().for_each(|id| p[*id] = 0.0);
+    let total: f64 = p.iter().sum();
+    let mut sum = 0.0;
+    let exceeds = |p: &f64| {
+        sum += p / total;
+        sum > uniform
+    };
+    // Sums that are rounded may end below 1.
+    p.iter().position(exceeds).or_else(|| p.iter().rposition(|p| *p > 0.0)).map(|id| id as u32)
+}

@@ -4,12 +4,20 @@
 #![expect(clippy::unwrap_used, reason = "a test may stop where it stands, in its helpers too")]
 
 mod common;
+#[path = "gpu/cut_attention.rs"]
+mod cut_attention;
+#[path = "gpu/fp8.rs"]
+mod fp8;
+#[path = "gpu/quantised.rs"]
+mod quantised;
+#[path = "sample.rs"]
+mod sample;
 
-use common::{assert_close, assert_within, numbers, on_each, rounded, runs, widened};
+use common::{assert_close, assert_within, numbers, on_each, on_each_way, rounded, runs, widened};
 use half::bf16;
 use plumb_kernels::activation::Activation;
 use plumb_kernels::attention::{PAGE, Rule, Run, Span};
-use plumb_kernels::gpu::{self, Gpu, KvPages, Pieces, Prepare};
+use plumb_kernels::gpu::{self, CutRule, Gpu, KvPages, Partials, Pieces, Prepare};
 use plumb_kernels::norm::Norm;
 use plumb_kernels::rotary::Rotary;
 use plumb_kernels::{Element, reference};
@@ -148,6 +156,39 @@ where
     }
 }
 
+fn products_with_gelu<E: gpu::Output<E>>(gpu: &Gpu)
+where
+    f32: gpu::Output<E>,
+{
+    let (rows, inputs, outputs) = (5, 40, 72);
+    let (x, w): (Vec<E>, Vec<E>) = (rounded(&numbers(rows * inputs, 1)), rounded(&numbers(outputs * inputs, 2)));
+    let bias = numbers(outputs, 3);
+    for bias in [None, Some(&bias[..])] {
+        let layer = gpu::Linear::new(gpu, &w, bias, inputs).unwrap();
+        let narrow = bias.map(|bias| widened(&rounded::<E>(bias)));
+        let sums = reference::linear(&widened(&x), &widened(&w), narrow.as_deref(), inputs);
+        let gelu = |x: f64| 0.5 * x * (1.0 + (0.797_884_560_8 * (x + 0.044_715 * x * x * x)).tanh());
+        let expected: Vec<f32> = sums.iter().map(|x| gelu(f64::from(*x)) as f32).collect();
+        let gpu_x = gpu.upload(&x).unwrap();
+        let mut y = gpu.zeros::<E>(rows * outputs).unwrap();
+        // A device may have no such product in f32.
+        if layer.forward_gelu_tanh(gpu, gpu_x.all(), y.all_mut()).unwrap() {
+            assert_within(&y.to_vec().unwrap(), &expected, if size_of::<E>() == 2 { 1.0 / 64.0 } else { 1e-4 }, "gelu");
+        } else {
+            assert_ne!(gpu.name(), "emulated");
+        }
+        assert!(!layer.forward_gelu_tanh(&gpu.clone().invariant(), gpu_x.all(), y.all_mut()).unwrap());
+    }
+}
+
+#[test]
+fn products_with_their_non_linearity_are_those_of_the_reference() {
+    on_each(|gpu| {
+        products_with_gelu::<f32>(gpu);
+        products_with_gelu::<bf16>(gpu);
+    });
+}
+
 #[test]
 fn products_are_those_of_the_reference() {
     on_each(|gpu| {
@@ -172,7 +213,7 @@ const CASE: Case =
     Case { heads: 4, kv_heads: 2, dim: 64, rotated: 64, softcap: None, window: None, normed: false, tokens: 150 };
 
 /// More positions than any case has.
-const POSITIONS: usize = 512;
+const POSITIONS: usize = 2048;
 
 impl Case {
     fn width(&self) -> usize {
@@ -206,6 +247,11 @@ struct Attending<'a, E> {
     kv: KvPages<E>,
     angles: gpu::Buffer<f32>,
     norms: [gpu::Norm; 2],
+    invariant: bool,
+    partial_bytes: usize,
+    /// Used again from step to step, as a decoder does.
+    pieces: Pieces,
+    partials: Partials,
 }
 
 impl<'a, E: Element> Attending<'a, E> {
@@ -217,11 +263,21 @@ impl<'a, E: Element> Attending<'a, E> {
             kv: KvPages::new(gpu, 1, case.kv_heads, case.dim, pages).unwrap(),
             angles: gpu.upload(case.rotary().table()).unwrap(),
             norms: [norm(true), norm(false)],
+            invariant: gpu.is_invariant(),
+            partial_bytes: gpu::PARTIAL_BYTES,
+            pieces: Pieces::new(gpu),
+            partials: Partials::new(gpu),
         }
     }
 
     fn step(&mut self, qkv: &[E], spans: &[Span<'_>], runs: &[Run]) -> Vec<E> {
-        let Self { gpu, case, kv, angles, norms: [q_norm, k_norm] } = self;
+        let q = self.prepare(qkv, spans, runs);
+        self.attend(&q).0
+    }
+
+    /// Writes keys and values, and answers the queries.
+    fn prepare(&mut self, qkv: &[E], spans: &[Span<'_>], runs: &[Run]) -> gpu::Buffer<E> {
+        let Self { gpu, case, kv, angles, norms: [q_norm, k_norm], pieces, .. } = self;
         let how = Prepare {
             heads: case.heads,
             q_norm: case.normed.then_some(&*q_norm),
@@ -229,10 +285,16 @@ impl<'a, E: Element> Attending<'a, E> {
             table: angles.all(),
             rotated: case.rotated,
         };
-        let mut pieces = Pieces::new(gpu);
+        let rule = CutRule {
+            heads: case.heads,
+            kv_heads: case.kv_heads,
+            head_dim: case.dim,
+            invariant: self.invariant,
+            partial_bytes: self.partial_bytes,
+        };
         // Two rows are of no sequence.
         let rows = qkv.len() / case.width() + 2;
-        pieces.set(spans, runs, case.heads / case.kv_heads, rows).unwrap();
+        pieces.set::<E>(spans, runs, rule, rows).unwrap();
         let mut q = gpu.zeros(rows * kv.q_width(case.heads)).unwrap();
         let nothing = vec![E::from_f32(f32::NAN); 2 * case.width()];
         let qkv = gpu.upload(&[qkv, &nothing].concat()).unwrap();
@@ -241,13 +303,22 @@ impl<'a, E: Element> Attending<'a, E> {
         let (width, q_width) = (case.width(), kv.q_width(case.heads));
         for (start, end) in [(0, first), (first, pieces.rows())] {
             let (x, q) = (qkv.view(start * width..end * width), q.view_mut(start * q_width..end * q_width));
-            gpu.prepare(x, &pieces, start, how, q, kv, 0).unwrap();
+            gpu.prepare(x, pieces, start, how, q, kv, 0).unwrap();
         }
-        let mut out = gpu.zeros(rows * case.heads * case.dim).unwrap();
-        gpu.attention(q.all(), kv, 0, &pieces, case.rule(), out.all_mut()).unwrap();
-        let mut out = out.to_vec().unwrap();
-        out.truncate((rows - 2) * case.heads * case.dim);
-        out
+        q
+    }
+
+    /// The result for all rows that are of a sequence, and the logarithms of their sums.
+    fn attend(&mut self, q: &gpu::Buffer<E>) -> (Vec<E>, Vec<f32>) {
+        let Self { gpu, case, kv, pieces, partials, .. } = self;
+        let mut out = gpu.zeros(pieces.rows() * case.heads * case.dim).unwrap();
+        let mut log_sums = gpu.zeros(pieces.rows() * case.heads).unwrap();
+        let sums = Some(log_sums.all_mut());
+        gpu.attention(q.all(), kv, 0, pieces, case.rule(), partials, out.all_mut(), sums).unwrap();
+        let (mut out, mut log_sums) = (out.to_vec().unwrap(), log_sums.to_vec().unwrap());
+        out.truncate((pieces.rows() - 2) * case.heads * case.dim);
+        log_sums.truncate((pieces.rows() - 2) * case.heads);
+        (out, log_sums)
     }
 }
 
@@ -284,6 +355,11 @@ fn attend<E: Element>(gpu: &Gpu, case: Case, qkv: &[E], steps: &[usize], neighbo
 
 /// What the reference makes of the same sequence.
 fn expected(case: Case, qkv: &[f32]) -> Vec<f32> {
+    expected_of_last(case, qkv, case.tokens)
+}
+
+/// Of so many of its last rows.
+fn expected_of_last(case: Case, qkv: &[f32], rows: usize) -> Vec<f32> {
     let (dim, group, rotary) = (case.dim, case.heads / case.kv_heads, case.rotary());
     let head = |index: usize| -> Vec<f32> {
         let rows = qkv.chunks_exact(case.width()).enumerate();
@@ -300,10 +376,10 @@ fn expected(case: Case, qkv: &[f32]) -> Vec<f32> {
         rows.flat_map(of).collect()
     };
     let rule = reference::AttentionRule { scale: case.rule().scale, softcap: case.softcap, window: case.window };
-    let mut out = vec![0.0; case.tokens * case.heads * dim];
+    let mut out = vec![0.0; rows * case.heads * dim];
     for h in 0..case.heads {
         let (k, v) = (head(case.heads + h / group), head(case.heads + case.kv_heads + h / group));
-        let attended = reference::attention(&head(h), &k, &v, dim, rule);
+        let attended = reference::attention(&head(h)[(case.tokens - rows) * dim..], &k, &v, dim, rule);
         for (row, attended) in attended.chunks_exact(dim).enumerate() {
             out[(row * case.heads + h) * dim..][..dim].copy_from_slice(attended);
         }
@@ -311,50 +387,59 @@ fn expected(case: Case, qkv: &[f32]) -> Vec<f32> {
     out
 }
 
+const CASES: [Case; 6] = [
+    CASE,
+    Case { heads: 3, kv_heads: 3, dim: 8, rotated: 4, tokens: 37, ..CASE },
+    Case { heads: 6, kv_heads: 1, dim: 80, rotated: 20, window: Some(40), ..CASE },
+    Case { heads: 4, kv_heads: 1, dim: 128, rotated: 128, normed: true, tokens: 70, ..CASE },
+    Case { heads: 2, kv_heads: 1, dim: 256, rotated: 256, softcap: Some(2.0), window: Some(33), tokens: 66, ..CASE },
+    Case { heads: 20, kv_heads: 1, tokens: 40, ..CASE },
+];
+
 fn attention<E: Element>(gpu: &Gpu) {
-    let cases = [
-        CASE,
-        Case { heads: 3, kv_heads: 3, dim: 8, rotated: 4, tokens: 37, ..CASE },
-        Case { heads: 6, kv_heads: 1, dim: 80, rotated: 20, window: Some(40), ..CASE },
-        Case { heads: 4, kv_heads: 1, dim: 128, rotated: 128, normed: true, tokens: 70, ..CASE },
-        Case {
-            heads: 2,
-            kv_heads: 1,
-            dim: 256,
-            rotated: 256,
-            softcap: Some(2.0),
-            window: Some(33),
-            tokens: 66,
-            ..CASE
-        },
-        Case { heads: 20, kv_heads: 1, tokens: 40, ..CASE },
-    ];
-    for case in cases {
-        let qkv: Vec<E> = rounded(&numbers(case.tokens * case.width(), 5));
-        let whole = attend(gpu, case, &qkv, &[case.tokens], 0);
-        let expected = expected(case, &widened(&qkv));
-        let tolerance = if size_of::<E>() == 2 { 0.02 } else { 1e-5 };
-        for (i, (found, expected)) in whole.iter().zip(&expected).enumerate() {
-            let found = found.to_f32();
-            assert!((found - expected).abs() <= tolerance, "{case:?} {i}: {found} {expected}");
-        }
-        // However it is cut, and whatever stands beside it.
-        let cut = attend(gpu, case, &qkv, &[1, 20, case.tokens - 22, 1], 45);
-        assert!(whole == cut, "{case:?}: other bits in steps");
+    CASES.iter().for_each(|case| attention_of::<E>(gpu, *case));
+}
+
+fn attention_of<E: Element>(gpu: &Gpu, case: Case) {
+    let qkv: Vec<E> = rounded(&numbers(case.tokens * case.width(), 5));
+    let whole = attend(gpu, case, &qkv, &[case.tokens], 0);
+    let expected = expected(case, &widened(&qkv));
+    let tolerance = if size_of::<E>() == 2 { 0.02 } else { 1e-5 };
+    for (i, (found, expected)) in whole.iter().zip(&expected).enumerate() {
+        let found = found.to_f32();
+        assert!((found - expected).abs() <= tolerance, "{case:?} {i}: {found} {expected}");
     }
+    // However it is cut, and whatever stands beside it.
+    let cut = attend(gpu, case, &qkv, &[1, 20, case.tokens - 22, 1], 45);
+    assert!(whole == cut, "{case:?}: other bits in steps");
 }
 
 #[test]
 fn attention_is_that_of_the_reference_and_has_the_same_bits_in_steps() {
-    on_each(|gpu| {
+    on_each_way(|gpu| {
         attention::<f32>(gpu);
         attention::<bf16>(gpu);
     });
 }
 
 #[test]
+fn long_attention_is_that_of_the_reference_and_has_the_same_bits_in_steps() {
+    let alone = Case { heads: 1, kv_heads: 1, ..CASE };
+    // So many tiles of keys that each place in shared memory for one is used three times.
+    let cases = [
+        Case { tokens: 1100, ..alone },
+        Case { dim: 128, rotated: 128, tokens: 650, ..alone },
+        Case { dim: 256, rotated: 64, tokens: 400, softcap: Some(3.0), ..alone },
+        Case { heads: 3, dim: 116, rotated: 116, tokens: 330, window: Some(200), ..alone },
+        // A warp group does not see tiles between which another one does.
+        Case { dim: 256, rotated: 64, tokens: 300, window: Some(150), ..alone },
+    ];
+    on_each_way(|gpu| cases.iter().for_each(|case| attention_of::<bf16>(&gpu.invariant(), *case)));
+}
+
+#[test]
 fn what_is_no_number_reaches_only_those_who_see_it() {
-    on_each(|gpu| {
+    on_each_way(|gpu| {
         let (case, bad) = (Case { tokens: 70, ..CASE }, 40);
         let width = case.heads * case.dim;
         let mut qkv: Vec<bf16> = rounded(&numbers(case.tokens * case.width(), 5));
@@ -501,7 +586,7 @@ fn what_was_recorded_is_done_again_with_what_is_there_then() {
 #[test]
 fn an_invariant_gpu_computes_a_row_by_itself() {
     on_each(|gpu| {
-        let gpu = &gpu.clone().invariant();
+        let gpu = &gpu.invariant();
         // Few outputs and many inputs are what sums in parts would be chosen for.
         for (inputs, outputs, most, bias) in [(768, 264, 300, None), (4096, 64, 70, Some(numbers(64, 3)))] {
             let w: Vec<bf16> = rounded(&numbers(outputs * inputs, 1));

@@ -10,7 +10,7 @@ use common::{numbers, on_each, rounded, runs, widened};
 use half::bf16;
 use plumb_kernels::Element;
 use plumb_kernels::attention::{self, PAGE, Rule, Run, Span};
-use plumb_kernels::gpu::{self, Gpu, Pieces};
+use plumb_kernels::gpu::{self, CutRule, Gpu, Partials, Pieces};
 use plumb_kernels::gradient::{self, Keys};
 use plumb_kernels::norm::Norm;
 use plumb_kernels::rotary::Rotary;
@@ -94,6 +94,16 @@ impl Case {
         rounded(&numbers(rows * self.width(), 5))
     }
 
+    fn cut_rule(&self) -> CutRule {
+        CutRule {
+            heads: self.heads,
+            kv_heads: self.kv_heads,
+            head_dim: self.dim,
+            invariant: false,
+            partial_bytes: gpu::PARTIAL_BYTES,
+        }
+    }
+
     fn d_out<E: Element>(&self, rows: usize) -> Vec<E> {
         rounded(&numbers(rows * self.heads * self.dim, 6))
     }
@@ -140,7 +150,7 @@ fn used_pages<E: Element>(gpu: &Gpu, case: Case) -> gpu::KvPages<E> {
     let spans: Vec<_> = spans.iter().map(|pages| (0, PAGE, &pages[..])).collect();
     let (spans, runs) = lay_out(&spans);
     let mut pieces = Pieces::new(gpu);
-    pieces.set(&spans, &runs, case.group(), spans.len() * PAGE).unwrap();
+    pieces.set::<E>(&spans, &runs, case.cut_rule(), spans.len() * PAGE).unwrap();
     let nothing = gpu.upload(&vec![E::from_f32(f32::NAN); pieces.rows() * case.width()]).unwrap();
     let mut q = gpu.zeros(pieces.rows() * kv.q_width(case.heads)).unwrap();
     let angles = gpu.empty();
@@ -163,12 +173,13 @@ fn on_gpu<E: Element>(gpu: &Gpu, case: Case, spans: &[Span<'_>], runs: &[Run], q
     let mut kv = used_pages::<E>(gpu, case);
     let mut pieces = Pieces::new(gpu);
     let rows = qkv.len() / case.width();
-    pieces.set(spans, runs, case.group(), rows).unwrap();
+    pieces.set::<E>(spans, runs, case.cut_rule(), rows).unwrap();
     let (qkv, d_out) = (gpu.upload(qkv).unwrap(), gpu.upload(d_out).unwrap());
     let mut q = gpu.zeros(rows * kv.q_width(case.heads)).unwrap();
     gpu.prepare(qkv.all(), &pieces, 0, how, q.all_mut(), &mut kv, 0).unwrap();
     let mut out = gpu.zeros(rows * case.heads * case.dim).unwrap();
-    gpu.attention(q.all(), &kv, 0, &pieces, rule, out.all_mut()).unwrap();
+    let mut partials = Partials::new(gpu);
+    gpu.attention(q.all(), &kv, 0, &pieces, rule, &mut partials, out.all_mut(), None).unwrap();
 
     let mut back = gpu::gradient::Attention::new(gpu);
     back.set(&Keys::new(spans), case.group()).unwrap();

@@ -174,7 +174,6 @@ where
     layer.set(gpu, 8, gpu.upload(&after).unwrap().all()).unwrap();
     layer.set_bias(gpu, 8, gpu.upload(&new_bias).unwrap().all()).unwrap();
     let weights: Vec<E> = rounded(&[&before[..8 * inputs], &after].concat());
-    assert_eq!(layer.weights().len(), weights.len());
     let x: Vec<E> = rounded(&x);
     let expected = reference::linear(&widened(&x), &widened(&weights), Some(&[&bias[..8], &new_bias].concat()), inputs);
     let gpu_x = gpu.upload(&x).unwrap();

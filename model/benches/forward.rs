@@ -54,7 +54,7 @@ impl Bench {
         let table = |s: u32| (0..common).chain(common + s * own..common + (s + 1) * own).collect();
         let pages: Vec<Vec<u32>> = (0..sequences as u32).map(table).collect();
         let language = self.model.info.kind == ModelKind::Language;
-        let read = || if language { Read::LastLogits } else { Read::LastReward };
+        let read = || if language { Read::Draw } else { Read::LastReward };
         let sequence = |pages| StepSequence { tokens: &ids, position, pages, read: read() };
         let step = Step { sequences: pages.iter().map(|pages| sequence(pages)).collect() };
         self.model.decoder.step(&step, &mut self.kv, &mut self.workspace).unwrap();

@@ -23,7 +23,7 @@ pub struct Footprint {
     pub weights: u64,
     /// Pages of keys and values, which are taken when the weights are there.
     pub cache: u64,
-    /// Norms and tables of the rotary embedding.
+    /// Norms, tables of the rotary embedding, and on a GPU what quantised matrices are expanded in.
     pub tables: u64,
     /// Always the process's.
     pub tokenizer: u64,
@@ -108,7 +108,10 @@ impl LoadedModel {
     /// # Errors
     /// What is missing, malformed or not served, as far as headers tell.
     pub fn footprint(source: &Source, options: &LoadOptions, largest: StepSize) -> Result<Footprint> {
-        let Headers { config, weights, stored_dtype, tokenizer_bytes } = Headers::read(source)?;
+        let Headers { config, mut weights, stored_dtype, tokenizer_bytes } = Headers::read(source)?;
+        if options.dtype.is_fp8() {
+            weights.round_to_fp8()?;
+        }
         let sizes = Sizes::of(&config, stored_dtype, options)?;
         // Every token of a step has a place in the cache, and every sequence a token.
         let tokens = largest.tokens.min(sizes.kv_pages * PAGE);

@@ -30,6 +30,15 @@ pub enum DTypeChoice {
     F32,
     /// bf16.
     Bf16,
+    /// bf16, and the linear layers of the stack in e4m3, with a scale for every output. On a GPU what they are given
+    /// becomes e4m3 too, with a scale for every token; a CPU computes with what the weights have become.
+    Fp8,
+}
+
+impl DTypeChoice {
+    pub(crate) fn is_fp8(self) -> bool {
+        self == Self::Fp8
+    }
 }
 
 /// How to load.
@@ -69,7 +78,7 @@ pub struct ModelInfo {
     pub source: String,
     /// Adapter that was merged, as given.
     pub adapter: Option<String>,
-    /// `f32` or `bf16`.
+    /// `f32`, `bf16` or `fp8`.
     pub dtype: &'static str,
     /// Weights.
     pub parameters: u64,
@@ -116,7 +125,7 @@ impl Sizes {
     pub(crate) fn of(config: &Config, stored: TensorType, options: &LoadOptions) -> Result<Self> {
         let dtype = match (options.dtype, stored) {
             (DTypeChoice::F32, _) => DType::F32,
-            (DTypeChoice::Bf16, _) | (DTypeChoice::Auto, TensorType::BF16) => DType::Bf16,
+            (DTypeChoice::Bf16 | DTypeChoice::Fp8, _) | (DTypeChoice::Auto, TensorType::BF16) => DType::Bf16,
             (DTypeChoice::Auto, _) => DType::F32,
         };
         let page_bytes = Decoder::page_bytes(config, dtype, &options.device);
@@ -166,6 +175,9 @@ impl LoadedModel {
             max_tokens: max_input_tokens,
             hhh: options.hhh.clone(),
         })?;
+        if options.dtype.is_fp8() {
+            weights.round_to_fp8()?;
+        }
         let decoder = Decoder::build(&config, &mut weights, dtype, max_input_tokens, &options.device)?;
         weights.finish()?;
         let (parameters, weight_bytes) = decoder.size();
@@ -173,13 +185,14 @@ impl LoadedModel {
             Head::Language => (ModelKind::Language, None, None),
             Head::Reward(head) => (ModelKind::Preference, Some(head.weight.clone()), head.normalization),
         };
-        let digest = Sha256::new().chain_update(dtype.name()).chain_update("\n").chain_update(files_digest);
+        let dtype = if options.dtype.is_fp8() { "fp8" } else { dtype.name() };
+        let digest = Sha256::new().chain_update(dtype).chain_update("\n").chain_update(files_digest);
         let info = ModelInfo {
             kind,
             architecture: config.architecture,
             source: source.model,
             adapter: source.adapter,
-            dtype: dtype.name(),
+            dtype,
             parameters,
             weight_bytes,
             max_input_tokens,

@@ -5,10 +5,12 @@
 mod common;
 
 use common::{devices, fixtures};
+use plumb_kernels::sample;
+use plumb_model::Error;
 use plumb_model::cache::PAGE;
 use plumb_model::checkpoint::{Checkpoint, Source};
 use plumb_model::config::Head;
-use plumb_model::decoder::{DType, Decoder, Device, Read, Step, StepSequence};
+use plumb_model::decoder::{DType, Decoder, Device, Draw, Read, Step, StepSequence, TokenSet, Workspace};
 use serde::Deserialize;
 
 #[derive(Deserialize)]
@@ -205,4 +207,85 @@ fn adapters_are_merged() {
 fn gguf_files_equal_their_folders() {
     check("gguf/llama-lm.gguf", None, "gguf/llama-lm.expected.json", DType::F32, 1e-4);
     check("gguf/qwen2-lm.gguf", None, "gguf/qwen2-lm.expected.json", DType::F32, 1e-4);
+}
+
+/// Rewards of some more tokens of two sequences behind one beginning.
+fn behind_a_common_beginning(model: &Model) -> Vec<f32> {
+    const COMMON: usize = 8 * PAGE;
+    let token = |i: usize| (i * 31 % model.decoder.config().vocab_size) as u32;
+    let common: Vec<u32> = (0..COMMON).map(token).collect();
+    let own: Vec<Vec<u32>> = (1..3).map(|i| (1000 * i..1000 * i + 5).map(token).collect()).collect();
+    let pages: Vec<Vec<u32>> = (8..10).map(|own| (0..8).chain([own]).collect()).collect();
+    let sequence = |tokens, position, pages, read| StepSequence { tokens, position, pages, read };
+    let (mut kv, mut workspace) = (model.decoder.kv_store(10).unwrap(), model.decoder.workspace());
+    let first = Step { sequences: vec![sequence(&common, 0, &pages[0], Read::Nothing)] };
+    model.decoder.step(&first, &mut kv, &mut workspace).unwrap();
+    let second = own.iter().zip(&pages).map(|(own, pages)| sequence(own, COMMON, pages, Read::Rewards));
+    model.decoder.step(&Step { sequences: second.collect() }, &mut kv, &mut workspace).unwrap().concat()
+}
+
+#[test]
+fn sequences_behind_a_common_beginning_have_the_rewards_that_they_have_on_the_cpu() {
+    for folder in ["llama-pm", "gemma2-pm"] {
+        let found = |device: &Device| behind_a_common_beginning(&load(folder, None, DType::F32, device));
+        let expected = found(&Device::Cpu);
+        for device in devices() {
+            let largest = worst(&found(&device), &expected);
+            assert!(largest < 1e-4, "{folder} on {device:?}: {largest}");
+        }
+    }
+}
+
+#[test]
+fn tokens_are_drawn_from_the_logits_of_the_last_step() {
+    for device in devices() {
+        for model in ["llama-lm", "gemma2-lm"] {
+            let Model { decoder, .. } = load(model, None, DType::F32, &device);
+            let vocabulary = decoder.config().vocab_size;
+            let (mut kv, mut workspace) = (decoder.kv_store(8).unwrap(), decoder.workspace());
+            let texts = [[5u32, 9, 200], [7, 7, 1], [3, 250, 4]];
+            let reads = [Read::LastLogits, Read::Draw, Read::LogProbs { rows: 0..1, targets: &[9] }];
+            let reads = reads.into_iter().chain([Read::Draw, Read::LastLogits]).enumerate();
+            let pages: Vec<[u32; 1]> = (0..5).map(|page| [page]).collect();
+            let sequence = |(i, read): (usize, Read<'static>)| {
+                // The first two of them once to draw from and once to see.
+                let tokens = &texts[[1, 0, 2, 1, 0][i]];
+                StepSequence { tokens, position: 0, pages: &pages[i], read }
+            };
+            let step = Step { sequences: reads.map(sequence).collect() };
+            let values = decoder.step(&step, &mut kv, &mut workspace).unwrap();
+            assert_eq!([0, 1, 2, 3, 4].map(|i| values[i].len()), [vocabulary, 0, 1, 0, vocabulary]);
+            let logits = [&values[4][..], &values[0]].concat();
+
+            let seen: Vec<Draw<'_>> = (0..20)
+                .map(|i| Draw { row: i % 2, seed: 7, index: i as u32, top_p: 0.9, temperature: 0.7, ..Draw::default() })
+                .collect();
+            let expected = sample::draw(&logits, vocabulary, &seen, &mut vec![0.0; 20 * vocabulary]);
+            let found = decoder.draw(&seen, &mut workspace).unwrap();
+            for (found, expected) in found.iter().zip(&expected) {
+                let (found, expected) = (found.unwrap(), expected.unwrap());
+                assert_eq!(found.token, expected.token, "{model} on {device:?}");
+                assert!((found.log_prob - expected.log_prob).abs() < 1e-4, "{model} on {device:?}");
+            }
+            // Once more, without what was drawn.
+            let mut excluded = TokenSet::new(vocabulary);
+            for attempt in 0..5 {
+                let again = Draw { row: 1, temperature: 0.0, excluded: Some(&excluded), attempt, ..Draw::default() };
+                let drawn = decoder.draw(&[again], &mut workspace).unwrap()[0].unwrap();
+                let likelier = values[0].iter().filter(|logit| **logit > values[0][drawn.token as usize]).count();
+                assert_eq!(likelier, attempt as usize, "{model} on {device:?}");
+                excluded.insert(drawn.token);
+            }
+
+            let refused = |workspace: &mut Workspace, draw: Draw<'_>| {
+                let drawn = decoder.draw(&[draw], workspace);
+                assert!(matches!(drawn, Err(Error::InvalidInput(_))), "{drawn:?}");
+            };
+            refused(&mut workspace, Draw { row: 2, ..Draw::default() });
+            refused(&mut workspace, Draw { top_p: 0.0, ..Draw::default() });
+            refused(&mut workspace, Draw { excluded: Some(&TokenSet::new(vocabulary + 1)), ..Draw::default() });
+            decoder.step(&Step::default(), &mut kv, &mut workspace).unwrap();
+            refused(&mut workspace, Draw::default());
+        }
+    }
 }

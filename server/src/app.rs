@@ -474,6 +474,7 @@ fn load_options(config: &Config, hhh: HhhPrompts, device: Device) -> LoadOptions
             DType::Auto => DTypeChoice::Auto,
             DType::F32 => DTypeChoice::F32,
             DType::Bf16 => DTypeChoice::Bf16,
+            DType::Fp8 => DTypeChoice::Fp8,
         },
         hhh: Arc::new(hhh),
         max_input_tokens: config.limits.max_input_tokens,

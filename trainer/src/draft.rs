@@ -82,6 +82,8 @@ impl Draft {
         json["dtype"] = json!(if recipe.dtype == ComputeType::F32 { "float32" } else { "bfloat16" });
         if let Some(object) = json.as_object_mut() {
             object.remove("torch_dtype");
+            // Weights are written one number each.
+            object.remove("quantization_config");
         }
         if reward {
             if config.head == Head::Language {

@@ -3,20 +3,15 @@
 use bytemuck::{Pod, Zeroable};
 
 use super::driver::Argument::{self, Address, Bytes, F32, U32};
-use super::{Buffer, Gpu, GpuError, Norm, Result, View, ViewMut};
+use super::pieces::{Partials, Pieces};
+use super::{Buffer, Gpu, GpuError, Kernels, Norm, Result, View, ViewMut};
 use crate::Element;
-use crate::attention::{PAGE, Rule, Run, Span};
+use crate::attention::{PAGE, Rule};
 
-/// Rows that a block takes, positions times the heads that share a key head; `ROWS` in `cuda/attention.cu`.
-const ROWS: usize = 64;
-/// Threads of its blocks.
-const THREADS: usize = 128;
-/// Heads that a block makes ready, a warp each.
+/// Heads that a block makes ready, or merges, a warp each.
 const HEADS: usize = 4;
 /// Heads are filled up to a multiple of so many elements with zeros: copies of 16 bytes, and whole matrices.
 const ALIGN: usize = 16;
-/// Page of rows that are of no sequence; `NONE` in `cuda/prepare.cu`.
-const NO_PAGE: u32 = u32::MAX;
 /// Widest head.
 const MAX_DIM: usize = 256;
 
@@ -26,7 +21,7 @@ pub struct KvPages<E> {
     pub(super) kv_heads: usize,
     pub(super) dim: usize,
     pages: usize,
-    /// A layer's keys and values, each `[pages, kv_heads, PAGE, padded_dim]`.
+    /// A layer's keys and values, each `[pages, kv_heads, PAGE * padded_dim]`, see `cuda/pages.cuh`.
     pub(super) layers: Vec<[Buffer<E>; 2]>,
 }
 
@@ -99,31 +94,63 @@ pub struct Prepare<'a> {
     pub rotated: usize,
 }
 
-/// Where a step's rows are, and how its attention is cut, the same for all layers.
-#[derive(Debug)]
-pub struct Pieces {
-    rows: usize,
-    /// Number of pieces. The lists may be longer than what is in them.
-    count: usize,
-    /// Position and page of each row.
-    positions: Buffer<u32>,
-    row_pages: Buffer<u32>,
-    pieces: Buffer<Piece>,
-    /// Pages of all spans, one after the other.
-    pages: Buffer<u32>,
-    /// The largest page and position among them.
-    last_page: u32,
-    last_position: usize,
+/// A kernel of attention.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Kernel {
+    /// That of `cuda/attention.cu`.
+    Common,
+    /// That of `cuda/attention_hopper.cu`.
+    WarpGroups,
 }
 
-/// As in `cuda/attention.cu`.
-#[derive(Clone, Copy, Debug, Pod, Zeroable)]
-#[repr(C)]
-struct Piece {
-    row: u32,
-    rows: u32,
-    position: u32,
-    pages: u32,
+impl Kernel {
+    /// The one for heads of so many elements.
+    pub(super) fn of<E: Element>(gpu: &Gpu, dim: usize) -> Self {
+        let fits = size_of::<E>() == 2 && dim.is_multiple_of(2) && [64, 128, 256].contains(&padded(dim));
+        match gpu.1.kernels {
+            Kernels::WarpGroups if fits => Self::WarpGroups,
+            _ => Self::Common,
+        }
+    }
+
+    /// Rows that a block takes, positions times the heads that share a key head; `ROWS` there.
+    pub(super) fn rows(self) -> usize {
+        match self {
+            Self::Common => 64,
+            Self::WarpGroups => 2 * 64,
+        }
+    }
+
+    /// Threads of a block.
+    fn threads(self) -> usize {
+        match self {
+            Self::Common => 128,
+            Self::WarpGroups => 3 * 128,
+        }
+    }
+
+    /// Width of the kernel that heads of so many elements take, and the bytes of shared memory of its blocks.
+    fn shape<E: Element>(self, dim: usize) -> (usize, usize) {
+        match self {
+            Self::Common => {
+                let width = kernel_width::<E>(dim);
+                let (tile, stages) = match (size_of::<E>() == 2, width > 128) {
+                    (true, false) => (64, 2),
+                    (true, true) => (32, 2),
+                    (false, false) => (32, 1),
+                    (false, true) => (16, 1),
+                };
+                (width, (self.rows() + 2 * stages * tile) * (width * size_of::<E>() + 16))
+            }
+            Self::WarpGroups => {
+                let width = padded(dim);
+                let tile = if width > 128 { 64 } else { 128 };
+                let stages = if width > 64 { 2 } else { 4 };
+                let barriers = 4 * stages * size_of::<u64>();
+                (width, (self.rows() + 2 * stages * tile) * width * size_of::<E>() + barriers)
+            }
+        }
+    }
 }
 
 /// As in `cuda/attention.cu`.
@@ -139,88 +166,14 @@ pub(super) struct KernelRule {
     window: u32,
 }
 
-impl Pieces {
-    /// Of nothing yet.
-    pub fn new(gpu: &Gpu) -> Self {
-        Self {
-            rows: 0,
-            count: 0,
-            positions: gpu.empty(),
-            row_pages: gpu.empty(),
-            pieces: gpu.empty(),
-            pages: gpu.empty(),
-            last_page: 0,
-            last_position: 0,
-        }
-    }
-
-    /// Cuts the spans for `group` query heads a key head; `runs` cover the same rows in order. The step has `rows` rows:
-    /// those after the runs' are of no sequence, and what comes of them is not said.
-    ///
-    /// # Errors
-    /// If there is no memory for the lists, or a group is too large.
-    ///
-    /// # Panics
-    /// If a span lacks pages, or there are fewer rows than the runs have.
-    pub fn set(&mut self, spans: &[Span<'_>], runs: &[Run], group: usize, rows: usize) -> Result<()> {
-        if group > ROWS {
-            return Err(GpuError::Failed(format!("{group} heads share a key head: the kernels take {ROWS}")));
-        }
-        let most = ROWS / group;
-        let (mut pieces, mut pages) = (Vec::new(), Vec::new());
-        for span in spans {
-            let end = span.position + span.len;
-            assert!(span.pages.len() * PAGE >= end, "a span lacks pages");
-            for first in (0..span.len).step_by(most) {
-                pieces.push(Piece {
-                    row: (span.row + first) as u32,
-                    rows: most.min(span.len - first) as u32,
-                    position: (span.position + first) as u32,
-                    pages: pages.len() as u32,
-                });
-            }
-            pages.extend_from_slice(&span.pages[..end.div_ceil(PAGE)]);
-        }
-        // Those with most keys first: what is left at the end is short.
-        pieces.sort_by_key(|piece| std::cmp::Reverse(piece.position + piece.rows));
-        let (mut positions, mut row_pages) = (Vec::with_capacity(rows), Vec::with_capacity(rows));
-        for run in runs {
-            assert_eq!(run.row, positions.len(), "runs cover the rows in order");
-            positions.extend((run.position..run.position + run.len).map(|position| position as u32));
-            row_pages.resize(positions.len(), run.page);
-        }
-        assert!(positions.len() <= rows, "more rows than the step has");
-        self.last_page = pages.iter().chain(&row_pages).copied().max().unwrap_or(0);
-        self.last_position = positions.iter().copied().max().unwrap_or(0) as usize;
-        positions.resize(rows, 0);
-        row_pages.resize(rows, NO_PAGE);
-        self.rows = rows;
-        // Steps that differ by a few pieces only are of one shape.
-        pieces.resize(pieces.len().next_multiple_of(pieces.len().next_power_of_two().clamp(1, 64)), Piece::zeroed());
-        self.count = pieces.len();
-        write(&mut self.positions, &positions)?;
-        write(&mut self.row_pages, &row_pages)?;
-        write(&mut self.pages, &pages)?;
-        write(&mut self.pieces, &pieces)
-    }
-
-    /// What the kernels that are launched for a step depend on, but for what is in the lists.
-    pub fn shape(&self) -> [usize; 2] {
-        [self.rows, self.count]
-    }
-
-    /// Rows of the step.
-    pub fn rows(&self) -> usize {
-        self.rows
-    }
-}
-
-/// Sets a list, which takes new memory seldom.
-fn write<T: Pod>(list: &mut Buffer<T>, values: &[T]) -> Result<()> {
-    if list.len() < values.len() {
-        list.grow(values.len().next_power_of_two())?;
-    }
-    list.write(0, values)
+/// As in `cuda/attention.cuh`: addresses.
+#[derive(Clone, Copy, Debug, Pod, Zeroable)]
+#[repr(C)]
+struct Results {
+    out: u64,
+    log_sums: u64,
+    partial: u64,
+    partial_log_sums: u64,
 }
 
 impl Gpu {
@@ -274,13 +227,16 @@ impl Gpu {
         unsafe { self.launch(&format!("prepare_{}", E::NAME), grid, HEADS * 32, 0, &arguments) }
     }
 
-    /// Attention of `q[rows, heads * padded_dim]`, all rows of `pieces`, into `out[rows, heads * dim]`.
+    /// Attention of `q[rows, heads * padded_dim]`, all rows of `pieces`, into `out[rows, heads * dim]`. `log_sums[rows,
+    /// heads]` are set where they are asked for: the natural logarithm of the sum of `exp(score)` over the keys that a row
+    /// sees, of scores as they go into soft-max, scaled and capped.
     ///
     /// # Errors
-    /// If the GPU refuses.
+    /// If the GPU refuses, or has no memory for partial results.
     ///
     /// # Panics
     /// If shapes do not fit, or there is no such page.
+    #[expect(clippy::too_many_arguments, reason = "what it reads, how, and what it writes")]
     pub fn attention<E: Element>(
         &self,
         q: View<'_, E>,
@@ -288,35 +244,67 @@ impl Gpu {
         layer: usize,
         pieces: &Pieces,
         rule: Rule,
+        partials: &mut Partials,
         out: ViewMut<'_, E>,
+        log_sums: Option<ViewMut<'_, f32>>,
     ) -> Result<()> {
         let dim = kv.dim;
         assert!(rule.heads.is_multiple_of(kv.kv_heads) && rule.head_dim == dim, "heads");
-        assert_eq!(q.len, pieces.rows * kv.q_width(rule.heads), "shape of q");
-        assert_eq!(out.len, pieces.rows * rule.heads * dim, "shape of the attention's result");
+        assert_eq!(pieces.heads, [rule.heads, kv.kv_heads], "pieces are cut for other heads");
+        assert_eq!(q.len, pieces.rows() * kv.q_width(rule.heads), "shape of q");
+        assert_eq!(out.len, pieces.rows() * rule.heads * dim, "shape of the attention's result");
+        assert!(log_sums.as_ref().is_none_or(|sums| sums.len == pieces.rows() * rule.heads), "shape of the sums");
         kv.check(pieces);
-        let width = kernel_width::<E>(dim);
-        let (tile, stages) = match (size_of::<E>() == 2, width > 128) {
-            (true, false) => (64, 2),
-            (true, true) => (32, 2),
-            (false, false) => (32, 1),
-            (false, true) => (16, 1),
-        };
-        let shared = (ROWS + 2 * stages * tile) * (width * size_of::<E>() + 16);
+        let kernel = Kernel::of::<E>(self, dim);
+        assert_eq!(pieces.block_rows, kernel.rows(), "pieces are cut for another kernel");
+        // It scales the largest of the scores, not each of them.
+        let factor = rule.softcap.unwrap_or(rule.scale).min(rule.scale);
+        if kernel == Kernel::WarpGroups && factor <= 0.0 {
+            return Err(GpuError::Failed(format!("scores times {factor}: the kernel takes a positive factor")));
+        }
+        let (width, shared) = kernel.shape::<E>(dim);
+        partials.results.grow(pieces.slots * rule.heads * padded(dim))?;
+        partials.log_sums.grow(pieces.slots * rule.heads)?;
         let kernel_rule = KernelRule::new(rule, kv.kv_heads);
+        let results = Results {
+            out: out.address,
+            log_sums: log_sums.map_or(0, |sums| sums.address),
+            partial: partials.results.all_mut().address,
+            partial_log_sums: partials.log_sums.all_mut().address,
+        };
         let [keys, values] = &kv.layers[layer];
-        let arguments = [
-            Address(q.address),
-            Address(keys.all().address),
-            Address(values.all().address),
-            Address(pieces.pieces.all().address),
-            Address(pieces.pages.all().address),
-            Bytes(bytemuck::bytes_of(&kernel_rule)),
-            Address(out.address),
-        ];
-        let kernel = format!("attention_{}_{width}", E::NAME);
-        // SAFETY: as in `cuda/attention.cu`; pages were checked.
-        unsafe { self.launch(&kernel, [pieces.count, kv.kv_heads, 1], THREADS, shared, &arguments) }
+        let attend = match kernel {
+            Kernel::Common => format!("attention_{}_{width}", E::NAME),
+            Kernel::WarpGroups => format!("attention_hopper_{}_{width}", E::NAME),
+        };
+        let merge = format!("merge_attention_{}", E::NAME);
+        let (mut first_piece, mut first_merge) = (0, 0);
+        for round in &pieces.rounds {
+            let (end_piece, end_merge) = (first_piece + round.pieces, first_merge + round.merges);
+            let arguments = [
+                Address(q.address),
+                Address(keys.all().address),
+                Address(values.all().address),
+                Address(pieces.pieces.view(first_piece..end_piece).address),
+                Address(pieces.rows.all().address),
+                Address(pieces.positions.all().address),
+                Address(pieces.pages.all().address),
+                Bytes(bytemuck::bytes_of(&kernel_rule)),
+                Bytes(bytemuck::bytes_of(&results)),
+            ];
+            let grid = [round.pieces, kv.kv_heads, 1];
+            // SAFETY: as in the kernel's file; pages were checked, and there are as many slots as a round has.
+            unsafe { self.launch(&attend, grid, kernel.threads(), shared, &arguments) }?;
+            let arguments = [
+                Address(pieces.merges.view(first_merge..end_merge).address),
+                Bytes(bytemuck::bytes_of(&kernel_rule)),
+                Bytes(bytemuck::bytes_of(&results)),
+            ];
+            // SAFETY: as before.
+            unsafe { self.launch(&merge, [round.merges, rule.heads.div_ceil(HEADS), 1], HEADS * 32, 0, &arguments) }?;
+            (first_piece, first_merge) = (end_piece, end_merge);
+        }
+        Ok(())
     }
 }
 

@@ -57,6 +57,7 @@ const LOAD_STAGING: (usize, usize) = (2, 16 << 20);
 pub(super) struct Cuda {
     context: Arc<CudaContext>,
     name: String,
+    has_warp_groups: bool,
     handles: Handles,
     workspace: u64,
     /// For the stream, and for that of loads.
@@ -64,7 +65,7 @@ pub(super) struct Cuda {
     allocations: Allocations,
     functions: Mutex<HashMap<String, Function>>,
     /// What was found out about products: by everything but their addresses.
-    plans: Mutex<HashMap<PlanKey, Plan>>,
+    plans: Mutex<Plans>,
     /// How products are computed that are to be invariant: the same for any number of rows, which is 0 here.
     invariant: Mutex<HashMap<PlanKey, blas_sys::cublasLtMatmulAlgo_t>>,
 }
@@ -87,8 +88,44 @@ struct Function {
     shared_bytes: u32,
 }
 
-/// Types, how a product is computed, how its matrices lie, their shapes, and what their addresses are multiples of.
-type PlanKey = ([Number; 2], [bool; 3], [Order; 2], [usize; 4], [u32; 3]);
+/// Also of products that cuBLASLt does not do.
+type Plans = HashMap<PlanKey, Result<Plan, blas::CublasError>>;
+
+/// What a plan goes by.
+#[derive(PartialEq, Eq, Hash)]
+struct PlanKey {
+    inputs_are: Number,
+    outputs_are: Number,
+    scaled: bool,
+    bias: bool,
+    add: bool,
+    gelu: bool,
+    invariant: bool,
+    /// How x and w lie.
+    orders: [Order; 2],
+    /// Rows, inputs, outputs, and the strides of x and y.
+    sizes: [usize; 5],
+    /// Of w, x and y.
+    alignments: [u32; 3],
+}
+
+impl PlanKey {
+    fn of(product: &Product) -> Self {
+        let Product { inputs_are, outputs_are, rows, inputs, outputs, add, gelu, invariant, .. } = *product;
+        Self {
+            inputs_are,
+            outputs_are,
+            scaled: product.scales.is_some(),
+            bias: product.bias != 0,
+            add,
+            gelu,
+            invariant,
+            orders: [product.x_is, product.w_is],
+            sizes: [rows, inputs, outputs, product.x_stride, product.stride],
+            alignments: alignments(product),
+        }
+    }
+}
 
 /// How cuBLASLt computes a product.
 struct Plan {
@@ -128,6 +165,7 @@ impl Cuda {
         let none = |error: DriverError| GpuError::Missing(format!("GPU {number}: {}", describe(error)));
         let context = CudaContext::new(number).map_err(none)?;
         let name = context.name().map_err(none)?;
+        let has_warp_groups = context.compute_capability().map_err(none)? == (9, 0);
         let stream = || result::stream::create(result::stream::StreamKind::NonBlocking).map_err(none);
         let (modules, blas) = (Vec::new(), std::ptr::null_mut());
         let mut handles = Handles { stream: stream()?, loads: stream()?, recorder: stream()?, modules, blas };
@@ -140,6 +178,7 @@ impl Cuda {
         let mut cuda = Self {
             context,
             name,
+            has_warp_groups,
             handles,
             workspace: 0,
             staging: [staging(STEP_STAGING)?, staging(LOAD_STAGING)?],
@@ -181,9 +220,20 @@ impl Cuda {
         Ok(handle)
     }
 
+    fn plan<'a>(&self, plans: &'a mut Plans, product: &Product) -> &'a Result<Plan, blas::CublasError> {
+        let key = PlanKey::of(product);
+        if plans.len() >= MAX_PLANS && !plans.contains_key(&key) {
+            plans.clear();
+        }
+        match plans.entry(key) {
+            Entry::Occupied(plan) => plan.into_mut(),
+            Entry::Vacant(place) => place.insert(self.new_plan(product)),
+        }
+    }
+
     fn new_plan(&self, product: &Product) -> Result<Plan, blas::CublasError> {
         use blas_sys::cublasLtMatmulDescAttributes_t as Attribute;
-        let Product { outputs_are, bias, x_is, w_is, invariant, .. } = *product;
+        let Product { scales, bias, bias_is, gelu, x_is, w_is, invariant, .. } = *product;
         let description = Description(blas::create_matmul_desc(
             // No TF32: a model in f32 is asked for its precision.
             blas_sys::cublasComputeType_t::CUBLAS_COMPUTE_32F,
@@ -196,10 +246,23 @@ impl Cuda {
         };
         set(Attribute::CUBLASLT_MATMUL_DESC_TRANSA, if w_is == Order::Plain { &OP_T } else { &OP_N })?;
         set(Attribute::CUBLASLT_MATMUL_DESC_TRANSB, if x_is == Order::Plain { &OP_N } else { &OP_T })?;
+        use blas_sys::cublasLtEpilogue_t as Epilogue;
+        // Its GELU is the one by tanh.
+        let epilogue = match (bias != 0, gelu) {
+            (false, false) => Epilogue::CUBLASLT_EPILOGUE_DEFAULT,
+            (true, false) => Epilogue::CUBLASLT_EPILOGUE_BIAS,
+            (false, true) => Epilogue::CUBLASLT_EPILOGUE_GELU,
+            (true, true) => Epilogue::CUBLASLT_EPILOGUE_GELU_BIAS,
+        };
+        set(Attribute::CUBLASLT_MATMUL_DESC_EPILOGUE, &(epilogue as i32))?;
         if bias != 0 {
-            let epilogue = blas_sys::cublasLtEpilogue_t::CUBLASLT_EPILOGUE_BIAS as i32;
-            set(Attribute::CUBLASLT_MATMUL_DESC_EPILOGUE, &epilogue)?;
-            set(Attribute::CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE, &(kind(outputs_are) as i32))?;
+            set(Attribute::CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE, &(kind(bias_is) as i32))?;
+        }
+        if let Some(scales) = scales {
+            let of_rows = blas_sys::cublasLtMatmulMatrixScale_t::CUBLASLT_MATMUL_MATRIX_SCALE_OUTER_VEC_32F as i32;
+            set(Attribute::CUBLASLT_MATMUL_DESC_A_SCALE_MODE, &of_rows)?;
+            set(Attribute::CUBLASLT_MATMUL_DESC_B_SCALE_MODE, &of_rows)?;
+            description.set_scales(scales)?;
         }
         let layouts = Layouts::new(product)?;
         let algorithm = match invariant {
@@ -217,7 +280,7 @@ impl Cuda {
         product: &Product,
     ) -> Result<blas_sys::cublasLtMatmulAlgo_t, blas::CublasError> {
         let mut known = lock(&self.invariant);
-        let key = key(&Product { rows: 0, ..*product });
+        let key = PlanKey::of(&Product { rows: 0, ..*product });
         if let Some(algorithm) = known.get(&key) {
             return Ok(*algorithm);
         }
@@ -316,9 +379,22 @@ impl Cuda {
 
 impl Description {
     fn set_bias(&self, address: u64) -> Result<(), blas::CublasError> {
-        let attribute = blas_sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_BIAS_POINTER;
+        self.set_address(blas_sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_BIAS_POINTER, address)
+    }
+
+    fn set_scales(&self, [w, x]: [u64; 2]) -> Result<(), blas::CublasError> {
+        use blas_sys::cublasLtMatmulDescAttributes_t as Attribute;
+        self.set_address(Attribute::CUBLASLT_MATMUL_DESC_A_SCALE_POINTER, w)?;
+        self.set_address(Attribute::CUBLASLT_MATMUL_DESC_B_SCALE_POINTER, x)
+    }
+
+    fn set_address(
+        &self,
+        attribute: blas_sys::cublasLtMatmulDescAttributes_t,
+        address: u64,
+    ) -> Result<(), blas::CublasError> {
         let address = std::ptr::from_ref(&address).cast::<c_void>();
-        // SAFETY: the description is there, and the attribute is of eight bytes.
+        // SAFETY: the description is there, and these attributes are of eight bytes.
         unsafe { blas::set_matmul_desc_attribute(self.0, attribute, address, size_of::<u64>()) }
     }
 }
@@ -332,11 +408,11 @@ impl Drop for Description {
 
 impl Layouts {
     fn new(product: &Product) -> Result<Self, blas::CublasError> {
-        let Product { inputs_are, outputs_are, rows, inputs, outputs, x_is, x_stride, w_is, .. } = *product;
+        let Product { inputs_are, outputs_are, rows, inputs, outputs, x_is, x_stride, w_is, stride, .. } = *product;
         let mut layouts = Self([std::ptr::null_mut(); 3]);
         let w = if w_is == Order::Plain { [inputs, outputs] } else { [outputs, inputs] };
         let x = if x_is == Order::Plain { [inputs, rows] } else { [rows, inputs] };
-        let shapes = [(inputs_are, w, w[0]), (inputs_are, x, x_stride), (outputs_are, [outputs, rows], outputs)];
+        let shapes = [(inputs_are, w, w[0]), (inputs_are, x, x_stride), (outputs_are, [outputs, rows], stride)];
         for (layout, (number, [height, width], stride)) in layouts.0.iter_mut().zip(shapes) {
             *layout = blas::create_matrix_layout(kind(number), height as u64, width as u64, stride as i64)?;
         }
@@ -356,6 +432,10 @@ impl Drop for Layouts {
 impl Driver for Cuda {
     fn name(&self) -> &str {
         &self.name
+    }
+
+    fn has_warp_groups(&self) -> bool {
+        self.has_warp_groups
     }
 
     fn memory(&self) -> Result<Memory> {
@@ -462,19 +542,15 @@ impl Driver for Cuda {
     unsafe fn multiply(&self, product: &Product) -> Result<()> {
         self.bind()?;
         let failed = |error| blas_failed(product, error);
-        let Product { bias, add, invariant, .. } = *product;
-        let key = key(product);
-        // Held until the product is asked for: the bias is part of a description, which has been taken then.
+        let Product { scales, bias, add, invariant, .. } = *product;
+        // Held until the product is asked for: bias and scales are part of a description, which has been taken then.
         let mut plans = lock(&self.plans);
-        if plans.len() >= MAX_PLANS && !plans.contains_key(&key) {
-            plans.clear();
-        }
-        let plan = match plans.entry(key) {
-            Entry::Occupied(plan) => plan.into_mut(),
-            Entry::Vacant(place) => place.insert(self.new_plan(product).map_err(failed)?),
-        };
+        let plan = self.plan(&mut plans, product).as_ref().map_err(|error| failed(*error))?;
         if bias != 0 {
             plan.description.set_bias(bias).map_err(failed)?;
+        }
+        if let Some(scales) = scales {
+            plan.description.set_scales(scales).map_err(failed)?;
         }
         let (one, beta) = (1.0f32, if add { 1.0f32 } else { 0.0 });
         let [w, x, y] = plan.layouts.0;
@@ -501,6 +577,10 @@ impl Driver for Cuda {
             )
         }
         .map_err(failed)
+    }
+
+    fn multiplies(&self, product: &Product) -> bool {
+        self.bind().is_ok() && self.plan(&mut lock(&self.plans), product).is_ok()
     }
 
     fn begin_recording(&self) -> Result<()> {
@@ -587,13 +667,6 @@ impl Drop for Cuda {
     }
 }
 
-fn key(product: &Product) -> PlanKey {
-    let Product { inputs_are, outputs_are, bias, rows, inputs, outputs, x_is, x_stride, w_is, add, invariant, .. } =
-        *product;
-    let how = [add, bias != 0, invariant];
-    ([inputs_are, outputs_are], how, [x_is, w_is], [rows, inputs, outputs, x_stride], alignments(product))
-}
-
 /// What the addresses of w, x and y are multiples of, as far as it is told: cuBLASLt would take views of arrays for arrays.
 /// Where rows begin must not change what is invariant.
 fn alignments(product: &Product) -> [u32; 3] {
@@ -605,6 +678,7 @@ fn kind(number: Number) -> blas_sys::cudaDataType {
     match number {
         Number::F32 => blas_sys::cudaDataType::CUDA_R_32F,
         Number::Bf16 => blas_sys::cudaDataType::CUDA_R_16BF,
+        Number::Fp8 => blas_sys::cudaDataType::CUDA_R_8F_E4M3,
     }
 }
 

@@ -4,11 +4,16 @@ use std::any::Any;
 use std::ffi::c_void;
 use std::fmt::Debug;
 
+use half::bf16;
+
 use super::{Memory, Result};
 
 /// A device. Addresses are the device's own.
 pub(super) trait Driver: Send + Sync {
     fn name(&self) -> &str;
+
+    /// Whether it runs what is compiled for compute capability 9.0 alone: Hopper's warp groups.
+    fn has_warp_groups(&self) -> bool;
 
     fn memory(&self) -> Result<Memory>;
 
@@ -70,6 +75,9 @@ pub(super) trait Driver: Send + Sync {
     /// The addresses are those of as much memory.
     unsafe fn multiply(&self, product: &Product) -> Result<()>;
 
+    /// Whether it can do such a product.
+    fn multiplies(&self, product: &Product) -> bool;
+
     /// Kernels and products that this thread asks for are not run but kept, until [`Driver::end_recording`]. Nothing else
     /// can be asked for by it meanwhile; one thread records at a time.
     fn begin_recording(&self) -> Result<()>;
@@ -113,6 +121,18 @@ impl Argument<'_> {
 pub(super) enum Number {
     F32,
     Bf16,
+    /// e4m3.
+    Fp8,
+}
+
+impl Number {
+    pub(super) fn bytes(self) -> usize {
+        match self {
+            Self::F32 => size_of::<f32>(),
+            Self::Bf16 => size_of::<bf16>(),
+            Self::Fp8 => size_of::<u8>(),
+        }
+    }
 }
 
 /// How a matrix of a product lies.
@@ -129,13 +149,17 @@ pub(super) enum Order {
 pub(super) struct Product {
     /// Of `w` and `x`; sums are f32.
     pub(super) inputs_are: Number,
-    /// Of `y`: f32, or that of the inputs.
+    /// Of `y`: f32, or that of the inputs, or bf16 of e4m3.
     pub(super) outputs_are: Number,
     pub(super) w: u64,
     pub(super) x: u64,
     pub(super) y: u64,
-    /// `[outputs]` of the type of `y`, or 0.
+    /// Of `w` and `x`, if they are e4m3: `[outputs]` and `[rows]` in f32, with which sums are multiplied.
+    pub(super) scales: Option<[u64; 2]>,
+    /// `[outputs]`, or 0.
     pub(super) bias: u64,
+    /// Of the bias: that of `y`, or bf16 if the inputs are e4m3.
+    pub(super) bias_is: Number,
     pub(super) rows: usize,
     pub(super) inputs: usize,
     pub(super) outputs: usize,
@@ -145,9 +169,23 @@ pub(super) struct Product {
     pub(super) x_stride: usize,
     /// How `w` lies.
     pub(super) w_is: Order,
+    /// Numbers from one row of `y` to the next.
+    pub(super) stride: usize,
     /// To what is in `y` already; then `y` is f32.
     pub(super) add: bool,
+    /// `y` is the GELU of that, by tanh; then nothing is added.
+    pub(super) gelu: bool,
     /// A row of `y` has the same bits whatever `rows` is.
-    #[cfg_attr(not(feature = "cuda"), expect(dead_code, reason = "without cuBLASLt it always has"))]
     pub(super) invariant: bool,
+}
+
+impl Product {
+    /// That of so many outputs from the `first` on; `w` is still that of all.
+    pub(super) fn part(&self, first: usize, outputs: usize) -> Self {
+        let after = |address: u64, number: Number| match address {
+            0 => 0,
+            _ => address + (first * number.bytes()) as u64,
+        };
+        Self { y: after(self.y, self.outputs_are), bias: after(self.bias, self.bias_is), outputs, ..*self }
+    }
 }

@@ -11,6 +11,7 @@ use half::bf16;
 use super::driver::{Argument, Driver, Number, Order, Product, Recording};
 use super::recording::{Allocations, Validity};
 use super::{GpuError, Memory, Result};
+use crate::fp8;
 
 unsafe extern "C" {
     /// See `cuda/emulate.cpp`.
@@ -96,6 +97,10 @@ impl Emulated {
 impl Driver for Emulated {
     fn name(&self) -> &str {
         "emulated"
+    }
+
+    fn has_warp_groups(&self) -> bool {
+        true
     }
 
     fn memory(&self) -> Result<Memory> {
@@ -196,6 +201,11 @@ impl Driver for Emulated {
         Ok(())
     }
 
+    fn multiplies(&self, product: &Product) -> bool {
+        // As a device would that scales some products itself and leaves others to be scaled afterwards.
+        product.scales.is_none() || !product.add
+    }
+
     fn begin_recording(&self) -> Result<()> {
         self.allocations.begin()
     }
@@ -254,8 +264,26 @@ unsafe fn run(kernel: &str, grid: [u32; 3], threads: u32, shared_bytes: u32, arg
 /// # Safety
 /// See [`Driver::multiply`].
 unsafe fn multiply(product: &Product) {
-    let Product { inputs_are, outputs_are, w, x, y, bias, rows, inputs, outputs, x_is, x_stride, w_is, add, .. } =
-        *product;
+    let Product {
+        inputs_are,
+        outputs_are,
+        w,
+        x,
+        y,
+        scales,
+        bias,
+        bias_is,
+        rows,
+        inputs,
+        outputs,
+        x_is,
+        x_stride,
+        w_is,
+        stride,
+        add,
+        gelu,
+        ..
+    } = *product;
     let x_len = match x_is {
         Order::Plain => (rows - 1) * x_stride + inputs,
         Order::Transposed => (inputs - 1) * x_stride + rows,
@@ -263,7 +291,9 @@ unsafe fn multiply(product: &Product) {
     // SAFETY: as much memory is there.
     let (w, x) = unsafe { (numbers(inputs_are, w, outputs * inputs), numbers(inputs_are, x, x_len)) };
     // SAFETY: as before.
-    let bias = (bias != 0).then(|| unsafe { numbers(outputs_are, bias, outputs) });
+    let bias = (bias != 0).then(|| unsafe { numbers(bias_is, bias, outputs) });
+    // SAFETY: as before.
+    let scales = scales.map(|[w, x]| unsafe { (numbers(Number::F32, w, outputs), numbers(Number::F32, x, rows)) });
     let x_at = |row: usize, input: usize| match x_is {
         Order::Plain => x[row * x_stride + input],
         Order::Transposed => x[input * x_stride + row],
@@ -275,8 +305,10 @@ unsafe fn multiply(product: &Product) {
     for row in 0..rows {
         for output in 0..outputs {
             let sum: f32 = (0..inputs).map(|input| x_at(row, input) * w_at(output, input)).sum();
+            let sum = scales.as_ref().map_or(sum, |(w, x)| sum * w[output] * x[row]);
             let sum = sum + bias.as_ref().map_or(0.0, |bias| bias[output]);
-            let at = row * outputs + output;
+            let sum = if gelu { gelu_tanh(sum) } else { sum };
+            let at = row * stride + output;
             // SAFETY: as before.
             unsafe {
                 match outputs_are {
@@ -285,10 +317,16 @@ unsafe fn multiply(product: &Product) {
                         *to = if add { *to + sum } else { sum };
                     }
                     Number::Bf16 => *pointer::<bf16>(y).add(at) = bf16::from_f32(sum),
+                    Number::Fp8 => *pointer::<u8>(y).add(at) = fp8::from_f32(sum),
                 }
             }
         }
     }
+}
+
+/// As cuBLASLt has it.
+fn gelu_tanh(x: f32) -> f32 {
+    0.5 * x * (1.0 + (0.797_884_6 * (x + 0.044_715 * x * x * x)).tanh())
 }
 
 fn pointer<T>(address: u64) -> *mut T {
@@ -304,6 +342,9 @@ unsafe fn numbers(are: Number, address: u64, len: usize) -> Vec<f32> {
             Number::F32 => std::slice::from_raw_parts(pointer::<f32>(address), len).to_vec(),
             Number::Bf16 => {
                 std::slice::from_raw_parts(pointer::<bf16>(address), len).iter().map(|x| x.to_f32()).collect()
+            }
+            Number::Fp8 => {
+                std::slice::from_raw_parts(pointer::<u8>(address), len).iter().map(|x| fp8::to_f32(*x)).collect()
             }
         }
     }

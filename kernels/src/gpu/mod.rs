@@ -13,28 +13,51 @@ mod cuda;
 mod driver;
 #[cfg(feature = "emulated")]
 mod emulated;
+mod fp8;
 pub mod gradient;
 mod head;
 mod linear;
 mod memory;
+mod pieces;
+mod quantised;
 mod recording;
 mod rows;
+mod sample;
 
 use std::fmt;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::Arc;
 
-pub use attention::{KvPages, Pieces, Prepare, padded};
+pub use attention::{KvPages, Prepare, padded};
 pub use head::{MAX_TOP, Vocabulary};
-pub use linear::{Linear, Output};
+pub use linear::{Linear, Output, Room, stacked_bytes};
 pub use memory::{Buffer, View, ViewMut};
+pub use pieces::{CutRule, PARTIAL_BYTES, Partials, Pieces};
 pub use rows::Norm;
+pub use sample::Sampler;
 
 use driver::{Argument, Driver, Recording};
 
-/// A GPU, and whether it is to be invariant. Clones are the same one.
+/// A GPU, and how it is to be used. Clones are the same one.
 #[derive(Clone)]
-pub struct Gpu(Arc<dyn Driver>, bool);
+pub struct Gpu(Arc<dyn Driver>, Choice);
+
+/// How a GPU is used.
+#[derive(Clone, Copy, Debug)]
+struct Choice {
+    kernels: Kernels,
+    /// See [`Gpu::invariant`].
+    invariant: bool,
+}
+
+/// Which kernels it uses.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kernels {
+    /// Those that run on every GPU.
+    Common,
+    /// Those for its warp groups before others.
+    WarpGroups,
+}
 
 /// Operations that were recorded, to be asked for again at the price of one.
 #[derive(Debug)]
@@ -54,6 +77,8 @@ pub enum GpuError {
         /// Bytes that were asked for.
         bytes: usize,
     },
+    /// It is not made for what is asked of it.
+    Unsupported(String),
     /// It refused, or is lost: nothing that is asked of it from now on can be relied on.
     Failed(String),
 }
@@ -63,6 +88,7 @@ impl fmt::Display for GpuError {
         match self {
             Self::Missing(reason) => write!(formatter, "no GPU: {reason}"),
             Self::OutOfMemory { bytes } => write!(formatter, "the GPU has no memory for an array of {bytes} bytes"),
+            Self::Unsupported(reason) => formatter.write_str(reason),
             Self::Failed(reason) => write!(formatter, "the GPU failed: {reason}"),
         }
     }
@@ -95,25 +121,36 @@ impl Gpu {
     /// [`GpuError::Missing`] if there is none, or no driver or cuBLAS for it.
     #[cfg(feature = "cuda")]
     pub fn cuda(number: usize) -> Result<Self> {
-        Ok(Self(Arc::new(cuda::Cuda::new(number)?), false))
+        Ok(Self::new(Arc::new(cuda::Cuda::new(number)?)))
     }
 
     /// The CPU, doing what a GPU would.
     #[cfg(feature = "emulated")]
     pub fn emulated() -> Self {
-        Self(Arc::new(emulated::Emulated::default()), false)
+        Self::new(Arc::new(emulated::Emulated::default()))
+    }
+
+    fn new(driver: Arc<dyn Driver>) -> Self {
+        let kernels = if driver.has_warp_groups() { Kernels::WarpGroups } else { Kernels::Common };
+        Self(driver, Choice { kernels, invariant: false })
     }
 
     /// The same GPU, on which what comes of a row has the same bits whatever rows stand beside it, and however a sequence
     /// is cut into steps: every algorithm is chosen without regard to their number. That costs speed.
     #[must_use]
-    pub fn invariant(self) -> Self {
-        Self(self.0, true)
+    pub fn invariant(&self) -> Self {
+        Self(self.0.clone(), Choice { invariant: true, ..self.1 })
     }
 
     /// Whether it is.
     pub fn is_invariant(&self) -> bool {
-        self.1
+        self.1.invariant
+    }
+
+    /// The same GPU, with none but the kernels that run on every GPU.
+    #[must_use]
+    pub fn common(&self) -> Self {
+        Self(self.0.clone(), Choice { kernels: Kernels::Common, ..self.1 })
     }
 
     /// What it calls itself.

@@ -87,8 +87,9 @@ impl Allocations {
     }
 
     pub(super) fn note_product(&self, product: &Product) -> bool {
-        let Product { w, x, y, bias, .. } = *product;
-        self.note([w, x, y, bias].into_iter().filter(|address| *address != 0))
+        let Product { w, x, y, bias, scales, .. } = *product;
+        let addresses = [w, x, y, bias].into_iter().chain(scales.into_iter().flatten());
+        self.note(addresses.filter(|address| *address != 0))
     }
 
     /// Runs a recording if everything that it uses is there, and sees to it that it stays while it is asked for.

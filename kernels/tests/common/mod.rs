@@ -18,6 +18,14 @@ pub(crate) fn on_each(test: impl Fn(&Gpu)) {
     }
 }
 
+/// Runs a test on each, and once more with the kernels that all have in common.
+pub(crate) fn on_each_way(test: impl Fn(&Gpu)) {
+    on_each(|gpu| {
+        test(gpu);
+        test(&gpu.common());
+    });
+}
+
 /// Numbers from -1 to 1.
 pub(crate) fn numbers(n: usize, seed: usize) -> Vec<f32> {
     (0..n).map(|i| ((i * 7919 + seed * 104_729) % 2003) as f32 / 1001.0 - 1.0).collect()

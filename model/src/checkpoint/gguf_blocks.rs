@@ -6,7 +6,7 @@
 
 use candle_core::quantized::GgmlDType;
 use half::f16;
-use plumb_kernels::quantised::{Described, QuantRows};
+use plumb_kernels::quantised::{Described, QuantRows, Scales};
 
 /// Weights of the largest block.
 const LARGEST: usize = 256;
@@ -74,12 +74,14 @@ impl Format {
 
     /// What its weights are like, whatever they are.
     pub(super) fn described(&self) -> Described {
+        let (weights, group) = self.groups.sizes();
         let bits = self.low.bits + self.high.map_or(0, |high| high.bits);
         Described {
-            group: self.groups.sizes().1,
-            nibbles: bits <= 4 && matches!((bits, self.zero), (_, 0) | (4, 8) | (3, 4)),
-            // A product of the block's f16 and a small integer is no f16.
-            half_scales: matches!(self.groups, Groups::Whole),
+            group,
+            block: weights / group,
+            // Those of eight bits have a sign.
+            least: if bits == 8 { i8::MIN } else { -self.zero },
+            bits: bits as u32,
             offsets: self.min.is_some(),
         }
     }
@@ -98,18 +100,19 @@ impl Format {
         }
         let mut unpacked = QuantRows {
             inputs,
-            group,
+            described: self.described(),
             codes: vec![0; rows * inputs],
-            scales: Vec::with_capacity(rows * inputs / group),
-            offsets: Vec::new(),
+            scales: Scales::default(),
+            offsets: Scales::default(),
         };
         for (block, codes) in data.chunks_exact(self.bytes).zip(unpacked.codes.chunks_exact_mut(weights)) {
             self.codes(block, codes);
-            let number = |at: usize| f16::from_le_bytes([block[at], block[at + 1]]).to_f32();
-            for group in 0..weights / group {
-                let (scale, offset) = self.groups.integers(block, group);
-                unpacked.scales.push(number(self.scale) * f32::from(scale));
-                unpacked.offsets.extend(self.min.map(|at| number(at) * f32::from(offset)));
+            let number = |at: usize| f16::from_le_bytes([block[at], block[at + 1]]);
+            unpacked.scales.factors.push(number(self.scale));
+            unpacked.offsets.factors.extend(self.min.map(number));
+            for integers in (0..weights / group).map_while(|group| self.groups.integers(block, group)) {
+                unpacked.scales.integers.push(integers.0);
+                unpacked.offsets.integers.extend(self.min.map(|_| integers.1));
             }
         }
         Ok(unpacked)
@@ -150,11 +153,12 @@ impl Groups {
         }
     }
 
-    /// What a group multiplies the block's scale and its minimum with, to get its scale and its offset.
-    fn integers(self, block: &[u8], group: usize) -> (i8, i8) {
+    /// What a group multiplies the block's scale and its minimum with, to get its scale and its offset; nothing where the
+    /// group is the block.
+    fn integers(self, block: &[u8], group: usize) -> Option<(i8, i8)> {
         let byte = |at: usize| block[at];
-        match self {
-            Self::Whole => (1, 1),
+        Some(match self {
+            Self::Whole => return None,
             Self::Nibbles(at) => ((byte(at + group) & 15) as i8, -((byte(at + group) >> 4) as i8)),
             Self::Sixes(at) => {
                 let low = byte(at + group % 8) >> (group / 8 * 4) & 15;
@@ -167,7 +171,7 @@ impl Groups {
                 ((low & 15 | scale >> 6 << 4) as i8, -((low >> 4 | min >> 6 << 4) as i8))
             }
             Self::Bytes(at) => (byte(at + group) as i8, 0),
-        }
+        })
     }
 }
 

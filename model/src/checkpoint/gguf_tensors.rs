@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use candle_core::quantized::gguf_file::Content;
 use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{DType, Device, Tensor};
+use plumb_kernels::linear::Held;
 
 use super::gguf_blocks::Format;
 use super::read::Bytes;
@@ -118,10 +119,11 @@ impl TensorStore for GgufTensors {
             let shape = info.shape.dims().to_vec();
             let quantised =
                 Format::of(info.ggml_dtype).filter(|_| shape.len() == 2 && origin.layout != Layout::PlusOne);
-            let quantised = quantised.map(|format| format.described());
+            let held = quantised.map_or(Held::Plain, |format| Held::Quantised(format.described()));
             // As stored, twice for a moment; then codes and scales, or f32; and once more to put rows in their order.
-            let reading = if quantised.is_some() { 4 } else { dtype.size_in_bytes() + 2 * size_of::<f32>() };
-            Some((name.clone(), Description { shape, dtype: Some(dtype), quantised, reading }))
+            let stays = held != Held::Plain;
+            let reading = if stays { 4 } else { dtype.size_in_bytes() + 2 * size_of::<f32>() };
+            Some((name.clone(), Description { shape, dtype: Some(dtype), held, reading }))
         };
         self.tensors.iter().filter_map(describe).collect()
     }

@@ -232,10 +232,13 @@ fn kind_of(fields: &Fields<'_>, architecture: &str) -> Result<&'static Defaults>
 
 /// Refuses what changes the model's numbers and is not implemented.
 fn refuse_variants(fields: &Fields<'_>) -> Result<()> {
-    if let Some(quantization) = fields.object("quantization_config")? {
+    if let Some(quantization) = fields.object("quantization_config")?
+        && !is_dynamic_fp8(&quantization)?
+    {
         let method = quantization.text("quant_method")?.unwrap_or("unknown method");
         return Err(Error::Unsupported(format!(
-            "`quantization_config` ({}); take the checkpoint in bf16, f16 or f32, or as GGUF",
+            "`quantization_config` ({}); take the checkpoint in bf16, f16 or f32, as GGUF, or in e4m3 with a scale for \
+             every output and for every token (compressed-tensors, FP8-Dynamic)",
             excerpt(method)
         )));
     }
@@ -243,6 +246,36 @@ fn refuse_variants(fields: &Fields<'_>) -> Result<()> {
         return Err(Error::Unsupported("`use_bidirectional_attention`; only causal attention is served".to_owned()));
     }
     Ok(())
+}
+
+/// Whether linear layers are e4m3 with a scale for every output, and what they are given is to become e4m3 with one for
+/// every token: what llm-compressor calls FP8-Dynamic. Which tensors are in e4m3 is for themselves to say.
+fn is_dynamic_fp8(quantization: &Fields<'_>) -> Result<bool> {
+    let is = |fields: &Fields<'_>, key: &str, value: &str| Ok::<_, Error>(fields.text(key)? == Some(value));
+    let is_fp8 = |fields: Option<Fields<'_>>, strategy: &str, dynamic: bool| match fields {
+        Some(fields) => Ok::<_, Error>(
+            is(&fields, "type", "float")?
+                && is(&fields, "strategy", strategy)?
+                && fields.size("num_bits", 64)? == Some(8)
+                && fields.flag("dynamic", false)? == dynamic
+                && fields.flag("symmetric", true)?,
+        ),
+        None => Ok(false),
+    };
+    let Some(groups) = quantization.object("config_groups")? else { return Ok(false) };
+    for (name, _) in groups.iter() {
+        let Some(group) = groups.object(name)? else { return Ok(false) };
+        let weights = is_fp8(group.object("weights")?, "channel", false)?;
+        if !weights
+            || !is_fp8(group.object("input_activations")?, "token", true)?
+            || group.get("output_activations").is_some()
+        {
+            return Ok(false);
+        }
+    }
+    Ok(is(quantization, "quant_method", "compressed-tensors")?
+        && is(quantization, "format", "float-quantized")?
+        && quantization.get("kv_cache_scheme").is_none())
 }
 
 fn num_kv_heads(fields: &Fields<'_>, defaults: &Defaults, num_heads: usize) -> Result<usize> {

@@ -41,6 +41,7 @@ pub(crate) use self::read::Reader;
 use self::safetensors::Safetensors;
 pub use self::tokenizer::SpecialTokens;
 use self::tokenizer::TextParts;
+pub(crate) use self::weights::Foreseen;
 use self::weights::TensorStore;
 pub use self::weights::{Stored, Weights};
 use crate::config::Config;

@@ -3,18 +3,20 @@
 //! Only the headers are read when files are opened; a tensor is read from its place in the file, straight into the
 //! memory that it is used from.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
 use bytemuck::Pod;
 use candle_core::{DType, Device, Tensor, WithDType};
+use plumb_kernels::fp8::Fp8Rows;
+use plumb_kernels::linear::Held;
 use plumb_kernels::memory::OutOfMemory;
 use safetensors::tensor::{Dtype, Metadata, TensorInfo};
 
 use super::fields::{Fields, read_json};
 use super::manifest::is_file_name;
 use super::read::{Bytes, Reader};
-use super::weights::{Description, MOST_NAME, MOST_TENSORS, TensorStore};
+use super::weights::{Description, MOST_NAME, MOST_TENSORS, Stored, TensorStore};
 use crate::{Error, Result};
 
 /// Bytes of a header: [`MOST_TENSORS`] of 256 bytes each. The format's own limit, 100 MB, becomes 1 GB in memory.
@@ -161,16 +163,20 @@ fn check_tensors(metadata: &Metadata) -> Result<(), String> {
 impl TensorStore for Safetensors {
     fn describe(&self) -> BTreeMap<String, Description> {
         let describe = |(name, (_, info)): (&String, &(usize, TensorInfo))| {
-            let dtype = match info.dtype {
-                Dtype::F32 => Some(DType::F32),
-                Dtype::F16 => Some(DType::F16),
-                Dtype::BF16 => Some(DType::BF16),
-                _ => None,
+            let (dtype, held) = match info.dtype {
+                Dtype::F32 => (Some(DType::F32), Held::Plain),
+                Dtype::F16 => (Some(DType::F16), Held::Plain),
+                Dtype::BF16 => (Some(DType::BF16), Held::Plain),
+                // To be computed in bf16 where not in e4m3.
+                Dtype::F8_E4M3 if self.scales_of(name).is_some() => (Some(DType::BF16), Held::Fp8),
+                _ => (None, Held::Plain),
             };
-            let reading = dtype.map_or(0, |dtype| dtype.size_in_bytes());
-            (name.clone(), Description { shape: info.shape.clone(), dtype, quantised: None, reading })
+            let reading = if held == Held::Fp8 { 1 } else { dtype.map_or(0, |dtype| dtype.size_in_bytes()) };
+            (name.clone(), Description { shape: info.shape.clone(), dtype, held, reading })
         };
-        self.tensors.iter().map(describe).collect()
+        // Scales are a part of what they scale.
+        let scales: BTreeSet<String> = self.tensors.keys().filter_map(|name| self.scales_of(name)).collect();
+        self.tensors.iter().filter(|(name, _)| !scales.contains(*name)).map(describe).collect()
     }
 
     fn holds(&self, name: &str) -> bool {
@@ -186,10 +192,34 @@ impl TensorStore for Safetensors {
             Dtype::F32 => read::<f32>(file, info),
             Dtype::F16 => read::<half::f16>(file, info),
             Dtype::BF16 => read::<half::bf16>(file, info),
-            other => {
-                Err(Error::Unsupported(format!("tensor `{name}` is stored as {other}; F32, F16 and BF16 are read")))
-            }
+            Dtype::F8_E4M3 if self.scales_of(name).is_some() => self.read_stored(name)?.into_tensor(),
+            other => Err(Error::Unsupported(format!(
+                "tensor `{name}` is stored as {other}; F32, F16 and BF16 are read, and F8_E4M3 with a scale for every output"
+            ))),
         }
+    }
+
+    fn read_stored(&self, name: &str) -> Result<Stored> {
+        match (self.tensors.get(name), self.scales_of(name)) {
+            (Some((file, info)), Some(scales)) => {
+                let scales = self.read(&scales)?.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?;
+                let codes = read_values::<u8>(&self.files[*file], info)?;
+                Ok(Stored::Fp8(Fp8Rows { inputs: info.shape[1], codes, scales }))
+            }
+            _ => self.read(name).map(Stored::Plain),
+        }
+    }
+}
+
+impl Safetensors {
+    /// The name of the scales `[outputs, 1]` of a matrix that is stored as e4m3, as compressed-tensors has them.
+    fn scales_of(&self, name: &str) -> Option<String> {
+        let (_, info) = self.tensors.get(name).filter(|(_, info)| info.dtype == Dtype::F8_E4M3)?;
+        let scales = format!("{}.weight_scale", name.strip_suffix(".weight")?);
+        let (_, of_scales) = self.tensors.get(&scales)?;
+        let [outputs, inputs] = info.shape[..] else { return None };
+        let fits = inputs > 0 && of_scales.shape == [outputs, 1] && of_scales.dtype != Dtype::F8_E4M3;
+        fits.then_some(scales)
     }
 }
 
@@ -205,7 +235,11 @@ fn zeros<T: Pod>(len: usize) -> Result<Vec<T>> {
 
 /// The header was checked: the tensor lies within the file, and its length is that of its shape.
 fn read<T: WithDType + Pod>(file: &OpenFile, info: &TensorInfo) -> Result<Tensor> {
+    Ok(Tensor::from_vec(read_values::<T>(file, info)?, info.shape.as_slice(), &Device::Cpu)?)
+}
+
+fn read_values<T: Pod>(file: &OpenFile, info: &TensorInfo) -> Result<Vec<T>> {
     let mut values = zeros(info.shape.iter().product())?;
     file.bytes.read_exact_at(bytemuck::cast_slice_mut::<T, u8>(&mut values), file.data + info.data_offsets.0 as u64)?;
-    Ok(Tensor::from_vec(values, info.shape.as_slice(), &Device::Cpu)?)
+    Ok(values)
 }

@@ -3,7 +3,9 @@
 use std::collections::BTreeMap;
 
 use candle_core::{DType, Device, Tensor};
-use plumb_kernels::quantised::{self, QuantRows};
+use plumb_kernels::fp8::Fp8Rows;
+use plumb_kernels::linear::Held;
+use plumb_kernels::quantised::QuantRows;
 
 use super::lora::Adapter;
 use crate::config::{Config, Head};
@@ -35,10 +37,12 @@ pub enum Stored {
     Plain(Tensor),
     /// A matrix of integers and scales.
     Quantised(QuantRows),
+    /// A matrix of e4m3 and scales.
+    Fp8(Fp8Rows),
 }
 
 impl Stored {
-    /// One number a weight, in the stored type, or in f32 if it was quantised.
+    /// One number a weight, in the stored type, or in f32 if it was quantised or e4m3.
     ///
     /// # Errors
     /// [`Error::Tensor`], as every operation on a tensor.
@@ -48,6 +52,7 @@ impl Stored {
             Self::Quantised(rows) => {
                 Ok(Tensor::from_vec(rows.expand::<f32>(), (rows.rows(), rows.inputs), &Device::Cpu)?)
             }
+            Self::Fp8(rows) => Ok(Tensor::from_vec(rows.expand::<f32>(), (rows.rows(), rows.inputs), &Device::Cpu)?),
         }
     }
 }
@@ -61,7 +66,7 @@ impl TensorStore for Memory {
         let describe = |tensor: &Tensor| Description {
             shape: tensor.dims().to_vec(),
             dtype: Some(tensor.dtype()),
-            quantised: None,
+            held: Held::Plain,
             reading: 0,
         };
         self.0.iter().map(|(name, tensor)| (name.clone(), describe(tensor))).collect()
@@ -83,8 +88,8 @@ pub(super) struct Description {
     pub(super) shape: Vec<usize>,
     /// What to compute in; `None` if it cannot be read.
     pub(super) dtype: Option<DType>,
-    /// Set if it is a matrix that can stay quantised.
-    pub(super) quantised: Option<quantised::Described>,
+    /// How it can stay, if it is a matrix.
+    pub(super) held: Held,
     /// Bytes of memory for a number that reading takes, with its result.
     pub(super) reading: usize,
 }
@@ -94,8 +99,8 @@ pub(super) struct Description {
 pub(crate) struct Foreseen {
     /// What to compute in; f32 if nothing is known.
     pub(crate) dtype: DType,
-    /// Set if it stays quantised.
-    pub(crate) quantised: Option<quantised::Described>,
+    /// How it stays.
+    pub(crate) held: Held,
     /// Bytes of memory for a number that reading takes, with its result.
     pub(crate) reading: usize,
 }
@@ -107,6 +112,7 @@ pub struct Weights {
     adapter: Option<Adapter>,
     architecture: String,
     inert: Inert,
+    rounded_to_fp8: bool,
 }
 
 struct Entry {
@@ -127,7 +133,7 @@ impl Weights {
         for (name, description) in store.describe() {
             left.insert(canonical(&name).to_owned(), Entry { name, description });
         }
-        Self { store, left, adapter, architecture: String::new(), inert: Inert::default() }
+        Self { store, left, adapter, architecture: String::new(), inert: Inert::default(), rounded_to_fp8: false }
     }
 
     /// Tensors by their Hugging Face names.
@@ -143,6 +149,24 @@ impl Weights {
             reward_on_language_model: config.head != Head::Language
                 && !config.architecture.ends_with("ForSequenceClassification"),
         };
+    }
+
+    /// Tells that the linear layers of the stack are wanted in e4m3, with a scale for each of their outputs.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] if they are quantised in another way.
+    pub(crate) fn round_to_fp8(&mut self) -> Result<()> {
+        let quantised = |entry: &Entry| matches!(entry.description.held, Held::Quantised(_));
+        if self.left.values().any(quantised) {
+            return Err(Error::Unsupported("fp8 of a checkpoint that is quantised already; take another dtype".into()));
+        }
+        self.rounded_to_fp8 = true;
+        Ok(())
+    }
+
+    /// Whether [`Weights::round_to_fp8`] was called.
+    pub(crate) fn are_rounded_to_fp8(&self) -> bool {
+        self.rounded_to_fp8
     }
 
     /// The floating point type that most elements of linear weights have.
@@ -171,16 +195,16 @@ impl Weights {
         let adapter = self.adapter.as_ref();
         let Some(Entry { description, .. }) = self.left.get(name).filter(|_| adapter.is_none_or(|a| !a.replaces(name)))
         else {
-            return Foreseen { dtype: DType::F32, quantised: None, reading: size_of::<f32>() };
+            return Foreseen { dtype: DType::F32, held: Held::Plain, reading: size_of::<f32>() };
         };
-        let Description { dtype, quantised, reading, .. } = *description;
+        let Description { dtype, held, reading, .. } = *description;
         match adapter.is_some_and(|adapter| adapter.changes(name)) {
-            true => Foreseen { dtype: DType::F32, quantised: None, reading: reading + MERGING },
-            false => Foreseen { dtype: dtype.unwrap_or(DType::F32), quantised, reading },
+            true => Foreseen { dtype: DType::F32, held: Held::Plain, reading: reading + MERGING },
+            false => Foreseen { dtype: dtype.unwrap_or(DType::F32), held, reading },
         }
     }
 
-    /// Takes a tensor, on the CPU and in its stored type; in f32 if it was quantised or an adapter was merged into it.
+    /// Takes a tensor, on the CPU and in its stored type; in f32 if it was quantised, e4m3 or an adapter was merged into it.
     ///
     /// # Errors
     /// [`Error::MissingTensor`] if it is not there or was taken, [`Error::MisshapenTensor`] if it has another shape.
@@ -188,7 +212,7 @@ impl Weights {
         self.take_stored(name, shape)?.into_tensor()
     }
 
-    /// As [`Weights::take`], but a matrix that is quantised, and that no adapter changes, stays quantised.
+    /// As [`Weights::take`], but a matrix that is quantised or e4m3, and that no adapter changes, stays so.
     ///
     /// # Errors
     /// Those of [`Weights::take`].

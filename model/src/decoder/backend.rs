@@ -9,9 +9,10 @@ use std::ops::Range;
 use bytemuck::Pod;
 use plumb_kernels::activation::Activation;
 use plumb_kernels::attention::Rule;
-use plumb_kernels::linear::Matrix;
+use plumb_kernels::linear::{Held, Matrix};
 use plumb_kernels::norm::Norm;
 use plumb_kernels::rotary::Rotary;
+use plumb_kernels::sample::{Draw, Drawn, Undrawn};
 
 use super::Device;
 use super::build::Load;
@@ -53,12 +54,12 @@ pub(super) trait Backend: Clone + Debug + Send + Sync + Sized + 'static {
     type Graphs: Debug + Default + Send + Sync;
     /// Where an activated layer puts what its gradient needs.
     type Kept<'a>;
-    /// What reading needs beside the residual stream.
+    /// What attention and reading need beside the residual stream.
     type Scratch: Debug + Send + Sync;
 
     /// Rows that go through a linear layer together.
     const CHUNK: usize;
-    /// Whether weights are packed into panels, and stay quantised, in the memory of the process.
+    /// Whether weights are packed into panels, in the memory of the process.
     const PACKED: bool;
 
     /// That of a device.
@@ -83,6 +84,9 @@ pub(super) trait Backend: Clone + Debug + Send + Sync + Sized + 'static {
     fn linear(&self, parts: &[Matrix<'_, Self::Element>], inputs: usize) -> Result<Self::Linear>;
     /// Bytes that it takes.
     fn linear_bytes(linear: &Self::Linear) -> usize;
+    /// Bytes that matrices on top of one another will take, each of so many outputs, and those of
+    /// what they take beside that, which all layers share.
+    fn stacked_bytes(parts: &[(usize, Held)], inputs: usize) -> [usize; 2];
     fn activated(
         &self,
         activation: Activation,
@@ -171,6 +175,7 @@ pub(super) trait Backend: Clone + Debug + Send + Sync + Sized + 'static {
         layer: usize,
     ) -> Result<()>;
 
+    #[expect(clippy::too_many_arguments, reason = "what it reads, how, and what it writes")]
     fn attention(
         &self,
         q: Self::Part<'_, Self::Element>,
@@ -179,6 +184,7 @@ pub(super) trait Backend: Clone + Debug + Send + Sync + Sized + 'static {
         cut: &Self::Cut<'_>,
         rule: Rule,
         out: Self::PartMut<'_, Self::Element>,
+        scratch: &mut Self::Scratch,
     ) -> Result<()>;
 
     /// `out = activation(gate(x)) * up(x)`, or what there is of it.
@@ -224,14 +230,25 @@ pub(super) trait Backend: Clone + Debug + Send + Sync + Sized + 'static {
         scratch: &mut Self::Scratch,
     ) -> Result<(Vec<u32>, Vec<f32>)>;
 
-    /// All logits after each row.
+    /// All logits after each row, which stay in the scratch.
     fn logits(
         &self,
         from: Stream<'_, Self>,
         rows: &[u32],
         head: Vocabulary<'_, Self>,
         scratch: &mut Self::Scratch,
-    ) -> Result<Vec<Vec<f32>>>;
+    ) -> Result<()>;
+
+    /// Some of the rows of logits that are there, of so many tokens each.
+    fn copy_logits(scratch: &Self::Scratch, rows: Range<usize>, vocabulary: usize) -> Result<Vec<Vec<f32>>>;
+
+    /// Draws tokens from the rows of logits that are there, of so many tokens each.
+    fn draw(
+        &self,
+        vocabulary: usize,
+        draws: &[Draw<'_>],
+        scratch: &mut Self::Scratch,
+    ) -> Result<Vec<Result<Drawn, Undrawn>>>;
 }
 
 /// Where tokens' first rows come from.

@@ -4,6 +4,7 @@ use candle_core::{DType as TensorType, Tensor};
 use half::bf16;
 use plumb_kernels::Element;
 use plumb_kernels::activation::Activation;
+use plumb_kernels::fp8::Fp8Rows;
 use plumb_kernels::linear::{Matrix, Rows};
 use plumb_kernels::norm::Norm;
 use plumb_kernels::quantised::QuantRows;
@@ -88,6 +89,7 @@ struct Part<E> {
 enum Values<E> {
     Plain(Vec<E>),
     Quantised(QuantRows),
+    Fp8(Fp8Rows),
 }
 
 impl<E: Load> Part<E> {
@@ -95,6 +97,7 @@ impl<E: Load> Part<E> {
         let weights = match &self.weights {
             Values::Plain(rows) => Rows::Plain(rows),
             Values::Quantised(rows) => Rows::Quantised(rows),
+            Values::Fp8(rows) => Rows::Fp8(rows),
         };
         Matrix { weights, bias: self.bias.as_deref() }
     }
@@ -106,6 +109,7 @@ impl<E: Load> Values<E> {
         match self {
             Self::Plain(rows) => rows,
             Self::Quantised(rows) => rows.expand(),
+            Self::Fp8(rows) => rows.expand(),
         }
     }
 }
@@ -133,11 +137,25 @@ impl<B: Backend> Taker<'_, B> {
         let weights = match self.weights.take_stored(&format!("{name}.weight"), &[outputs, inputs])? {
             Stored::Plain(tensor) => Values::Plain(B::Element::load(&tensor)?),
             Stored::Quantised(rows) => Values::Quantised(rows),
+            Stored::Fp8(rows) => Values::Fp8(rows),
         };
         self.parameters += (outputs * inputs) as u64;
         refuse_beyond(self.parameters as usize * size_of::<B::Element>())?;
         let bias = if bias { Some(self.vector(&format!("{name}.bias"), &[outputs])?) } else { None };
         Ok(Part { weights, bias })
+    }
+
+    /// As [`Taker::part`], of a layer of the stack, whose weights may be wanted in e4m3.
+    fn inner(&mut self, name: &str, shape: [usize; 2], bias: bool) -> Result<Part<B::Element>> {
+        let Part { weights, bias } = self.part(name, shape, bias)?;
+        Ok(Part { weights: self.rounded(weights, shape[1]), bias })
+    }
+
+    fn rounded(&self, weights: Values<B::Element>, inputs: usize) -> Values<B::Element> {
+        match weights {
+            Values::Plain(rows) if self.weights.are_rounded_to_fp8() => Values::Fp8(Fp8Rows::quantise(&rows, inputs)),
+            weights => weights,
+        }
     }
 
     /// The embedding, unless the head holds the same numbers, and the head.
@@ -186,7 +204,7 @@ impl<B: Backend> Taker<'_, B> {
 
     /// The named layers, on top of one another.
     fn stacked(&mut self, names: &[(&String, usize)], inputs: usize, bias: bool) -> Result<B::Linear> {
-        let parts = names.iter().map(|(name, outputs)| self.part(name, [*outputs, inputs], bias));
+        let parts = names.iter().map(|(name, outputs)| self.inner(name, [*outputs, inputs], bias));
         let parts = parts.collect::<Result<Vec<_>>>()?;
         self.linear(&parts, inputs)
     }
@@ -194,7 +212,7 @@ impl<B: Backend> Taker<'_, B> {
     /// The first half of a feed-forward layer.
     fn activated(&mut self, up: &str, gate: Option<&str>) -> Result<B::Activated> {
         let Config { hidden_size: inputs, intermediate_size: outputs, mlp_bias, .. } = *self.config;
-        let mut part = |name: &str| self.part(name, [outputs, inputs], mlp_bias);
+        let mut part = |name: &str| self.inner(name, [outputs, inputs], mlp_bias);
         let (up, gate) = (part(up)?, gate.map(part).transpose()?);
         let activation = match self.config.activation {
             config::Activation::Silu => Activation::Silu,
@@ -237,9 +255,17 @@ impl<B: Backend> Taker<'_, B> {
         let Config { hidden_size, num_heads, head_dim, qkv_bias, .. } = *self.config;
         let Part { weights, bias } = self.part(name, [3 * num_heads * head_dim, hidden_size], qkv_bias)?;
         let rows = weights.into_plain();
-        let parts: Vec<_> = interleaved(num_heads, head_dim)
+        let starts = || interleaved(num_heads, head_dim);
+        let of_head = |start: usize| &rows[start * hidden_size..(start + head_dim) * hidden_size];
+        if self.weights.are_rounded_to_fp8() {
+            let rows: Vec<B::Element> = starts().flat_map(of_head).copied().collect();
+            let bias = bias.map(|bias| starts().flat_map(|start| bias[start..start + head_dim].to_vec()).collect());
+            let part = Part { weights: self.rounded(Values::Plain(rows), hidden_size), bias };
+            return self.linear(&[part], hidden_size);
+        }
+        let parts: Vec<_> = starts()
             .map(|start| Matrix {
-                weights: Rows::Plain(&rows[start * hidden_size..(start + head_dim) * hidden_size]),
+                weights: Rows::Plain(of_head(start)),
                 bias: bias.as_ref().map(|bias| &bias[start..start + head_dim]),
             })
             .collect();

@@ -6,10 +6,12 @@ use std::ops::Range;
 use plumb_kernels::activation::Activation;
 use plumb_kernels::attention::{KvPages, Prepare, Rule, Run, Work, attention, padded, prepare};
 use plumb_kernels::head::{dot, soft_cap, token_log_probs, top_log_probs};
-use plumb_kernels::linear::{Activated, Kept, Linear, Matrix, PANEL, Store};
+use plumb_kernels::linear::{Activated, Held, Kept, Linear, Matrix, PANEL, Store};
 use plumb_kernels::norm::Norm;
 use plumb_kernels::parallel::with_team;
+use plumb_kernels::quantised::packed_bytes;
 use plumb_kernels::rotary::Rotary;
+use plumb_kernels::sample::{self, Draw, Drawn, Undrawn};
 
 use super::Device;
 use super::backend::{Backend, Embedding, How, Number, Stream, Vocabulary};
@@ -42,6 +44,8 @@ pub(super) struct Scratch {
     rows: Gathered,
     /// `[reads, vocab_size]`.
     logits: Vec<f32>,
+    /// What draws compute in, `[draws, vocab_size]`.
+    weights: Vec<f32>,
 }
 
 /// Rows that are read, before and after the norm, `[rows, hidden]`.
@@ -108,6 +112,16 @@ impl<E: Load + Number> Backend for Cpu<E> {
         linear.bytes()
     }
 
+    fn stacked_bytes(parts: &[(usize, Held)], inputs: usize) -> [usize; 2] {
+        let outputs = parts.iter().map(|part| part.0).sum();
+        let described = |part: &(_, Held)| match part.1 {
+            Held::Quantised(described) => Some(described),
+            Held::Plain | Held::Fp8 => None,
+        };
+        let quantised: Option<Vec<_>> = parts.iter().map(described).collect();
+        [quantised.map_or_else(|| Linear::<E>::packed_bytes(outputs, inputs), |q| packed_bytes(&q, outputs, inputs)), 0]
+    }
+
     fn activated(
         &self,
         activation: Activation,
@@ -149,7 +163,7 @@ impl<E: Load + Number> Backend for Cpu<E> {
         let qkv = (num_heads + 2 * num_kv_heads) * head_dim;
         let inner = intermediate_size.next_multiple_of(PANEL);
         let chunk = (hidden_size + inner) * element + (hidden_size + qkv) * FLOAT;
-        // Computed, and handed out.
+        // Computed, and handed out or drawn from.
         let logits = if config.head == Head::Language { 2 * vocab_size * FLOAT } else { 0 };
         let of = |count: usize, bytes: usize| count.saturating_mul(bytes) as u64;
         let parts = [of(largest.tokens, row), of(CHUNK.min(largest.tokens), chunk), of(largest.sequences, logits)];
@@ -160,8 +174,8 @@ impl<E: Load + Number> Backend for Cpu<E> {
         Scratch::default()
     }
 
-    fn scratch_bytes(Scratch { rows: Gathered { before, after }, logits }: &Scratch) -> usize {
-        (before.capacity() + after.capacity() + logits.capacity()) * size_of::<f32>()
+    fn scratch_bytes(Scratch { rows: Gathered { before, after }, logits, weights }: &Scratch) -> usize {
+        [before, after, logits, weights].map(Vec::capacity).iter().sum::<usize>() * size_of::<f32>()
     }
 
     fn run<R: Send>(step: impl FnOnce() -> R + Send) -> R {
@@ -267,6 +281,7 @@ impl<E: Load + Number> Backend for Cpu<E> {
         cut: &Cut<'_>,
         rule: Rule,
         out: &mut [E],
+        _: &mut Scratch,
     ) -> Result<()> {
         attention(q, kv, layer, &cut.work, rule, out);
         Ok(())
@@ -331,14 +346,28 @@ impl<E: Load + Number> Backend for Cpu<E> {
         rows: &[u32],
         Vocabulary { logits, softcap, size }: Vocabulary<'_, Self>,
         scratch: &mut Scratch,
-    ) -> Result<Vec<Vec<f32>>> {
+    ) -> Result<()> {
         let normed = scratch.rows.gather(&from, rows);
         let out = resize(&mut scratch.logits, rows.len() * size);
         logits.forward_f32(normed, out, Store::Set);
         if let Some(cap) = softcap {
             soft_cap(out, cap);
         }
-        Ok(out.chunks_exact(size).map(<[f32]>::to_vec).collect())
+        Ok(())
+    }
+
+    fn copy_logits(scratch: &Scratch, rows: Range<usize>, vocabulary: usize) -> Result<Vec<Vec<f32>>> {
+        Ok(rows.map(|row| scratch.logits[row * vocabulary..][..vocabulary].to_vec()).collect())
+    }
+
+    fn draw(
+        &self,
+        vocabulary: usize,
+        draws: &[Draw<'_>],
+        scratch: &mut Scratch,
+    ) -> Result<Vec<Result<Drawn, Undrawn>>> {
+        let weights = resize(&mut scratch.weights, draws.len() * vocabulary);
+        Ok(sample::draw(&scratch.logits, vocabulary, draws, weights))
     }
 }
 

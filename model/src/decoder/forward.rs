@@ -4,6 +4,7 @@ use std::ops::Range;
 
 use plumb_kernels::Element;
 use plumb_kernels::attention::{PAGE, Rule, Run, Span};
+use plumb_kernels::sample::{Draw, Drawn, Undrawn};
 
 use super::backend::{Backend, Embedding, How, Stream, TapeMut, Vocabulary};
 use super::step::{Progress, Read, Step, StepSequence};
@@ -35,6 +36,8 @@ pub(super) struct Buffers<B: Backend> {
     pub(super) scratch: B::Scratch,
     /// Of the last step.
     used: Option<B::Used>,
+    /// Rows of logits to draw from that the last step has left, one of the model whose number it is.
+    drawable: (u64, usize),
     /// Of the model whose number it is.
     graphs: (u64, B::Graphs),
 }
@@ -53,13 +56,27 @@ impl<B: Backend> Buffers<B> {
             parallel: backend.array(),
             scratch: backend.scratch(),
             used: None,
+            drawable: (0, 0),
             graphs: Default::default(),
         }
     }
 
     pub(super) fn bytes(&self) -> usize {
-        let Self { progress: _, x, normed, qkv, branch, inner, q, attended, parallel, scratch, used: _, graphs: _ } =
-            self;
+        let Self {
+            progress: _,
+            x,
+            normed,
+            qkv,
+            branch,
+            inner,
+            q,
+            attended,
+            parallel,
+            scratch,
+            used: _,
+            drawable: _,
+            graphs: _,
+        } = self;
         let elements = [normed, inner, q, attended, parallel].map(B::bytes).iter().sum::<usize>();
         elements + B::bytes(x) + B::bytes(qkv) + B::bytes(branch) + B::scratch_bytes(scratch)
     }
@@ -68,6 +85,7 @@ impl<B: Backend> Buffers<B> {
 impl<B: Backend> Stack<B> {
     pub(super) fn step(&self, step: &Step<'_>, kv: &mut B::KvPages, buffers: &mut Buffers<B>) -> Result<Vec<Vec<f32>>> {
         step.sequences.iter().try_for_each(|sequence| self.check(sequence))?;
+        buffers.drawable = (self.number, 0);
         if step.sequences.is_empty() {
             return Ok(Vec::new());
         }
@@ -140,7 +158,7 @@ impl<B: Backend> Stack<B> {
             (Read::LastReward | Read::Rewards, Head::Language { .. }) => {
                 invalid("a language model has no reward head".into())
             }
-            (Read::LogProbs { .. } | Read::TopLogProbs { .. } | Read::LastLogits, Head::Reward { .. }) => {
+            (Read::LogProbs { .. } | Read::TopLogProbs { .. } | Read::Draw | Read::LastLogits, Head::Reward { .. }) => {
                 invalid("a preference model has no vocabulary head".into())
             }
             _ => Ok(()),
@@ -200,7 +218,8 @@ impl<B: Backend> Stack<B> {
             backend.normed(&layer.mlp_norm, B::part(&buffers.x, 0..rows * hidden), parallel)?;
         }
         let attended = backend.resize(&mut buffers.attended, rows * heads * dim)?;
-        backend.attention(B::part(&buffers.q, 0..rows * q_width), kv, index, cut, self.rule(index), attended)?;
+        let q = B::part(&buffers.q, 0..rows * q_width);
+        backend.attention(q, kv, index, cut, self.rule(index), attended, &mut buffers.scratch)?;
         for chunk in chunks(rows, B::CHUNK) {
             let attended = B::part(&buffers.attended, of(&chunk, heads * dim));
             let x = B::part_mut(&mut buffers.x, of(&chunk, hidden));
@@ -325,22 +344,28 @@ impl<B: Backend> Stack<B> {
             Head::Language { logits, softcap } => {
                 let vocabulary = || Vocabulary { logits, softcap: *softcap, size: self.config.vocab_size };
                 // As few passes over the vocabulary as may be: one for many log-probabilities, one for all logits.
-                let (mut scored, mut targets, mut sampled) = (Vec::new(), Vec::new(), Vec::new());
+                let (mut scored, mut targets) = (Vec::new(), Vec::new());
+                let (mut drawn, mut copied) = (Vec::new(), Vec::new());
                 for (sequence, rows) in sequences() {
                     match &sequence.read {
                         Read::LogProbs { targets: of_rows, .. } => {
                             scored.extend_from_slice(rows);
                             targets.extend_from_slice(of_rows);
                         }
-                        Read::LastLogits => sampled.extend_from_slice(rows),
+                        Read::Draw => drawn.extend_from_slice(rows),
+                        Read::LastLogits => copied.extend_from_slice(rows),
                         _ => {}
                     }
                 }
                 let log_probs =
                     self.backend.log_probs(stream(), &scored, vocabulary(), &targets, scratch, &buffers.progress)?;
-                let all_logits = self.backend.logits(stream(), &sampled, vocabulary(), scratch)?;
+                let drawable = drawn.len();
+                drawn.extend_from_slice(&copied);
+                self.backend.logits(stream(), &drawn, vocabulary(), scratch)?;
+                let copied = B::copy_logits(scratch, drawable..drawn.len(), self.config.vocab_size)?;
+                buffers.drawable.1 = drawable;
                 let mut log_probs = log_probs.into_iter();
-                let mut all_logits = all_logits.into_iter();
+                let mut copied = copied.into_iter();
                 sequences()
                     .map(|(sequence, rows)| {
                         Ok(match &sequence.read {
@@ -354,13 +379,26 @@ impl<B: Backend> Stack<B> {
                                 ids.chunks(*count).zip(log_probs.chunks(*count)).flat_map(row).collect()
                             }
                             Read::LogProbs { targets, .. } => log_probs.by_ref().take(targets.len()).collect(),
-                            Read::LastLogits => all_logits.next().unwrap_or_default(),
+                            Read::LastLogits => copied.next().unwrap_or_default(),
                             _ => Vec::new(),
                         })
                     })
                     .collect()
             }
         }
+    }
+
+    /// Draws tokens after the sequences of the last step that asked for it, counted from 0 on.
+    pub(super) fn draw(&self, draws: &[Draw<'_>], buffers: &mut Buffers<B>) -> Result<Vec<Result<Drawn, Undrawn>>> {
+        let vocabulary = self.config.vocab_size;
+        let (of, rows) = buffers.drawable;
+        let rows = if of == self.number { rows } else { 0 };
+        if let Some(draw) = draws.iter().find(|draw| draw.row >= rows || !draw.fits(vocabulary)) {
+            return Err(Error::InvalidInput(format!("{draw:?} from {rows} rows of {vocabulary} tokens")));
+        }
+        let drawn = self.backend.draw(vocabulary, draws, &mut buffers.scratch)?;
+        buffers.progress.advance();
+        Ok(drawn)
     }
 }
 

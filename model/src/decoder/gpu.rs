@@ -1,8 +1,9 @@
 //! A GPU as a backend: arrays are in its memory, and the kernels are asked for in order.
 //!
-//! Weights that are quantised in the checkpoint are expanded when they are read. What two operations of a row pass on to
-//! one another is in the weights' type, the residual stream and what is read in the end are f32, but for the rows that
-//! meet a vocabulary, which are in the weights' type too, as in Transformers.
+//! Weights that are quantised in the checkpoint stay so, a language head among them, but for an embedding that is no
+//! language head and what an adapter changes. What two operations of a row pass on to one another is in the weights' type,
+//! the residual stream and what is read in the end are f32, but for the rows that meet a vocabulary, which are in the
+//! weights' type too, as in Transformers.
 
 use std::collections::VecDeque;
 use std::marker::PhantomData;
@@ -11,9 +12,11 @@ use std::ops::Range;
 use plumb_kernels::activation::Activation;
 use plumb_kernels::attention::Rule;
 use plumb_kernels::gpu::{
-    self, Buffer, Gpu, Graph, KvPages, Linear, Norm, Output, Pieces, View, ViewMut, Vocabulary as Sweep,
+    self, Buffer, CutRule, Gpu, Graph, KvPages, Linear, Norm, Output, Partials, Pieces, Room, Sampler, View, ViewMut,
+    Vocabulary as Sweep,
 };
-use plumb_kernels::linear::{Matrix, Rows};
+use plumb_kernels::linear::{Held, Matrix};
+use plumb_kernels::sample::{Draw, Drawn, Undrawn};
 use plumb_kernels::{norm, rotary};
 
 use super::Device;
@@ -46,7 +49,7 @@ fn filled_up(rows: usize) -> usize {
 /// Of a step, and of the cache that it uses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Shape {
-    step: [usize; 2],
+    step: [usize; 4],
     cache: u64,
 }
 
@@ -58,6 +61,8 @@ pub(super) struct Graphs(VecDeque<(Shape, Option<Graph>)>);
 #[derive(Clone, Debug)]
 pub(super) struct OnGpu<E> {
     pub(super) gpu: Gpu,
+    /// What layers share whose weights are no numbers of the type.
+    room: Room,
     element: PhantomData<E>,
 }
 
@@ -80,6 +85,7 @@ pub(super) struct Rotary {
 #[derive(Debug)]
 pub(super) struct Scratch<E> {
     ids: Buffer<u32>,
+    partials: Partials,
     /// What a non-linearity is given, `[CHUNK, 2 * intermediate]`.
     sums: Buffer<E>,
     /// Which rows are read, and what the norm makes of them.
@@ -89,6 +95,7 @@ pub(super) struct Scratch<E> {
     rewards: Buffer<f32>,
     /// `[reads, vocab_size]`.
     logits: Buffer<f32>,
+    sampler: Sampler,
     sweep: Sweep,
 }
 
@@ -108,7 +115,7 @@ where
     type KvPages = KvPages<E>;
     type Cut<'a> = Pieces;
     type Used = Pieces;
-    type Shape = Shape;
+    type Shape = Option<Shape>;
     type Graphs = Graphs;
     /// For gate and up beside one another, or up alone.
     type Kept<'a> = ViewMut<'a, E>;
@@ -119,7 +126,7 @@ where
 
     fn on(device: &Device) -> Result<Self> {
         match device {
-            Device::Gpu(gpu) => Ok(Self { gpu: gpu.clone(), element: PhantomData }),
+            Device::Gpu(gpu) => Ok(Self { gpu: gpu.clone(), room: Room::new(gpu), element: PhantomData }),
             Device::Cpu => Err(Error::Device("the CPU is no GPU".to_owned())),
         }
     }
@@ -150,23 +157,15 @@ where
     }
 
     fn linear(&self, parts: &[Matrix<'_, E>], inputs: usize) -> Result<Linear<E>> {
-        let mut rows: Vec<E> = Vec::new();
-        let mut bias = Vec::new();
-        for part in parts {
-            let before = rows.len();
-            match part.weights {
-                Rows::Plain(values) => rows.extend_from_slice(values),
-                Rows::Quantised(quantised) => rows.extend(quantised.expand::<E>()),
-            }
-            bias.extend_from_slice(part.bias.unwrap_or_default());
-            bias.resize(bias.len() + if part.bias.is_none() { (rows.len() - before) / inputs } else { 0 }, 0.0);
-        }
-        let bias = parts.iter().any(|part| part.bias.is_some()).then_some(&bias[..]);
-        Ok(Linear::new(&self.gpu, &rows, bias, inputs)?)
+        Ok(Linear::stacked(&self.gpu, parts, inputs, &self.room)?)
     }
 
     fn linear_bytes(linear: &Linear<E>) -> usize {
         linear.bytes()
+    }
+
+    fn stacked_bytes(parts: &[(usize, Held)], inputs: usize) -> [usize; 2] {
+        gpu::stacked_bytes::<E>(parts, inputs)
     }
 
     fn activated(
@@ -210,38 +209,45 @@ where
         let chunk = (hidden_size + qkv + 3 * intermediate_size) * size_of::<E>() + hidden_size * FLOAT;
         let of = |count: usize, bytes: usize| count.saturating_mul(bytes) as u64;
         let logits = match config.head {
-            Head::Language => of(largest.sequences, vocab_size * FLOAT) + Sweep::most_bytes(vocab_size) as u64,
+            Head::Language => of(largest.sequences, vocab_size * FLOAT)
+                .saturating_add(Sampler::most_bytes(largest.sequences, vocab_size) as u64)
+                .saturating_add(Sweep::most_bytes(vocab_size) as u64),
             Head::Reward(_) => 0,
         };
         let rows = filled_up(largest.tokens);
-        [of(rows, row), of(CHUNK.min(rows), chunk), logits].into_iter().fold(0, u64::saturating_add)
+        let partials = Partials::most_bytes(cut_rule(config, false), rows, config.max_position_embeddings) as u64;
+        let parts = [of(rows, row), of(CHUNK.min(rows), chunk), logits, partials];
+        parts.into_iter().fold(0, u64::saturating_add)
     }
 
     fn scratch(&self) -> Scratch<E> {
         let gpu = &self.gpu;
         Scratch {
             ids: gpu.empty(),
+            partials: Partials::new(gpu),
             sums: gpu.empty(),
             rows: gpu.empty(),
             normed: gpu.empty(),
             narrow: gpu.empty(),
             rewards: gpu.empty(),
             logits: gpu.empty(),
+            sampler: Sampler::new(gpu),
             sweep: Sweep::new(gpu),
         }
     }
 
     fn scratch_bytes(scratch: &Scratch<E>) -> usize {
-        let Scratch { ids, sums, rows, normed, narrow, rewards, logits, sweep } = scratch;
+        let Scratch { ids, partials, sums, rows, normed, narrow, rewards, logits, sampler, sweep } = scratch;
         let floats = [normed, rewards, logits].map(Buffer::bytes).iter().sum::<usize>();
-        ids.bytes() + sums.bytes() + rows.bytes() + narrow.bytes() + floats + sweep.bytes()
+        let others = partials.bytes() + sampler.bytes() + sweep.bytes();
+        ids.bytes() + sums.bytes() + rows.bytes() + narrow.bytes() + floats + others
     }
 
     fn cut<'a>(&self, config: &Config, step: &Step<'a>, used: Option<Pieces>) -> Result<Pieces> {
         let mut pieces = used.unwrap_or_else(|| Pieces::new(&self.gpu));
         let rows = step.sequences.iter().map(|sequence| sequence.tokens.len()).sum();
-        let group = config.num_heads / config.num_kv_heads;
-        pieces.set(&spans(step), &runs(step, usize::MAX), group, filled_up(rows))?;
+        let rule = cut_rule(config, self.gpu.is_invariant());
+        pieces.set::<E>(&spans(step), &runs(step, usize::MAX), rule, filled_up(rows))?;
         Ok(pieces)
     }
 
@@ -253,15 +259,13 @@ where
         cut.rows()
     }
 
-    fn shape(cut: &Pieces, kv: &KvPages<E>) -> Shape {
+    fn shape(cut: &Pieces, kv: &KvPages<E>) -> Option<Shape> {
         kv.check(cut);
-        Shape { step: cut.shape(), cache: kv.number() }
+        cut.shape().map(|step| Shape { step, cache: kv.number() })
     }
 
-    fn layers(&self, shape: Shape, graphs: &mut Graphs, run: &mut dyn FnMut() -> Result<()>) -> Result<()> {
-        if shape.step[0] > MAX_RECORDED_ROWS {
-            return run();
-        }
+    fn layers(&self, shape: Option<Shape>, graphs: &mut Graphs, run: &mut dyn FnMut() -> Result<()>) -> Result<()> {
+        let Some(shape) = shape.filter(|shape| shape.step[0] <= MAX_RECORDED_ROWS) else { return run() };
         // After an error arrays may be missing, so that nothing is known any more.
         let mut shapes = std::mem::take(&mut graphs.0);
         let place = shapes.iter().position(|(other, _)| *other == shape);
@@ -303,11 +307,11 @@ where
     ) -> Result<()> {
         scratch.ids.grow(ids.len())?;
         scratch.ids.write(0, ids)?;
-        let table = match table {
-            Embedding::Table(table) => table.all(),
-            Embedding::Head(head) => head.weights(),
-        };
-        Ok(self.gpu.embed(table, scratch.ids.view(0..ids.len()), scale, width, x)?)
+        let ids = scratch.ids.view(0..ids.len());
+        Ok(match table {
+            Embedding::Table(table) => self.gpu.embed(table.all(), ids, scale, width, x)?,
+            Embedding::Head(head) => head.embed(&self.gpu, ids, scale, x)?,
+        })
     }
 
     fn normed(&self, norm: &Norm, x: View<'_, f32>, out: ViewMut<'_, E>) -> Result<()> {
@@ -355,19 +359,25 @@ where
         cut: &Pieces,
         rule: Rule,
         out: ViewMut<'_, E>,
+        scratch: &mut Scratch<E>,
     ) -> Result<()> {
-        Ok(self.gpu.attention(q, kv, layer, cut, rule, out)?)
+        Ok(self.gpu.attention(q, kv, layer, cut, rule, &mut scratch.partials, out, None)?)
     }
 
     fn activate(
         &self,
         activated: &Activated<E>,
         x: View<'_, E>,
-        out: ViewMut<'_, E>,
+        mut out: ViewMut<'_, E>,
         kept: Option<ViewMut<'_, E>>,
         scratch: &mut Scratch<E>,
     ) -> Result<()> {
         let Activated { linear, activation, gated } = activated;
+        // What is kept is what the non-linearity is given.
+        let at_once = kept.is_none() && !gated && *activation == Activation::GeluTanh;
+        if at_once && linear.forward_gelu_tanh(&self.gpu, x, out.reborrow())? {
+            return Ok(());
+        }
         let rows = x.len() / linear.inputs();
         let width = linear.outputs() / if *gated { 2 } else { 1 };
         let mut sums = match kept {
@@ -430,18 +440,32 @@ where
         rows: &[u32],
         head: Vocabulary<'_, Self>,
         scratch: &mut Scratch<E>,
-    ) -> Result<Vec<Vec<f32>>> {
+    ) -> Result<()> {
         self.gather(&from, rows, scratch)?;
         let logits = self.resize(&mut scratch.logits, rows.len() * head.size)?;
         head.logits.forward(&self.gpu, scratch.narrow.view(0..rows.len() * from.width), logits)?;
         if let Some(cap) = head.softcap {
             self.gpu.soft_cap(scratch.logits.view_mut(0..rows.len() * head.size), cap)?;
         }
-        let mut result = vec![vec![0.0; head.size]; rows.len()];
-        for (row, logits) in result.iter_mut().enumerate() {
-            scratch.logits.read(row * head.size, logits)?;
-        }
-        Ok(result)
+        Ok(())
+    }
+
+    fn copy_logits(scratch: &Scratch<E>, rows: Range<usize>, vocabulary: usize) -> Result<Vec<Vec<f32>>> {
+        let copy = |row: usize| {
+            let mut logits = vec![0.0; vocabulary];
+            scratch.logits.read(row * vocabulary, &mut logits)?;
+            Ok(logits)
+        };
+        rows.map(copy).collect()
+    }
+
+    fn draw(
+        &self,
+        vocabulary: usize,
+        draws: &[Draw<'_>],
+        scratch: &mut Scratch<E>,
+    ) -> Result<Vec<Result<Drawn, Undrawn>>> {
+        Ok(scratch.sampler.draw(scratch.logits.all(), vocabulary, draws)?)
     }
 }
 
@@ -463,6 +487,18 @@ where
 {
     fn from(How { heads, q_norm, k_norm, rotary, .. }: How<'a, OnGpu<E>>) -> Self {
         Self { heads, q_norm, k_norm, table: rotary.table.all(), rotated: rotary.dim }
+    }
+}
+
+/// How attention is cut: unless it is invariant, a score may depend in its last bits on how its sequence is cut into
+/// steps, as it does on the number of rows that its products had beside it.
+fn cut_rule(config: &Config, invariant: bool) -> CutRule {
+    CutRule {
+        heads: config.num_heads,
+        kv_heads: config.num_kv_heads,
+        head_dim: config.head_dim,
+        invariant,
+        partial_bytes: gpu::PARTIAL_BYTES,
     }
 }
 

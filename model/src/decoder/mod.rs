@@ -1,8 +1,9 @@
 //! The one decoder: packed token ids in, rewards, log-probabilities or logits out.
 //!
 //! A [`Step`] holds slices of many sequences, none padded. Their keys and values live in pages (see [`crate::cache`]),
-//! so a slice may continue what earlier steps, or other sequences with the same beginning, have computed. A row's
-//! result has the same bits whatever else the step holds and however a sequence was cut into steps.
+//! so a slice may continue what earlier steps, or other sequences with the same beginning, have computed. On a CPU,
+//! and on a GPU that is to be invariant, a row's result has the same bits whatever else the step holds and however a
+//! sequence was cut into steps.
 
 mod backend;
 mod build;
@@ -27,6 +28,7 @@ use plumb_kernels::memory::OutOfMemory;
 
 pub use choice::DeviceChoice;
 pub use plumb_kernels::head::log_sum_exp;
+pub use plumb_kernels::sample::{Draw, Drawn, TokenSet, Undrawn};
 pub use step::{Progress, Read, Step, StepSequence, StepSize};
 
 use crate::checkpoint::Weights;
@@ -158,6 +160,7 @@ trait Computes: Debug + Send + Sync {
     fn workspace(&self) -> Workspace;
     fn size(&self) -> (u64, u64);
     fn step(&self, step: &Step<'_>, kv: &mut KvStore, workspace: &mut Workspace) -> Result<Vec<Vec<f32>>>;
+    fn draw(&self, draws: &[Draw<'_>], workspace: &mut Workspace) -> Result<Vec<Result<Drawn, Undrawn>>>;
 }
 
 /// Pages of some backend.
@@ -208,6 +211,14 @@ impl<B: Backend> Computes for Stack<B> {
         match (kv.downcast_mut(), buffers.downcast_mut()) {
             (Some(kv), Some(buffers)) => B::run(|| Stack::step(self, step, kv, buffers)),
             _ => Err(Error::InvalidInput("the cache belongs to a model of another type".into())),
+        }
+    }
+
+    fn draw(&self, draws: &[Draw<'_>], workspace: &mut Workspace) -> Result<Vec<Result<Drawn, Undrawn>>> {
+        let buffers: &mut dyn Any = &mut *workspace.0;
+        match buffers.downcast_mut() {
+            Some(buffers) => B::run(|| Stack::draw(self, draws, buffers)),
+            None => Err(Error::InvalidInput("the workspace belongs to a model of another type".into())),
         }
     }
 }
@@ -278,6 +289,17 @@ impl Decoder {
     /// read that the head cannot serve) or if the store or workspace belongs to another model.
     pub fn step(&self, step: &Step<'_>, kv: &mut KvStore, workspace: &mut Workspace) -> Result<Vec<Vec<f32>>> {
         self.0.step(step, kv, workspace)
+    }
+
+    /// Draws tokens from logits that the last step has left in the workspace, as often as is wanted: row `i` is that of
+    /// the `i`-th sequence that asked for [`Read::Draw`]. Only tokens and their log-probabilities leave the device; the
+    /// same draw from the same logits gives the same token on every one.
+    ///
+    /// # Errors
+    /// [`Error::InvalidInput`] if there is no such row, a number is out of its range, or a set of tokens is one of
+    /// another vocabulary.
+    pub fn draw(&self, draws: &[Draw<'_>], workspace: &mut Workspace) -> Result<Vec<Result<Drawn, Undrawn>>> {
+        self.0.draw(draws, workspace)
     }
 }
 

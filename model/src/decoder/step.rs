@@ -74,6 +74,8 @@ pub enum Read<'a> {
         /// At most the vocabulary's size.
         count: usize,
     },
+    /// No values: until the next step, [`Decoder::draw`](super::Decoder::draw) draws the token after the last one.
+    Draw,
     /// Vocabulary logits after the last token.
     LastLogits,
 }
@@ -83,7 +85,7 @@ impl Read<'_> {
     pub(super) fn rows(&self, len: usize) -> Range<usize> {
         match self {
             Read::Nothing => 0..0,
-            Read::LastReward | Read::LastLogits => len - 1..len,
+            Read::LastReward | Read::Draw | Read::LastLogits => len - 1..len,
             Read::Rewards => 0..len,
             Read::LogProbs { rows, .. } | Read::TopLogProbs { rows, .. } => rows.clone(),
         }

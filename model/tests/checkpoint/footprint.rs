@@ -5,7 +5,7 @@ use std::path::Path;
 use plumb_model::Error;
 use plumb_model::cache::PAGE;
 use plumb_model::checkpoint::Source;
-use plumb_model::decoder::{DType, Read, Step, StepSequence, StepSize};
+use plumb_model::decoder::{DType, Device, Draw, Read, Step, StepSequence, StepSize, TokenSet};
 use plumb_model::loaded::{Background, DTypeChoice, Footprint, LoadOptions, LoadedModel};
 
 use crate::support::{Copy, FOLDERS, fixture, ones, source};
@@ -67,28 +67,79 @@ fn weights_on_a_gpu_are_foretold_to_the_byte() {
 #[test]
 fn the_largest_step_computes_in_what_is_foretold() {
     for name in FOLDERS {
-        let (footprint, _) = both(&source(&fixture(name)), DTypeChoice::Auto);
-        let model = LoadedModel::load(&source(&fixture(name)), &options(DTypeChoice::Auto)).unwrap();
-        // As many sequences as there have to be, for a model of short ones.
-        let length = (LARGEST.tokens / LARGEST.sequences).min(model.info.max_input_tokens);
-        let (tokens, pages) = (vec![1; length], length.div_ceil(PAGE) as u32);
-        let count = LARGEST.tokens / length;
-        let pages: Vec<Vec<u32>> = (0..count as u32).map(|i| (i * pages..(i + 1) * pages).collect()).collect();
-        let sequences = pages.iter().enumerate().map(|(i, pages)| {
-            let read = match model.info.reward_head {
-                Some(_) => Read::Rewards,
-                None if i < LARGEST.sequences => Read::LastLogits,
-                None => Read::LogProbs { rows: 0..length, targets: &tokens },
-            };
-            StepSequence { tokens: &tokens, position: 0, pages, read }
-        });
-        let step = Step { sequences: sequences.collect() };
-        let mut kv = model.decoder.kv_store(pages.len() * pages[0].len()).unwrap();
-        let mut workspace = model.decoder.workspace();
-        model.decoder.step(&step, &mut kv, &mut workspace).unwrap();
-        let (taken, foretold) = (workspace.bytes() as u64, footprint.workspace);
+        let (taken, foretold) = largest_step(name, Device::Cpu);
         assert!(taken <= foretold && foretold < 3 * taken, "{name}: {taken} taken, {foretold} foretold");
     }
+}
+
+/// Their keys are cut, and what becomes of them takes room.
+#[test]
+#[cfg(feature = "emulated")]
+fn a_step_of_few_rows_on_a_gpu_computes_in_what_is_foretold() {
+    let device = plumb_model::decoder::Device::Gpu(plumb_kernels::gpu::Gpu::emulated());
+    let options = LoadOptions { device, ..options(DTypeChoice::Auto) };
+    for name in ["llama-pm", "qwen3-pm", "gemma2-pm"] {
+        let source = source(&fixture(name));
+        let largest = StepSize { tokens: 4, sequences: 4 };
+        let foretold = LoadedModel::footprint(&source, &options, largest).unwrap().workspace;
+        let model = LoadedModel::load(&source, &options).unwrap();
+        let taken = |position: usize| {
+            let count = (position / PAGE + 1) as u32;
+            let pages: Vec<Vec<u32>> = (0..4).map(|i| (i * count..(i + 1) * count).collect()).collect();
+            let sequence = |pages| StepSequence { tokens: &[1], position, pages, read: Read::LastReward };
+            let step = Step { sequences: pages.iter().map(|pages| sequence(pages)).collect() };
+            let mut workspace = model.decoder.workspace();
+            model
+                .decoder
+                .step(&step, &mut model.decoder.kv_store(4 * count as usize).unwrap(), &mut workspace)
+                .unwrap();
+            workspace.bytes() as u64
+        };
+        let (whole, cut) = (taken(200), taken(300));
+        assert!(whole < cut && cut <= foretold && foretold < 3 * cut, "{name}: {whole}, {cut}, {foretold} foretold");
+    }
+}
+
+#[test]
+#[cfg(feature = "emulated")]
+fn the_largest_step_on_a_gpu_computes_in_what_is_foretold() {
+    // The others compute in the same buffers; one takes its time.
+    for name in ["llama-lm", "llama-pm"] {
+        let (taken, foretold) = largest_step(name, Device::Gpu(plumb_kernels::gpu::Gpu::emulated()));
+        assert!(taken <= foretold, "{name}: {taken} taken, {foretold} foretold");
+    }
+}
+
+/// Bytes that it has taken, and what was foretold.
+fn largest_step(name: &str, device: Device) -> (u64, u64) {
+    let options = LoadOptions { device, ..options(DTypeChoice::Auto) };
+    let footprint = LoadedModel::footprint(&source(&fixture(name)), &options, LARGEST).unwrap();
+    let model = LoadedModel::load(&source(&fixture(name)), &options).unwrap();
+    // As many sequences as there have to be, for a model of short ones.
+    let length = (LARGEST.tokens / LARGEST.sequences).min(model.info.max_input_tokens);
+    let (tokens, pages) = (vec![1; length], length.div_ceil(PAGE) as u32);
+    let count = LARGEST.tokens / length;
+    let pages: Vec<Vec<u32>> = (0..count as u32).map(|i| (i * pages..(i + 1) * pages).collect()).collect();
+    let sequences = pages.iter().enumerate().map(|(i, pages)| {
+        let read = match model.info.reward_head {
+            Some(_) => Read::Rewards,
+            None if i < LARGEST.sequences => Read::Draw,
+            None => Read::LogProbs { rows: 0..length, targets: &tokens },
+        };
+        StepSequence { tokens: &tokens, position: 0, pages, read }
+    });
+    let step = Step { sequences: sequences.collect() };
+    let mut kv = model.decoder.kv_store(pages.len() * pages[0].len()).unwrap();
+    let mut workspace = model.decoder.workspace();
+    model.decoder.step(&step, &mut kv, &mut workspace).unwrap();
+    if model.info.reward_head.is_none() {
+        let set = TokenSet::new(model.info.vocab_size);
+        let (penalised, excluded) = (Some(&set), Some(&set));
+        let draws: Vec<Draw<'_>> =
+            (0..LARGEST.sequences).map(|row| Draw { row, penalised, excluded, ..Draw::default() }).collect();
+        model.decoder.draw(&draws, &mut workspace).unwrap();
+    }
+    (workspace.bytes() as u64, footprint.workspace)
 }
 
 #[test]

@@ -3,8 +3,10 @@
 #![expect(clippy::unwrap_used, reason = "a test may stop where it stands, in its helpers too")]
 
 mod adapters;
+mod devices;
 mod folders;
 mod footprint;
+mod fp8;
 mod gguf;
 mod manifests;
 mod quantised;

@@ -5,7 +5,7 @@ use candle_core::{DType as TensorType, Device, Tensor};
 use plumb_model::cache::PAGE;
 use plumb_model::checkpoint::{Checkpoint, Source, Stored};
 use plumb_model::config::Head;
-use plumb_model::decoder::{DType, Decoder, Read, Step, StepSequence, StepSize};
+use plumb_model::decoder::{DType, Decoder, Device as Place, Read, Step, StepSequence, StepSize};
 use plumb_model::loaded::{Background, DTypeChoice, LoadOptions, LoadedModel};
 use serde_json::json;
 use tempfile::TempDir;
@@ -81,38 +81,49 @@ impl Pair {
     /// Both compute the same bits and take the bytes that were foretold; the answer is the bytes of their weights.
     #[track_caller]
     fn check(&self, dtype: DType, adapter: Option<&Copy>) -> [u64; 2] {
+        let ([file, folder], bytes) = self.run(dtype, adapter, &Place::default());
+        assert!(bits(&file) == bits(&folder), "{dtype:?}");
+        bytes
+    }
+
+    /// What both answer, and the bytes of their weights, which are those that were foretold.
+    #[track_caller]
+    fn run(&self, dtype: DType, adapter: Option<&Copy>, device: &Place) -> ([Vec<f32>; 2], [u64; 2]) {
         let [file, folder] = [self.file.1.as_path(), self.folder.path()].map(|path| match adapter {
-            Some(adapter) => run(open_with_adapter(path, adapter.path()).unwrap(), dtype),
-            None => run(Checkpoint::open(&source(path)).unwrap(), dtype),
+            Some(adapter) => run(open_with_adapter(path, adapter.path()).unwrap(), dtype, device),
+            None => run(Checkpoint::open(&source(path)).unwrap(), dtype, device),
         });
-        assert!(file.0 == folder.0, "{dtype:?}");
         assert_eq!(file.1.0, folder.1.0);
         let foretold = [self.file.1.as_path(), self.folder.path()].map(|path| {
             let adapter = adapter.map(|adapter| adapter.path().to_str().unwrap().to_owned());
-            foretold(&Source { adapter, ..source(path) }, dtype)
+            foretold(&Source { adapter, ..source(path) }, dtype, device)
         });
         assert_eq!(foretold, [file.1.1, folder.1.1], "{dtype:?}");
-        [file.1.1, folder.1.1]
+        ([file.0, folder.0], foretold)
     }
 }
 
+fn bits(answers: &[f32]) -> Vec<u32> {
+    answers.iter().map(|answer| answer.to_bits()).collect()
+}
+
 /// Bytes of weights, from headers.
-fn foretold(source: &Source, dtype: DType) -> u64 {
+fn foretold(source: &Source, dtype: DType, device: &Place) -> u64 {
     let options = LoadOptions {
         dtype: if dtype == DType::F32 { DTypeChoice::F32 } else { DTypeChoice::Bf16 },
         hhh: Default::default(),
         max_input_tokens: None,
         kv_cache_bytes: 1 << 24,
-        device: Default::default(),
+        device: device.clone(),
         background: Background::default(),
     };
     LoadedModel::footprint(source, &options, StepSize { tokens: 1, sequences: 1 }).unwrap().weights
 }
 
-/// The bits of all that a model answers, and the number and bytes of its weights.
-fn run(mut checkpoint: Checkpoint, dtype: DType) -> (Vec<u32>, (u64, u64)) {
+/// All that a model answers, and the number and bytes of its weights.
+fn run(mut checkpoint: Checkpoint, dtype: DType, device: &Place) -> (Vec<f32>, (u64, u64)) {
     let config = &checkpoint.config;
-    let decoder = Decoder::build(config, &mut checkpoint.weights, dtype, 128, &Default::default()).unwrap();
+    let decoder = Decoder::build(config, &mut checkpoint.weights, dtype, 128, device).unwrap();
     checkpoint.weights.finish().unwrap();
     let tokens: Vec<u32> = (0..99).map(|i| i * 37 % config.vocab_size as u32).collect();
     let pages: Vec<u32> = (0..8).collect();
@@ -122,16 +133,16 @@ fn run(mut checkpoint: Checkpoint, dtype: DType) -> (Vec<u32>, (u64, u64)) {
     };
     let short = if config.head == Head::Language { Read::LastLogits } else { Read::LastReward };
     // Many rows, and so few that each weight is read once, take different ways through the kernel.
-    let mut bits = Vec::new();
+    let mut all = Vec::new();
     for (tokens, read) in [(&tokens[..], long), (&tokens[..3], short)] {
         let sequence = StepSequence { tokens, position: 0, pages: &pages[..tokens.len().div_ceil(PAGE)], read };
         let step = Step { sequences: vec![sequence] };
         let answers = decoder.step(&step, &mut decoder.kv_store(8).unwrap(), &mut decoder.workspace()).unwrap();
         assert!(answers[0].iter().all(|answer| answer.is_finite()));
-        bits.extend(answers[0].iter().map(|answer| answer.to_bits()));
+        all.extend_from_slice(&answers[0]);
     }
-    assert!(bits.len() > 99 && bits.iter().any(|other| *other != bits[0]));
-    (bits, decoder.size())
+    assert!(all.len() > 99 && all.iter().any(|other| *other != all[0]));
+    (all, decoder.size())
 }
 
 /// Bytes in which 32 weights are held: their codes and scales, and their offsets if there are any.
@@ -155,6 +166,60 @@ fn every_type_computes_the_bits_of_its_expanded_weights_and_takes_less_memory() 
         let [file, folder] = pair.check(DType::Bf16, None);
         assert_eq!(file * 64, folder * held, "{dtype:?}");
         assert_eq!(pair.check(DType::F32, None), [file, 2 * folder]);
+    }
+}
+
+/// Bytes in which a GPU holds 256 weights, whose scales are as small as in the file.
+#[cfg(feature = "emulated")]
+const HELD_ON_A_GPU: [(GgmlDType, u64); 10] = [
+    (GgmlDType::Q4_0, 8 * (16 + 2)),
+    (GgmlDType::Q4_1, 8 * (16 + 4)),
+    (GgmlDType::Q5_0, 8 * (20 + 2)),
+    (GgmlDType::Q5_1, 8 * (20 + 4)),
+    (GgmlDType::Q8_0, 8 * (32 + 2)),
+    (GgmlDType::Q2K, 8 * (8 + 4) + 4),
+    (GgmlDType::Q3K, 8 * (12 + 2) + 2),
+    (GgmlDType::Q4K, 8 * (16 + 2) + 4),
+    (GgmlDType::Q5K, 8 * (20 + 2) + 4),
+    (GgmlDType::Q6K, 8 * (24 + 2) + 2),
+];
+
+#[test]
+#[cfg(feature = "emulated")]
+fn on_a_gpu_every_type_computes_what_its_expanded_weights_compute() {
+    let device = Place::Gpu(plumb_kernels::gpu::Gpu::emulated());
+    for (dtype, held) in HELD_ON_A_GPU {
+        let pair = Pair::new(true, &|_| dtype);
+        // In bf16 the emulated tensor cores take long.
+        let narrow = matches!(dtype, GgmlDType::Q5_1 | GgmlDType::Q4K | GgmlDType::Q6K);
+        for (dtype, tolerance) in [(DType::F32, 1e-4), (DType::Bf16, 0.1)].into_iter().take(1 + usize::from(narrow)) {
+            let (answers, [file, folder]) = pair.run(dtype, None, &device);
+            let [file_says, folder_says] = answers;
+            let worst = file_says.iter().zip(&folder_says).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+            assert!(worst < tolerance, "{dtype:?} {worst}");
+            // Beside 280 rows of the vocabulary lie eight that fill up sixteen.
+            let (element, more) = (if dtype == DType::F32 { 4 } else { 2 }, 8);
+            assert_eq!(file * 256 * element, (folder + more * 256 * element) * held, "{dtype:?}");
+        }
+    }
+}
+
+#[test]
+#[cfg(feature = "emulated")]
+fn on_a_gpu_matrices_of_mixed_types_and_adapted_ones_compute_what_expanded_ones_do() {
+    let device = Place::Gpu(plumb_kernels::gpu::Gpu::emulated());
+    let mixed = |name: &str| match name.rsplit('.').nth(1) {
+        Some("attn_v" | "ffn_down" | "output") => GgmlDType::Q6K,
+        Some("ffn_up") => GgmlDType::F16,
+        Some("token_embd") => GgmlDType::Q5_1,
+        _ => GgmlDType::Q4K,
+    };
+    let adapter = Copy::of("lora-pm");
+    widen_all(&adapter);
+    for (tied, adapter) in [(true, None), (false, None), (false, Some(&adapter))] {
+        let ([file, folder], [fewer, more]) = Pair::new(tied, &mixed).run(DType::F32, adapter, &device);
+        let worst = file.iter().zip(&folder).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+        assert!(worst < 1e-4 && fewer < more, "{worst}");
     }
 }
 

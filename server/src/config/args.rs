@@ -142,6 +142,8 @@ pub enum DType {
     F32,
     /// bfloat16.
     Bf16,
+    /// bfloat16, and the linear layers in e4m3: half the memory, and faster on a GPU of compute capability 8.9 or later.
+    Fp8,
 }
 
 #[derive(Debug, Args)]

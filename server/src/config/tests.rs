@@ -76,7 +76,7 @@ fn values_out_of_range_are_refused() {
     check(&["--port", "65536"], "not a port");
     check(&["--port", "tcp://10.0.0.1:50051"], "enableServiceLinks");
     check(&["--drain-timeout-secs=-1"], "negative");
-    check(&["--dtype", "f16"], "possible values: auto, f32, bf16");
+    check(&["--dtype", "f16"], "possible values: auto, f32, bf16, fp8");
     check(&["--default-max-new-tokens", "9", "--max-new-tokens-limit", "8"], "is above --max-new-tokens-limit 8");
     check(&["--default-language-model", "lm"], "no model has this name");
     check(&["--record-sample", "0"], "not a share above 0");

@@ -1,8 +1,6 @@
-//! Drawing the next token.
+//! How the next token is drawn, and whether it is taken.
 
-use candle_core::{Device, Tensor};
-use candle_transformers::generation::{LogitsProcessor, Sampling};
-use candle_transformers::utils::apply_repeat_penalty;
+use plumb_model::decoder::{Draw, Drawn, TokenSet, Undrawn};
 use plumb_model::loaded::LoadedModel;
 
 use super::ModelHandle;
@@ -69,20 +67,23 @@ impl SamplingParams {
     }
 }
 
-/// Draws the tokens of one sequence.
+/// Asks for the tokens of one sequence, and takes them.
 pub struct Sampler {
     params: SamplingParams,
-    /// Without one the likeliest token is taken.
-    processor: Option<LogitsProcessor>,
     /// Prompt and drawn tokens.
     ids: Vec<u32>,
     prompt: usize,
+    /// All of those, where repetition is penalised.
+    seen: Option<TokenSet>,
+    /// Tokens that would complete a banned string if they came next, and how many.
+    banned: Option<TokenSet>,
+    attempt: u32,
     model: ModelHandle,
 }
 
 impl std::fmt::Debug for Sampler {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Sampler").field("params", &self.params).field("drawn", &(self.ids.len() - self.prompt)).finish()
+        f.debug_struct("Sampler").field("params", &self.params).field("drawn", &self.drawn()).finish()
     }
 }
 
@@ -90,55 +91,59 @@ impl Sampler {
     /// A sampler for a sequence that begins with `prompt`.
     pub fn new(params: SamplingParams, prompt: &[u32], model: ModelHandle) -> Result<Self> {
         params.check()?;
-        let temperature = f64::from(params.temperature);
-        let processor =
-            (temperature != 0.0).then(|| LogitsProcessor::from_sampling(params.seed, Sampling::All { temperature }));
-        Ok(Self { params, processor, ids: prompt.to_vec(), prompt: prompt.len(), model })
+        let seen = (params.repetition_penalty != 1.0).then(|| {
+            let mut seen = TokenSet::new(model.info.vocab_size);
+            seen.extend(prompt.iter().copied());
+            seen
+        });
+        Ok(Self { params, ids: prompt.to_vec(), prompt: prompt.len(), seen, banned: None, attempt: 0, model })
     }
 
-    /// The next token and its log-probability, in nats, under the model's own distribution. Uses `logits` up.
+    /// How the next token is to be drawn from a row of logits.
+    pub(super) fn draw(&self, row: usize) -> Draw<'_> {
+        let SamplingParams { repetition_penalty, banned_strings: _, temperature, top_k, top_p, min_p, seed } =
+            self.params;
+        Draw {
+            row,
+            penalty: repetition_penalty,
+            penalised: self.seen.as_ref(),
+            excluded: self.banned.as_ref(),
+            temperature,
+            top_k,
+            top_p,
+            min_p,
+            seed,
+            index: self.drawn() as u32,
+            attempt: self.attempt,
+        }
+    }
+
+    /// Looks at what was drawn: the next token and its log-probability, in nats, under the model's own distribution.
+    /// `None` if it is to be drawn again.
     ///
     /// # Errors
     /// `NonFinite` if the logits are no distribution, `FailedPrecondition` if every token is banned.
-    pub fn draw(&mut self, logits: &mut [f32]) -> Result<(u32, f32)> {
-        let normalizer = plumb_model::decoder::log_sum_exp(logits);
-        if !normalizer.is_finite() {
-            return Err(Error::NonFinite { what: "the logits that the model computed".into() });
+    pub(super) fn look_at(&mut self, drawn: Result<Drawn, Undrawn>) -> Result<Option<(u32, f32)>> {
+        let Drawn { token, log_prob } = drawn.map_err(undrawn)?;
+        if self.completes_ban(token)? {
+            self.banned.get_or_insert_with(|| TokenSet::new(self.model.info.vocab_size)).insert(token);
+            self.attempt += 1;
+            return Ok(None);
         }
-        let penalised = self.penalise(logits)?;
-        loop {
-            if logits.iter().all(|l| *l == f32::NEG_INFINITY) {
-                return Err(Error::failed_precondition("every token would complete a banned string"));
-            }
-            let token = match &mut self.processor {
-                Some(processor) => {
-                    let tensor = Tensor::from_slice(logits, logits.len(), &Device::Cpu).map_err(fault)?;
-                    let params = &self.params;
-                    processor.sample_f(&tensor, |p| filter(p, params)).map_err(fault)?
-                }
-                None => likeliest(logits),
-            };
-            let logit = logits[token as usize];
-            if self.completes_ban(token)? {
-                logits[token as usize] = f32::NEG_INFINITY;
-                continue;
-            }
-            self.ids.push(token);
-            let own = penalised.iter().find(|(id, _)| *id == token).map_or(logit, |(_, logit)| *logit);
-            return Ok((token, own - normalizer));
+        Ok(Some((token, log_prob)))
+    }
+
+    /// Takes a token: the one after it is drawn next.
+    pub(super) fn take(&mut self, token: u32) {
+        self.ids.push(token);
+        (self.banned, self.attempt) = (None, 0);
+        if let Some(seen) = &mut self.seen {
+            seen.insert(token);
         }
     }
 
-    /// Applies the repetition penalty; answers what the logits of the tokens concerned were.
-    fn penalise(&self, logits: &mut [f32]) -> Result<Vec<(u32, f32)>> {
-        if self.params.repetition_penalty == 1.0 {
-            return Ok(Vec::new());
-        }
-        let concerned = self.ids.iter().filter_map(|id| logits.get(*id as usize).map(|logit| (*id, *logit))).collect();
-        let tensor = Tensor::from_slice(logits, logits.len(), &Device::Cpu).map_err(fault)?;
-        let penalised = apply_repeat_penalty(&tensor, self.params.repetition_penalty, &self.ids).map_err(fault)?;
-        logits.copy_from_slice(&penalised.to_vec1::<f32>().map_err(fault)?);
-        Ok(concerned)
+    fn drawn(&self) -> usize {
+        self.ids.len() - self.prompt
     }
 
     /// True if the token would complete a banned string.
@@ -156,64 +161,17 @@ impl Sampler {
     }
 }
 
-/// Zeroes the probabilities that top-k, top-p and min-p leave out, in that order.
-fn filter(p: &mut [f32], params: &SamplingParams) {
-    let keep_all = (params.top_k == 0 || params.top_k >= p.len()) && params.top_p >= 1.0 && params.min_p <= 0.0;
-    if keep_all {
-        return;
+/// What a caller is told.
+pub(super) fn undrawn(why: Undrawn) -> Error {
+    match why {
+        Undrawn::NotFinite => Error::NonFinite { what: "the logits that the model computed".into() },
+        Undrawn::AllExcluded => Error::failed_precondition("every token would complete a banned string"),
     }
-    let mut order: Vec<u32> = (0..p.len() as u32).collect();
-    // Ties by index, so that the cut is the same every time.
-    order.sort_unstable_by(|a, b| p[*b as usize].total_cmp(&p[*a as usize]).then(a.cmp(b)));
-    let mut keep = if params.top_k == 0 { order.len() } else { params.top_k.min(order.len()) };
-    let kept: f32 = order[..keep].iter().map(|i| p[*i as usize]).sum();
-    let mut sum = 0.0;
-    for (i, token) in order[..keep].iter().enumerate() {
-        sum += p[*token as usize];
-        if sum >= params.top_p * kept {
-            keep = i + 1;
-            break;
-        }
-    }
-    let least = params.min_p * order.first().map_or(0.0, |i| p[*i as usize]);
-    keep = keep.min(order.iter().take_while(|i| p[**i as usize] >= least).count()).max(1);
-    for token in &order[keep..] {
-        p[*token as usize] = 0.0;
-    }
-}
-
-/// The first of the largest logits.
-fn likeliest(logits: &[f32]) -> u32 {
-    let largest = logits.iter().copied().fold(f32::NEG_INFINITY, |a, b| if b > a { b } else { a });
-    logits.iter().position(|logit| *logit == largest).unwrap_or(0) as u32
-}
-
-fn fault(error: candle_core::Error) -> Error {
-    Error::internal(format!("sampling: {error}"))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn check(p: &[f32], params: SamplingParams, expected: &[f32]) {
-        let mut p = p.to_vec();
-        filter(&mut p, &params);
-        assert_eq!(p, expected, "{params:?}");
-    }
-
-    #[test]
-    fn filters_keep_the_likeliest_tokens() {
-        let p = [0.1, 0.4, 0.3, 0.2];
-        let base = SamplingParams::default;
-        check(&p, base(), &p);
-        check(&p, SamplingParams { top_k: 2, ..base() }, &[0.0, 0.4, 0.3, 0.0]);
-        check(&p, SamplingParams { top_p: 0.65, ..base() }, &[0.0, 0.4, 0.3, 0.0]);
-        check(&p, SamplingParams { top_p: 0.01, ..base() }, &[0.0, 0.4, 0.0, 0.0]);
-        check(&p, SamplingParams { min_p: 0.5, ..base() }, &[0.0, 0.4, 0.3, 0.2]);
-        check(&p, SamplingParams { top_k: 3, top_p: 0.5, min_p: 0.9, ..base() }, &[0.0, 0.4, 0.0, 0.0]);
-        check(&[0.25; 4], SamplingParams { top_k: 1, ..base() }, &[0.25, 0.0, 0.0, 0.0]);
-    }
 
     #[test]
     fn nonsense_is_refused_by_name() {

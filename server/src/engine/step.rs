@@ -6,13 +6,14 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use plumb_model::decoder::{KvStore, Progress, Read, Step, StepSequence, Workspace};
+use plumb_model::decoder::{Draw, Drawn, KvStore, Progress, Read, Step, StepSequence, Undrawn, Workspace};
 use plumb_model::faults::{self, Fault};
 use plumb_model::loaded::LoadedModel;
 use plumb_model::parallel::for_each_piece;
 use tokio::sync::watch;
 
 use super::GenerateJob;
+use super::sampling::{Sampler, undrawn};
 use super::scheduler::{Entry, Slice, Want as Wanted, log_prob_rows};
 use crate::error::{Error, Result};
 use crate::telemetry::events::ModelMemory;
@@ -102,22 +103,74 @@ pub(super) fn run(mut device: Device, mut inputs: Vec<Input>) -> Outcome {
     let started = Instant::now();
     let step = Step { sequences: inputs.iter().map(Input::sequence).collect() };
     let values = run_guarded(&mut device, &step);
+    let values = values.and_then(|values| {
+        let mut drawn = draw(&mut device, &mut inputs)?.into_iter();
+        let of = |(input, values): (&Input, Vec<f32>)| match input.draws() {
+            true => drawn.next().map_or(Values::Read(values), Values::Drawn),
+            false => Values::Read(values),
+        };
+        Ok(inputs.iter().zip(values).map(of).collect())
+    });
+    // With the draws: a device that runs beside the process is done only then.
     let duration = started.elapsed();
-    let values = values.map(|values| draw(&mut inputs, values));
     Outcome { device, inputs, values, duration }
 }
 
-/// Draws tokens on all threads: each takes a pass over a vocabulary.
-fn draw(inputs: &mut [Input], values: Vec<Vec<f32>>) -> Vec<Values> {
-    let slots: Vec<_> = inputs.iter_mut().zip(values).map(|(i, v)| Mutex::new((&mut i.job, Values::Read(v)))).collect();
-    for_each_piece(slots.len(), 1, |slot| {
-        let mut slot = slots[slot.start].lock().unwrap_or_else(PoisonError::into_inner);
-        if let (Some(job), Values::Read(logits)) = &mut *slot {
-            let drawn = catch_unwind(AssertUnwindSafe(|| job.sampler.draw(logits)));
-            slot.1 = Values::Drawn(drawn.unwrap_or_else(|_| Err(Error::internal("the sampler panicked"))));
+/// A token to be drawn.
+#[derive(Default)]
+struct Slot<'a> {
+    /// `None` if nobody waits any more: then the draw tells only whether the logits are numbers.
+    sampler: Option<&'a mut Sampler>,
+    found: Option<Result<Drawn, Undrawn>>,
+    /// What is not to be drawn again.
+    drawn: Option<Result<(u32, f32)>>,
+}
+
+impl Slot<'_> {
+    fn draw(&self, row: usize) -> Draw<'_> {
+        match &self.sampler {
+            Some(sampler) => sampler.draw(row),
+            None => Draw { row, temperature: 0.0, ..Draw::default() },
         }
-    });
-    slots.into_iter().map(|slot| slot.into_inner().unwrap_or_else(PoisonError::into_inner).1).collect()
+    }
+
+    fn look(&mut self) {
+        let Some(found) = self.found.take() else { return };
+        self.drawn = match &mut self.sampler {
+            Some(sampler) => {
+                let drawn = catch_unwind(AssertUnwindSafe(|| sampler.look_at(found)));
+                drawn.unwrap_or_else(|_| Err(Error::internal("the sampler panicked"))).transpose()
+            }
+            None => Some(found.map(|drawn| (drawn.token, drawn.log_prob)).map_err(undrawn)),
+        };
+    }
+}
+
+/// Draws the tokens that follow a step, again where samplers want it. They take theirs only once all are drawn.
+fn draw(device: &mut Device, inputs: &mut [Input]) -> Result<Vec<Result<(u32, f32)>>, String> {
+    let Device { model, workspace, .. } = device;
+    let drawing = inputs.iter_mut().filter(|input| input.draws());
+    let samplers = drawing.map(|input| input.job.as_mut().map(|job| &mut job.sampler));
+    let mut slots: Vec<_> = samplers.map(|sampler| Slot { sampler, ..Slot::default() }).collect();
+    loop {
+        let waiting = slots.iter().enumerate().filter(|(_, slot)| slot.drawn.is_none());
+        let draws: Vec<Draw<'_>> = waiting.map(|(row, slot)| slot.draw(row)).collect();
+        if draws.is_empty() {
+            break;
+        }
+        let drawn = guarded(|| model.decoder.draw(&draws, workspace).map_err(|error| error.to_string()))?;
+        let mut drawn = drawn.into_iter();
+        slots.iter_mut().filter(|slot| slot.drawn.is_none()).for_each(|slot| slot.found = drawn.next());
+        // On all threads: whether a string is banned takes the text so far.
+        let each: Vec<_> = slots.iter_mut().map(Mutex::new).collect();
+        for_each_piece(each.len(), 1, |at| each[at.start].lock().unwrap_or_else(PoisonError::into_inner).look());
+    }
+    for slot in &mut slots {
+        if let (Some(sampler), Some(Ok((token, _)))) = (&mut slot.sampler, &slot.drawn) {
+            sampler.take(*token);
+        }
+    }
+    Ok(slots.into_iter().filter_map(|slot| slot.drawn).collect())
 }
 
 /// A slice of a sequence, independent of the scheduler, which plans on while the slice runs.
@@ -137,7 +190,7 @@ enum InputRead {
     Nothing,
     LastReward,
     Rewards,
-    LastLogits,
+    Draw,
     LogProbs(Range<usize>),
 }
 
@@ -147,7 +200,7 @@ impl Input {
         let last = end == entry.tokens().len();
         let read = match entry.want() {
             Wanted::Reward if last => InputRead::LastReward,
-            Wanted::Generate { .. } if last => InputRead::LastLogits,
+            Wanted::Generate { .. } if last => InputRead::Draw,
             Wanted::TokenRewards => InputRead::Rewards,
             Wanted::LogProbs(range) => InputRead::LogProbs(log_prob_rows(range, &slice.positions)),
             _ => InputRead::Nothing,
@@ -158,7 +211,7 @@ impl Input {
 
     /// Whether a token is to be drawn after the slice.
     pub(super) fn draws(&self) -> bool {
-        matches!(self.read, InputRead::LastLogits)
+        matches!(self.read, InputRead::Draw)
     }
 
     fn sequence(&self) -> StepSequence<'_> {
@@ -166,7 +219,7 @@ impl Input {
             InputRead::Nothing => Read::Nothing,
             InputRead::LastReward => Read::LastReward,
             InputRead::Rewards => Read::Rewards,
-            InputRead::LastLogits => Read::LastLogits,
+            InputRead::Draw => Read::Draw,
             // The token after each row.
             InputRead::LogProbs(rows) => {
                 Read::LogProbs { rows: rows.clone(), targets: &self.tokens[rows.start + 1..rows.end + 1] }
@@ -176,13 +229,17 @@ impl Input {
     }
 }
 
-/// Runs a step on the current pool; a panic in it is an error, not the end of the thread.
+/// Runs a step on the current pool.
 fn run_guarded(device: &mut Device, step: &Step<'_>) -> Result<Vec<Vec<f32>>, String> {
     let Device { model, kv, workspace, .. } = device;
-    let run = || {
+    guarded(|| {
         inject_faults(step)?;
         model.decoder.step(step, kv, workspace).map_err(|error| error.to_string())
-    };
+    })
+}
+
+/// A panic is an error, not the end of the thread.
+fn guarded<T>(run: impl FnOnce() -> Result<T, String>) -> Result<T, String> {
     catch_unwind(AssertUnwindSafe(run)).unwrap_or_else(|_| Err("a kernel panicked".into()))
 }
 

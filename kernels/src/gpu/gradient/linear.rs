@@ -82,7 +82,7 @@ where
     ) -> Result<()> {
         let (rows, inputs) = (dx.len / self.inputs(), self.inputs());
         assert_eq!((dy.len, dx.len), (rows * count, rows * inputs), "shapes of a linear layer");
-        let weights = self.weights.view(first * inputs..(first + count) * inputs);
+        let weights = self.plain()?.view(first * inputs..(first + count) * inputs);
         if rows == 0 || count == 0 {
             return Ok(());
         }
@@ -92,14 +92,18 @@ where
             w: weights.address,
             x: dy.address,
             y: dx.address,
+            scales: None,
             bias: 0,
+            bias_is: Number::F32,
             rows,
             inputs: count,
             outputs: inputs,
             x_is: Order::Plain,
             x_stride: count,
             w_is: Order::Transposed,
+            stride: inputs,
             add,
+            gelu: false,
             invariant: gpu.is_invariant(),
         };
         // SAFETY: the shapes are those of the buffers.
@@ -116,7 +120,7 @@ where
     pub fn set(&mut self, gpu: &Gpu, first: usize, rows: View<'_, f32>) -> Result<()> {
         let start = first * self.inputs();
         assert!(rows.len.is_multiple_of(self.inputs()), "rows of a linear layer");
-        gpu.round(rows, self.weights.view_mut(start..start + rows.len))
+        gpu.round(rows, self.plain_mut()?.view_mut(start..start + rows.len))
     }
 
     /// Takes new biases for the outputs from `first` on.
@@ -161,14 +165,18 @@ impl Gpu {
             w: x.address,
             x: dy.address(),
             y: sums.address,
+            scales: None,
             bias: 0,
+            bias_is: Number::F32,
             rows: outputs,
             inputs: rows,
             outputs: inputs,
             x_is: Order::Transposed,
             x_stride: dy.stride(),
             w_is: Order::Transposed,
+            stride: inputs,
             add: true,
+            gelu: false,
             invariant: false,
         };
         // SAFETY: the shapes are those of the buffers.
