@@ -15,10 +15,10 @@ build() {
     cd "$(dirname "$0")/.."
     # Feature by feature the same programs as `cargo test --workspace` makes, and the GPU.
     local log
-    log=$(cargo test --release --no-run --locked --workspace --features plumb-server/cuda --test gpu --test golden 2>&1) ||
-        { echo "$log" && exit 1; }
+    log=$(cargo test --release --no-run --locked --workspace --features plumb-server/cuda --test gpu \
+        --test gpu_gradient --test gpu_gradient_rows --test golden --test gradients 2>&1) || { echo "$log" && exit 1; }
     mkdir -p "$folder/tests"
-    for test in gpu golden; do
+    for test in gpu gpu_gradient gpu_gradient_rows golden gradients; do
         local program
         program=$(sed -nE "s|.*Executable tests/$test\.rs \((.*)\)|\1|p" <<<"$log")
         cp "$program" "$folder/$test"
@@ -48,14 +48,20 @@ run() {
     nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
     step() { echo "== $1" && shift && { timeout "$seconds" "$@" || failed=1; }; }
     step kernels ./gpu --test-threads 1
+    step gradients ./gpu_gradient --test-threads 1
+    step 'gradients of rows' ./gpu_gradient_rows --test-threads 1
     step 'golden models' ./golden --test-threads 1 --nocapture
+    step 'golden gradients' ./gradients --test-threads 1
     local sanitizer
     sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda*/bin/compute-sanitizer 2>/dev/null | tail -1 || true)
     if [ -n "$sanitizer" ]; then
         # Kernels are looked for in one module after the other, and a test asks for more memory than there is.
-        step memcheck "$sanitizer" --tool memcheck --report-api-errors no --error-exitcode 1 ./gpu --test-threads 1
-        for tool in racecheck synccheck; do
-            step "$tool" "$sanitizer" --tool "$tool" --error-exitcode 1 ./gpu --test-threads 1
+        for test in gpu gpu_gradient gpu_gradient_rows; do
+            step "memcheck of $test" "$sanitizer" --tool memcheck --report-api-errors no --error-exitcode 1 "./$test" \
+                --test-threads 1
+            for tool in racecheck synccheck; do
+                step "$tool of $test" "$sanitizer" --tool "$tool" --error-exitcode 1 "./$test" --test-threads 1
+            done
         done
     else
         echo 'skipped: there is no compute-sanitizer'

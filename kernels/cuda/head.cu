@@ -2,7 +2,7 @@
 //
 // Logits come a tile of the vocabulary at a time. A row's state is the largest logit so far, the sum of exp(logit -
 // largest), and whatever else is asked for. A block for each row.
-#include "device.cuh"
+#include "logits.cuh"
 
 constexpr unsigned THREADS = 256;
 
@@ -17,10 +17,6 @@ KERNEL(reward, const float* x, const float* weight, float bias, float* rewards, 
     }
     sum = block_sum(sum, scratch);
     if (threadIdx.x == 0) rewards[blockIdx.x] = sum + bias;
-}
-
-__device__ __forceinline__ float capped(float logit, float softcap) {
-    return softcap == 0 ? logit : softcap * tanhf(logit / softcap);
 }
 
 // The largest over the block, for all its threads; NaN counts for nothing.

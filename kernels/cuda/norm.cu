@@ -1,37 +1,8 @@
 // Norms of rows: RMS (Zhang and Sennrich 2019) and layer norm (Ba et al. 2016). A block for each row.
-#include "device.cuh"
-
-constexpr unsigned THREADS = 256;
-// Columns that a thread keeps, four at a time: rows up to 8,192 wide are read once.
-constexpr unsigned KEPT = 8;
+#include "row.cuh"
 
 // Which row a block takes: the one that `rows` names, or its own.
 __device__ __forceinline__ uint64_t source(const unsigned* rows) { return rows ? rows[blockIdx.x] : blockIdx.x; }
-
-// Runs over a row in fours, the first KEPT of them from registers.
-struct Row {
-    const float* x;
-    unsigned fours;
-    float4 kept[KEPT];
-
-    __device__ __forceinline__ Row(const float* x, unsigned width) : x(x), fours(width / 4) {
-#pragma unroll
-        for (unsigned i = 0; i < KEPT; ++i) {
-            unsigned at = threadIdx.x + i * THREADS;
-            kept[i] = at < fours ? load4(x + 4 * at) : make_float4(0, 0, 0, 0);
-        }
-    }
-
-    template <class F>
-    __device__ __forceinline__ void each(F f) {
-#pragma unroll
-        for (unsigned i = 0; i < KEPT; ++i) {
-            unsigned at = threadIdx.x + i * THREADS;
-            if (at < fours) f(4 * at, kept[i]);
-        }
-        for (unsigned at = threadIdx.x + KEPT * THREADS; at < fours; at += THREADS) f(4 * at, load4(x + 4 * at));
-    }
-};
 
 // `out = norm(x)`, or `out += norm(x)` where ADD.
 template <class E, bool ADD>

@@ -16,6 +16,16 @@ pub enum Activation {
 }
 
 impl Activation {
+    /// Name of its kernels for GPUs.
+    #[cfg(feature = "gpu")]
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Silu => "silu",
+            Self::Gelu => "gelu",
+            Self::GeluTanh => "gelu_tanh",
+        }
+    }
+
     /// `out = act(x)`.
     pub(crate) fn plain<E: Element>(self, x: &[f32], out: &mut [E]) {
         match self {

@@ -232,6 +232,6 @@ mod tests {
     #[test]
     fn dot_is_a_dot_product() {
         let w: Vec<f32> = (0..37).map(|i| i as f32).collect();
-        assert_eq!(dot(&w, &w), (0..37).map(|i| (i * i) as f32).sum());
+        assert_eq!(dot(&w, &w), (0..37).map(|i| (i * i) as f32).sum::<f32>());
     }
 }

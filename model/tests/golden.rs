@@ -2,8 +2,9 @@
 
 #![expect(clippy::unwrap_used, reason = "a test ends where it fails")]
 
-use std::path::PathBuf;
+mod common;
 
+use common::{devices, fixtures};
 use plumb_kernels::sample;
 use plumb_model::Error;
 use plumb_model::cache::PAGE;
@@ -29,32 +30,9 @@ struct Case {
     greedy: Option<Vec<u32>>,
 }
 
-/// Beside the sources, or where `PLUMB_FIXTURES` says, as on a machine that has only the program.
-fn fixtures() -> PathBuf {
-    let there = std::env::var_os("PLUMB_FIXTURES").map(PathBuf::from);
-    there.unwrap_or_else(|| PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures"))
-}
-
 struct Model {
     decoder: Decoder,
     normalization: Option<(f32, f32)>,
-}
-
-/// The CPU, and every GPU that there is, the emulated one among them.
-fn devices() -> Vec<Device> {
-    #[cfg_attr(not(feature = "gpu"), expect(unused_mut, reason = "there is only one"))]
-    let mut devices = vec![Device::Cpu];
-    #[cfg(feature = "emulated")]
-    devices.push(Device::Gpu(plumb_kernels::gpu::Gpu::emulated()));
-    #[cfg(feature = "cuda")]
-    match plumb_kernels::gpu::Gpu::cuda(0) {
-        Ok(gpu) => devices.push(Device::Gpu(gpu)),
-        Err(error) => {
-            assert!(std::env::var_os("PLUMB_REQUIRE_GPU").is_none(), "{error}");
-            eprintln!("skipped: {error}");
-        }
-    }
-    devices
 }
 
 /// So many CPUs, and as many emulated GPUs; and as many GPUs, or one in a group of its own where there are fewer.

@@ -2,22 +2,22 @@
 
 #![expect(clippy::unwrap_used, clippy::panic, reason = "a test ends where it fails")]
 
-use std::path::{Path, PathBuf};
+mod common;
 
+use common::{devices, fixtures};
+use plumb_kernels::gradient::AdamW;
 use plumb_model::checkpoint::{Checkpoint, Source};
 use plumb_model::config::{Config, Head, RewardHead};
-use plumb_model::decoder::DType;
-use plumb_model::decoder::gradient::{Group, Language, Outcome, Parameters, Sequence, TrainOptions, Trainable};
+use plumb_model::decoder::gradient::{
+    Group, Language, Numbers, Outcome, Parameters, Sequence, TrainOptions, Trainable,
+};
+use plumb_model::decoder::{DType, Device};
 use serde_json::Value;
 
 const PLAIN: TrainOptions = TrainOptions { language_head: false, checkpointing: false };
 
-fn fixture(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures").join(name)
-}
-
 fn read(name: &str) -> (Config, Parameters, Vec<f32>) {
-    let model = fixture(name).to_str().unwrap().to_owned();
+    let model = fixtures().join(name).to_str().unwrap().to_owned();
     let Checkpoint { config, mut weights, .. } = Checkpoint::open(&Source { model, ..Source::default() }).unwrap();
     let parameters = Parameters::new(&config, false);
     let values = parameters.read(&mut weights).unwrap();
@@ -65,10 +65,10 @@ impl Pair {
     }
 }
 
-fn gradient(model: &mut Trainable, groups: &[Group<'_>]) -> (Vec<Outcome>, Vec<f32>) {
-    let mut gradient = vec![0.0; model.parameters().len()];
+fn gradient(model: &mut Trainable, groups: &[Group<'_>], device: &Device) -> (Vec<Outcome>, Vec<f32>) {
+    let mut gradient = Numbers::new(vec![0.0; model.parameters().len()], device).unwrap();
     let outcomes = model.gradient(groups, &mut pair_slopes, &mut gradient).unwrap();
-    (outcomes, gradient)
+    (outcomes, gradient.to_host().unwrap().into_owned())
 }
 
 fn norm(values: &[f32]) -> f64 {
@@ -83,13 +83,15 @@ fn pair_of(expected: &Value) -> Pair {
     Pair(["chosen", "rejected"].map(|side| serde_json::from_value(expected[side].clone()).unwrap()))
 }
 
-fn check(name: &str) {
-    let json = std::fs::read_to_string(fixture(name).join("gradients.json")).unwrap();
+fn check(name: &str, device: &Device) {
+    let json = std::fs::read_to_string(fixtures().join(name).join("gradients.json")).unwrap();
     let expected: Value = serde_json::from_str(&json).unwrap();
     let pair = pair_of(&expected);
     let (config, parameters, values) = read(name);
     let reward = config.head != Head::Language;
-    let train = |dtype, options| Trainable::new(&config, &values, dtype, 128, options).unwrap();
+    let name = format!("{name} on {}", device.name());
+    let train = |dtype, options| Trainable::new(&config, &values, dtype, 128, options, device).unwrap();
+    let gradient = |model: &mut Trainable, groups: &[Group<'_>]| gradient(model, groups, device);
 
     let mut model = train(DType::F32, PLAIN);
     let (outcomes, shared) = gradient(&mut model, &pair.groups(reward, true));
@@ -153,48 +155,78 @@ fn gradients_are_those_of_transformers() {
         "neox-pm",
         "neox-lm-sequential",
     ] {
-        check(name);
+        devices().iter().for_each(|device| check(name, device));
     }
 }
 
 /// The gradient of rewards, next tokens and a teacher together is the slope of their sum.
-#[test]
-fn losses_add_up() {
+fn check_sum(name: &str, device: &Device) {
     let ids: Vec<u32> = (0..75).map(|i| 4 + i * 37 % 270).collect();
     let pair = Pair([ids[..70].to_vec(), [&ids[..40], &ids[50..60]].concat()]);
     let (top_ids, top_log_probs) = ([7u32, 90, 3], [-0.5f32, -1.5, -3.0]);
     let (top_ids, top_log_probs) = (top_ids.repeat(20), top_log_probs.repeat(20));
+    let (mut config, _, _) = read(name);
+    config.head = Head::Reward(RewardHead { weight: "score.weight".into(), bias: None, normalization: None });
+    let parameters = Parameters::new(&config, true);
+    let values: Vec<f32> = (0..parameters.len()).map(|i| ((i * 7919 % 1009) as f32 / 504.0 - 1.0) * 0.15).collect();
+    let options = TrainOptions { language_head: true, ..PLAIN };
+    let mut model = Trainable::new(&config, &values, DType::F32, 128, options, device).unwrap();
+    let mut sequences = [0, 1].map(|side| pair.sequence(side, false));
+    sequences.iter_mut().for_each(|s| s.reward = true);
+    sequences[1].language =
+        Language::Teacher { first: 30, top: 3, ids: &top_ids, log_probs: &top_log_probs, weight: 0.05 };
+    let groups = [Group { sequences: sequences.to_vec() }];
+    let (_, slope) = gradient(&mut model, &groups, device);
+    let mut loss = |step: f32, place: &Device| {
+        let moved = values.iter().zip(&slope).map(|(value, d)| value + step * d).collect();
+        model.set(&Numbers::new(moved, place).unwrap()).unwrap();
+        let outcomes = model.evaluate(&groups).unwrap();
+        let language = outcomes[0].loss / outcomes[0].rows as f64 + 0.05 * outcomes[1].loss;
+        f64::from(softplus(outcomes[1].reward - outcomes[0].reward)) + language
+    };
+    let expected = norm(&slope).powi(2);
+    let step = (0.02 / expected) as f32;
+    // Weights may come from the process, too.
+    let found = (loss(step, device) - loss(-step, &Device::Cpu)) / f64::from(2.0 * step);
+    let name = format!("{name} on {}", device.name());
+    assert!((found - expected).abs() < 5e-3 * expected, "{name}: {found} {expected}");
+}
+
+#[test]
+fn losses_add_up() {
     for name in ["llama-lm", "gemma2-lm"] {
-        let (mut config, _, _) = read(name);
-        config.head = Head::Reward(RewardHead { weight: "score.weight".into(), bias: None, normalization: None });
-        let parameters = Parameters::new(&config, true);
-        let values: Vec<f32> = (0..parameters.len()).map(|i| ((i * 7919 % 1009) as f32 / 504.0 - 1.0) * 0.15).collect();
-        let options = TrainOptions { language_head: true, ..PLAIN };
-        let mut model = Trainable::new(&config, &values, DType::F32, 128, options).unwrap();
-        let mut sequences = [0, 1].map(|side| pair.sequence(side, false));
-        sequences.iter_mut().for_each(|s| s.reward = true);
-        sequences[1].language =
-            Language::Teacher { first: 30, top: 3, ids: &top_ids, log_probs: &top_log_probs, weight: 0.05 };
-        let groups = [Group { sequences: sequences.to_vec() }];
-        let (_, slope) = gradient(&mut model, &groups);
-        let mut loss = |step: f32| {
-            let moved: Vec<f32> = values.iter().zip(&slope).map(|(value, d)| value + step * d).collect();
-            model.set(&moved);
-            let outcomes = model.evaluate(&groups).unwrap();
-            let language = outcomes[0].loss / outcomes[0].rows as f64 + 0.05 * outcomes[1].loss;
-            f64::from(softplus(outcomes[1].reward - outcomes[0].reward)) + language
-        };
-        let expected = norm(&slope).powi(2);
-        let step = (0.02 / expected) as f32;
-        let found = (loss(step) - loss(-step)) / f64::from(2.0 * step);
-        assert!((found - expected).abs() < 5e-3 * expected, "{name}: {found} {expected}");
+        devices().iter().for_each(|device| check_sum(name, device));
+    }
+}
+
+/// An optimiser's step where the weights are is the one on the CPU.
+#[test]
+fn steps_are_taken_where_the_weights_are() {
+    let list =
+        |seed: usize| -> Vec<f32> { (0..1000).map(|i| ((i * 7919 + seed) % 1009) as f32 / 504.0 - 1.0).collect() };
+    let how = AdamW { lr: 0.1, beta1: 0.9, beta2: 0.99, eps: 1e-8, weight_decay: 0.1, step: 1, scale: 0.5 };
+    let step = |device: &Device| {
+        let [mut weights, gradient] = [1, 2].map(|seed| Numbers::new(list(seed), device).unwrap());
+        let [mut mean, mut square] = [(); 2].map(|()| weights.zeros().unwrap());
+        weights.step(&gradient, [&mut mean, &mut square], 100..900, &how).unwrap();
+        let sum = weights.sum_of_squares().unwrap();
+        // There and back.
+        let weights = weights.on(&Device::Cpu).unwrap();
+        (weights.to_host().unwrap().into_owned(), sum)
+    };
+    let (expected, sum) = step(&Device::Cpu);
+    assert_eq!((&expected[..100], &expected[900..]), (&list(1)[..100], &list(1)[900..]));
+    for device in devices() {
+        let (found, found_sum) = step(&device);
+        assert!(distance(&found, &expected) < 1e-5 * norm(&expected), "{}", device.name());
+        assert!((found_sum - sum).abs() < 1e-5 * sum, "{}", device.name());
     }
 }
 
 #[test]
 fn what_does_not_fit_is_refused() {
     let (config, _, values) = read("llama-pm");
-    let mut model = Trainable::new(&config, &values, DType::F32, 64, PLAIN).unwrap();
+    let mut model = Trainable::new(&config, &values, DType::F32, 64, PLAIN, &Device::Cpu).unwrap();
     let mut check = |tokens: &[u32], language: Language<'_>, expected: &str| {
         let group = Group { sequences: vec![Sequence { tokens, reward: true, language }] };
         let error = model.evaluate(&[group]).unwrap_err().to_string();
@@ -204,5 +236,23 @@ fn what_does_not_fit_is_refused() {
     check(&[5; 65], Language::Nothing, "65");
     check(&[280], Language::Nothing, "vocabulary");
     check(&[5; 4], Language::Next { rows: 0..2, weight: 1.0 }, "vocabulary head");
-    assert!(Trainable::new(&config, &values[1..], DType::F32, 64, PLAIN).is_err());
+    assert!(Trainable::new(&config, &values[1..], DType::F32, 64, PLAIN, &Device::Cpu).is_err());
+}
+
+#[cfg(feature = "emulated")]
+#[test]
+fn a_gradient_elsewhere_is_refused() {
+    let (config, _, values) = read("llama-pm");
+    let pair = Pair([vec![5; 4], vec![6; 4]]);
+    let [cpu, gpu] = [Device::Cpu, Device::Gpu(plumb_kernels::gpu::Gpu::emulated())];
+    for (device, other) in [(&cpu, &gpu), (&gpu, &cpu)] {
+        let mut model = Trainable::new(&config, &values, DType::F32, 64, PLAIN, device).unwrap();
+        let mut gradient = Numbers::new(vec![0.0; values.len()], other).unwrap();
+        let refused = model.gradient(&pair.groups(true, true), &mut pair_slopes, &mut gradient).unwrap_err();
+        assert!(refused.to_string().contains("not on the device"), "{refused}");
+        let mut weights = Numbers::new(values.clone(), device).unwrap();
+        let [mut mean, mut square] = [(); 2].map(|()| weights.zeros().unwrap());
+        let how = AdamW { lr: 0.1, beta1: 0.9, beta2: 0.99, eps: 1e-8, weight_decay: 0.1, step: 1, scale: 0.5 };
+        assert!(weights.step(&gradient, [&mut mean, &mut square], 0..4, &how).is_err());
+    }
 }

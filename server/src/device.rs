@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use plumb_model::decoder::Device;
+use plumb_model::decoder::{self, Device};
 use tokio::sync::watch;
 
 use crate::config::{DeviceChoice, Devices};
@@ -113,14 +113,9 @@ impl Opener {
     }
 }
 
-#[cfg(feature = "cuda")]
 fn gpu(number: usize) -> Result<Device, String> {
-    Device::cuda(number).map_err(|error| error.to_string())
-}
-
-#[cfg(not(feature = "cuda"))]
-fn gpu(_: usize) -> Result<Device, String> {
-    Err("this plumb-server was built without CUDA (cargo build --features plumb-server/cuda)".to_owned())
+    let opened = decoder::DeviceChoice::Cuda(number).open(number, env!("CARGO_PKG_NAME"));
+    opened.map(|(device, _)| device).map_err(|error| error.to_string())
 }
 
 #[cfg(test)]

@@ -12,8 +12,8 @@ use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use plumb_kernels::gradient::AdamW;
 use plumb_model::checkpoint::{Checkpoint, Source};
 use plumb_model::config::{Head, RewardHead};
-use plumb_model::decoder::DType;
-use plumb_model::decoder::gradient::{Group, Language, Parameters, Sequence, TrainOptions, Trainable};
+use plumb_model::decoder::gradient::{Group, Language, Numbers, Parameters, Sequence, TrainOptions, Trainable};
+use plumb_model::decoder::{DType, Device};
 
 const PAIRS: usize = 4;
 const SHARED: usize = 256;
@@ -53,16 +53,16 @@ fn step(c: &mut Criterion) {
         [("shared", &shared, false), ("apart", &apart, false), ("shared, computed again", &shared, true)]
     {
         let options = TrainOptions { language_head: false, checkpointing };
-        let model = Trainable::new(&config, &values, DType::Bf16, TOKENS, options);
+        let model = Trainable::new(&config, &values, DType::Bf16, TOKENS, options, &Device::Cpu);
         let mut model = model.unwrap();
-        let mut values = values.clone();
-        let [mut gradient, mut mean, mut square] = [(); 3].map(|()| vec![0.0; values.len()]);
+        let mut values = Numbers::new(values.clone(), &Device::Cpu).unwrap();
+        let [mut gradient, mut mean, mut square] = [(); 3].map(|()| values.zeros().unwrap());
         let mut number = 0;
         benches.bench_function(name, |b| {
             b.iter(|| {
                 pool.install(|| {
                     number += 1;
-                    gradient.fill(0.0);
+                    gradient.clear().unwrap();
                     let mut slopes = |rewards: &[f32]| {
                         let slope = |pair: &[f32]| 0.25 / (1.0 + (pair[0] - pair[1]).exp());
                         rewards.chunks_exact(2).map(slope).flat_map(|d| [-d, d]).collect()
@@ -77,8 +77,9 @@ fn step(c: &mut Criterion) {
                         step: number,
                         scale: 1.0,
                     };
-                    how.update(&mut values, &gradient, &mut mean, &mut square);
-                    model.set(&values);
+                    let all = 0..values.len();
+                    values.step(&gradient, [&mut mean, &mut square], all, &how).unwrap();
+                    model.set(&values).unwrap();
                     outcomes
                 })
             });

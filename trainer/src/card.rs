@@ -100,7 +100,7 @@ impl Training {
         let init = history.recipe.get("init").and_then(Value::as_str);
         let base_model = init.filter(|init| is_repository(init)).map(str::to_owned);
         let History { mut recipe, data, prepared, .. } = history;
-        recipe.retain(|key, _| !matches!(&key[..], "output" | "threads"));
+        recipe.retain(|key, _| !matches!(&key[..], "output" | "threads" | "device"));
         for key in ["init", "train", "dev"] {
             match recipe.get_mut(key) {
                 Some(Value::Array(paths)) => paths.iter_mut().for_each(shorten),

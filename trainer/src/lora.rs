@@ -10,7 +10,8 @@ use std::path::Path;
 
 use plumb_kernels::gradient::Outer;
 use plumb_kernels::linear::{Linear, Matrix, Rows, Store};
-use plumb_model::decoder::gradient::{Parameter, Parameters};
+use plumb_model::decoder::Device;
+use plumb_model::decoder::gradient::{Numbers, Parameter, Parameters};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use serde_json::{Value, json};
@@ -33,9 +34,9 @@ struct Lora {
     alpha: f32,
     /// The decoder's weights without and with the changes.
     base: Vec<f32>,
-    merged: Vec<f32>,
-    /// How the loss changes with those.
-    gradient: Vec<f32>,
+    merged: Numbers,
+    /// How the loss changes with those, where the decoder computes.
+    gradient: Numbers,
     factors: Vec<Factor>,
     /// Trained as they are: in the trained numbers, and in the decoder's.
     whole: Vec<(Range<usize>, Range<usize>)>,
@@ -115,8 +116,8 @@ impl Trained {
         let lora = Lora {
             rank,
             alpha: recipe.lora_alpha,
-            gradient: vec![0.0; values.len()],
-            merged: values.clone(),
+            gradient: Numbers::new(Vec::new(), &Device::Cpu)?,
+            merged: Numbers::new(values.clone(), &Device::Cpu)?,
             base: values,
             factors,
             whole,
@@ -152,25 +153,41 @@ impl Trained {
         }
     }
 
+    /// Whether low-rank changes are trained: their numbers are in the memory of the process.
+    pub(crate) fn is_adapter(&self) -> bool {
+        self.lora.is_some()
+    }
+
+    /// Says where the decoder computes.
+    pub(crate) fn compute_on(&mut self, device: &Device) -> Result<()> {
+        if let Some(lora) = &mut self.lora {
+            lora.gradient = Numbers::new(vec![0.0; lora.base.len()], device)?;
+        }
+        Ok(())
+    }
+
     /// The decoder's weights for trained numbers.
-    pub(crate) fn weights<'a>(&'a mut self, trained: &'a [f32]) -> &'a [f32] {
+    pub(crate) fn weights<'a>(&'a mut self, trained: &'a Numbers) -> Result<&'a Numbers> {
         match &mut self.lora {
-            None => trained,
-            Some(lora) => lora.merge(trained),
+            None => Ok(trained),
+            Some(lora) => {
+                lora.merge(&trained.to_host()?)?;
+                Ok(&lora.merged)
+            }
         }
     }
 
     /// Adds to `gradient` that of the trained numbers, with what `fill` adds to the decoder's gradient.
     pub(crate) fn gradient<T>(
         &mut self,
-        trained: &[f32],
-        gradient: &mut [f32],
-        fill: impl FnOnce(&mut [f32]) -> Result<T>,
+        trained: &Numbers,
+        gradient: &mut Numbers,
+        fill: impl FnOnce(&mut Numbers) -> Result<T>,
     ) -> Result<T> {
         let Some(lora) = &mut self.lora else { return fill(gradient) };
-        lora.gradient.fill(0.0);
+        lora.gradient.clear()?;
         let answer = fill(&mut lora.gradient)?;
-        lora.contract(trained, gradient);
+        lora.contract(&trained.to_host()?, gradient)?;
         Ok(answer)
     }
 
@@ -201,9 +218,10 @@ impl Lora {
         self.alpha / self.rank as f32
     }
 
-    fn merge(&mut self, trained: &[f32]) -> &[f32] {
+    fn merge(&mut self, trained: &[f32]) -> Result<()> {
         let scale = self.scale();
         let Self { rank, base, merged, factors, whole, scratch, .. } = self;
+        let merged = in_process(merged)?;
         for Factor { weight, inputs, a, b } in factors {
             let merged = &mut merged[weight.clone()];
             merged.copy_from_slice(&base[weight.clone()]);
@@ -216,13 +234,14 @@ impl Lora {
         for (from, to) in whole {
             merged[to.clone()].copy_from_slice(&trained[from.clone()]);
         }
-        merged
+        Ok(())
     }
 
     /// From the gradient `G` of `W + s B A`: `s B^T G` for `A` and `s G A^T` for `B`.
-    fn contract(&mut self, trained: &[f32], sums: &mut [f32]) {
-        let scale = self.scale();
+    fn contract(&mut self, trained: &[f32], sums: &mut Numbers) -> Result<()> {
+        let (scale, sums) = (self.scale(), in_process(sums)?);
         let Self { rank, gradient, factors, whole, scratch, .. } = self;
+        let gradient = gradient.to_host()?;
         let Scratch { outer, product, .. } = scratch;
         let mut add = |product: &[f32], to: &Range<usize>| {
             sums[to.clone()].iter_mut().zip(product).for_each(|(sum, x)| *sum += scale * x);
@@ -246,7 +265,13 @@ impl Lora {
         for (to, from) in whole {
             sums[to.clone()].iter_mut().zip(&gradient[from.clone()]).for_each(|(sum, x)| *sum += x);
         }
+        Ok(())
     }
+}
+
+/// Numbers of an adapter, which are there.
+fn in_process(numbers: &mut Numbers) -> Result<&mut [f32]> {
+    numbers.host_mut().ok_or_else(|| Error::Recipe("an adapter's numbers are in the memory of the process".into()))
 }
 
 #[cfg(test)]
@@ -275,8 +300,8 @@ mod tests {
         let mut lora = Lora {
             rank,
             alpha,
-            merged: base.clone(),
-            gradient: full.clone(),
+            merged: Numbers::new(base.clone(), &Device::Cpu).unwrap(),
+            gradient: Numbers::new(full.clone(), &Device::Cpu).unwrap(),
             base,
             factors: shapes
                 .iter()
@@ -287,9 +312,11 @@ mod tests {
             scratch: Scratch::default(),
         };
         let before = lora.base.clone();
-        let merged = lora.merge(&trained).to_vec();
-        let mut gradient = vec![1.0; trained.len()];
-        lora.contract(&trained, &mut gradient);
+        lora.merge(&trained).unwrap();
+        let merged = lora.merged.to_host().unwrap().to_vec();
+        let mut gradient = Numbers::new(vec![1.0; trained.len()], &Device::Cpu).unwrap();
+        lora.contract(&trained, &mut gradient).unwrap();
+        let gradient = gradient.to_host().unwrap();
         let close = |found: f32, expected: f32| assert!((found - expected).abs() < 1e-5, "{found} {expected}");
         for (start, outputs, inputs, first) in shapes {
             let a = |r: usize, i: usize| first + r * inputs + i;

@@ -73,6 +73,15 @@ impl Processes {
         }
     }
 
+    /// Which one of those on its machine this is, from 0 on.
+    pub(crate) fn rank_here(&self) -> usize {
+        match self {
+            Self::Alone => 0,
+            #[cfg(feature = "mpi")]
+            Self::Several(world) => world.rank_here,
+        }
+    }
+
     /// Whether this is the one that writes files and talks to the user.
     pub(crate) fn is_first(&self) -> bool {
         self.rank() == 0

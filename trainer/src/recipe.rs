@@ -4,7 +4,8 @@ use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
 use clap::{ArgAction, Args, ValueEnum};
-use serde::Serialize;
+use plumb_model::decoder::DeviceChoice;
+use serde::{Serialize, Serializer};
 
 use crate::{Error, Result};
 
@@ -128,6 +129,11 @@ pub struct Recipe {
     #[arg(long, value_name = "TOKEN")]
     pub end_of_context: Option<String>,
 
+    /// Where the decoder computes: cpu, cuda:N, or auto, which takes a GPU if there is one and the program was built with
+    /// CUDA, the first for the first process of a machine, and so on
+    #[arg(long, default_value_t = DeviceChoice::Auto, value_name = "DEVICE")]
+    #[serde(serialize_with = "as_text")]
+    pub device: DeviceChoice,
     /// Type in which the decoder computes
     #[arg(long, value_enum, default_value_t = ComputeType::Bf16)]
     pub dtype: ComputeType,
@@ -154,6 +160,10 @@ pub struct Recipe {
     /// Bad lines after which to stop
     #[arg(long, value_name = "N", default_value_t = 100)]
     pub max_bad_lines: u64,
+}
+
+fn as_text<S: Serializer>(value: &DeviceChoice, serializer: S) -> std::result::Result<S::Ok, S::Error> {
+    serializer.collect_str(value)
 }
 
 impl Recipe {

@@ -1,17 +1,20 @@
 //! A run: from a recipe to a checkpoint.
 //!
-//! The same recipe on the same kind of CPU gives the same bits, on any number of threads, and also where a run was
+//! The same recipe on the same kind of device gives the same bits, on any number of threads, and also where a run was
 //! interrupted and went on: the order of the data and the sums of gradients depend on the recipe alone. So do several
 //! processes, of which the first writes all files.
+//!
+//! On a GPU, weights, gradient and the optimiser's memory stay there from step to step. They come to the process where it
+//! saves a state, where gradients of several shards are added up, and where an adapter's are made of them.
 
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use indicatif::{HumanCount, ProgressBar, ProgressDrawTarget, ProgressStyle};
-use plumb_kernels::gradient::{AdamW, sum_of_squares};
-use plumb_model::decoder::DType;
-use plumb_model::decoder::gradient::{Group, TrainOptions, Trainable};
+use plumb_kernels::gradient::AdamW;
+use plumb_model::decoder::gradient::{Group, Numbers, TrainOptions, Trainable};
+use plumb_model::decoder::{DType, Device, DeviceChoice};
 use serde_json::json;
 
 use crate::card;
@@ -56,7 +59,7 @@ pub fn run(recipe: &Recipe) -> Result<Option<Finished>> {
 
 fn run_with(recipe: &Recipe, processes: &Processes) -> Result<Finished> {
     processes.agree(recipe.check().and_then(|()| Shards::check(processes, recipe.shards)))?;
-    let same = Recipe { threads: None, ..recipe.clone() };
+    let same = Recipe { threads: None, device: DeviceChoice::Auto, ..recipe.clone() };
     let text = toml::to_string(&same).map_err(|error| Error::Recipe(error.to_string()))?;
     processes.compare("options", || digest(text.as_bytes()), "give all the same")?;
     let threads = processes.threads(recipe.threads);
@@ -74,6 +77,7 @@ struct Run<'a> {
     processes: &'a Processes,
     shards: Shards<'a>,
     draft: Draft,
+    device: Device,
     train: Examples,
     dev: Examples,
     model: Trainable,
@@ -121,19 +125,26 @@ impl<'a> Run<'a> {
         if first {
             keep_recipe(recipe, &counts)?;
         }
+        let (device, reason) = recipe.device.open(processes.rank_here(), env!("CARGO_PKG_NAME"))?;
+        let reason = reason.map(|reason| format!(" ({reason})")).unwrap_or_default();
+        warn(&format!("computes on {}{reason}", device.name()));
         let state = match State::last(&recipe.output.join("states"), draft.values.len())? {
             Some(state) => {
                 warn(&format!("goes on after step {}", state.step));
                 state
             }
-            None => State::new(std::mem::take(&mut draft.values)),
+            None => State::new(std::mem::take(&mut draft.values))?,
         };
         draft.values = Vec::new();
         let shards = Shards::new(processes, recipe.shards, state.weights.len());
-        let weights = draft.trained.weights(&state.weights);
-        let model = Trainable::new(&draft.config, weights, dtype, reader.max_tokens, options)?;
+        let weights = draft.trained.weights(&state.weights)?.to_host()?;
+        let model = Trainable::new(&draft.config, &weights, dtype, reader.max_tokens, options, &device)?;
+        drop(weights);
+        // What is trained of a decoder that is trained as a whole never leaves its device.
+        let state = if draft.trained.is_adapter() { state } else { state.on(&device)? };
+        draft.trained.compute_on(&device)?;
         let recorder = first.then(|| Recorder::open(&recipe.output, state.step)).transpose()?;
-        Ok(Self { recipe, processes, shards, draft, train, dev, model, state, recorder, bar })
+        Ok(Self { recipe, processes, shards, draft, device, train, dev, model, state, recorder, bar })
     }
 
     /// All processes have to begin alike, or they would learn something else than one.
@@ -147,9 +158,12 @@ impl<'a> Run<'a> {
             let digest = processes.agree(digest_examples(examples))?;
             processes.compare(what, || digest, copies)?;
         }
+        let device = self.device.name();
+        processes.compare("device", || digest(device.as_bytes()), "give each one of the same kind, see --device")?;
         let shared = "the output folder has to be one that all machines share";
         processes.compare("states to go on from", || digest(&state.step.to_le_bytes()), shared)?;
-        processes.compare("weights", || digest(bytemuck::cast_slice(&state.weights)), copies)
+        let weights = processes.agree(state.weights.to_host().map_err(Error::from))?;
+        processes.compare("weights", || digest(bytemuck::cast_slice(&weights)), copies)
     }
 
     fn finish(mut self) -> Result<Finished> {
@@ -161,7 +175,7 @@ impl<'a> Run<'a> {
         self.bar.set_position(self.state.step);
         self.bar.set_style(style());
         self.bar.enable_steady_tick(Duration::from_millis(200));
-        let mut gradient = vec![0.0; self.state.weights.len()];
+        let mut gradient = self.state.weights.zeros()?;
         let states = recipe.output.join("states");
         while self.state.step < total {
             let step = self.state.step + 1;
@@ -181,7 +195,7 @@ impl<'a> Run<'a> {
             if recipe.lora_rank == 0 {
                 card::describe(&recipe.output, &mut self.draft)?;
             }
-            self.draft.save(&self.state.weights, &checkpoint)?;
+            self.draft.save(&self.state.weights.to_host()?, &checkpoint)?;
             report(&recipe.output)?;
         }
         self.bar.finish_and_clear();
@@ -189,13 +203,16 @@ impl<'a> Run<'a> {
     }
 
     fn save(&self, states: &Path) -> Result<()> {
-        let weights = || digest(bytemuck::cast_slice(&self.state.weights));
-        // Each takes the optimiser's step by itself; where a CPU rounds otherwise, they drift apart.
-        self.processes.compare("weights", weights, "all have to run on the same kind of CPU")?;
+        if self.processes.count() > 1 {
+            let weights = self.processes.agree(self.state.weights.to_host().map_err(Error::from))?;
+            let digest = || digest(bytemuck::cast_slice(&weights));
+            // Each takes the optimiser's step by itself; where a device rounds otherwise, they drift apart.
+            self.processes.compare("weights", digest, "all have to run on the same kind of device")?;
+        }
         if self.processes.is_first() { self.state.save(states) } else { Ok(()) }
     }
 
-    fn step(&mut self, step: u64, total: u64, indices: &[usize], gradient: &mut [f32]) -> Result<()> {
+    fn step(&mut self, step: u64, total: u64, indices: &[usize], gradient: &mut Numbers) -> Result<()> {
         let (recipe, start) = (self.recipe, Instant::now());
         let examples = indices.iter().map(|i| self.train.get(*i)).collect::<Result<Vec<Example>>>()?;
         let batch: Vec<&Example> = examples.iter().collect();
@@ -213,7 +230,7 @@ impl<'a> Run<'a> {
             })
         })?;
         let measures = sums.means(recipe);
-        let norm = sum_of_squares(gradient).sqrt();
+        let norm = gradient.sum_of_squares()?.sqrt();
         for (what, value) in [("loss", measures.loss), ("gradient norm", norm)] {
             if !value.is_finite() {
                 let saved = self.save_batch(step, indices);
@@ -234,13 +251,12 @@ impl<'a> Run<'a> {
         };
         let State { weights, mean, square, .. } = &mut self.state;
         for parameter in self.draft.trained.list() {
-            let range = || parameter.range.clone();
             // Norms and biases are not drawn to zero.
             let weight_decay = if parameter.shape.len() > 1 { recipe.weight_decay } else { 0.0 };
             let how = AdamW { weight_decay, ..how };
-            how.update(&mut weights[range()], &gradient[range()], &mut mean[range()], &mut square[range()]);
+            weights.step(gradient, [mean, square], parameter.range.clone(), &how)?;
         }
-        self.model.set(self.draft.trained.weights(weights));
+        self.model.set(self.draft.trained.weights(weights)?)?;
         self.state.step = step;
 
         let (seconds, tokens) = (start.elapsed().as_secs_f64(), sums.tokens);
@@ -331,8 +347,9 @@ fn keep_recipe(recipe: &Recipe, counts: &[(&str, &Counts)]) -> Result<()> {
     let path = recipe.output.join("recipe.toml");
     let text = toml::to_string(recipe).map_err(|error| Error::Recipe(error.to_string()))?;
     // What may change from one part of a run to the next without a change of what is learned.
-    let free =
-        |line: &&str| !["output", "threads", "save-every", "evaluate-every"].iter().any(|key| line.starts_with(key));
+    let free = |line: &&str| {
+        !["output", "threads", "device", "save-every", "evaluate-every"].iter().any(|key| line.starts_with(key))
+    };
     if path.exists() {
         let before = fs::read_to_string(&path).map_err(Error::io(&path))?;
         let differs = before.lines().filter(free).find(|line| !text.lines().any(|other| other == *line));

@@ -4,6 +4,8 @@
 //! order, whether one process computes all shards or several their share, and the sum of those before is all that has
 //! to be kept of them.
 
+use plumb_model::decoder::gradient::Numbers;
+
 use crate::examples::Example;
 use crate::objective::Sums;
 use crate::processes::{Processes, part};
@@ -62,20 +64,21 @@ impl<'a> Shards<'a> {
     pub(crate) fn gradient<'e>(
         &mut self,
         batch: &[&'e Example],
-        gradient: &mut [f32],
-        mut compute: impl FnMut(Vec<&'e Example>, &mut [f32]) -> Result<Sums>,
+        gradient: &mut Numbers,
+        mut compute: impl FnMut(Vec<&'e Example>, &mut Numbers) -> Result<Sums>,
     ) -> Result<Sums> {
         let mut sums = Sums::default();
         for (round, shard) in self.own().enumerate() {
-            gradient.fill(0.0);
+            gradient.clear()?;
             let own = self.processes.agree(compute(cut(batch, shard, self.count), gradient))?;
             sums.add_all(&self.processes.gather(own.to_numbers()));
             if self.count > 1 {
-                self.processes.add(gradient, &mut self.sum, round == 0);
+                let own = self.processes.agree(gradient.to_host().map_err(Error::from))?;
+                self.processes.add(&own, &mut self.sum, round == 0);
             }
         }
         if self.count > 1 {
-            self.processes.collect(&self.sum, gradient);
+            gradient.replace(|whole| self.processes.collect(&self.sum, whole))?;
         }
         Ok(sums)
     }
@@ -95,6 +98,7 @@ fn cut<'e>(examples: &[&'e Example], shard: usize, count: usize) -> Vec<&'e Exam
 mod tests {
     use super::*;
     use crate::examples::Side;
+    use plumb_model::decoder::Device;
 
     fn texts(count: usize) -> Vec<Example> {
         (1..=count).map(|len| Example::Text(Side { tokens: vec![1; len], response: 1 })).collect()
@@ -118,12 +122,13 @@ mod tests {
         let check = |shards: usize, parts: &[f32], expected: f32| {
             let texts = texts(parts.len());
             let batch: Vec<&Example> = texts.iter().collect();
-            let mut gradient = vec![7.0; 3];
+            let mut gradient = Numbers::new(vec![7.0; 3], &Device::Cpu).unwrap();
             let mut sharded = Shards::new(&Processes::Alone, shards, 3);
             // A second step forgets the first.
             for _ in 0..2 {
                 let mut seen = Vec::new();
-                let compute = |shard: Vec<&Example>, gradient: &mut [f32]| {
+                let compute = |shard: Vec<&Example>, gradient: &mut Numbers| {
+                    let gradient = gradient.host_mut().unwrap();
                     assert_eq!(gradient, [0.0; 3]);
                     for length in lengths(&shard) {
                         gradient.iter_mut().for_each(|x| *x += parts[length - 1]);
@@ -132,7 +137,7 @@ mod tests {
                     Ok(measured(&shard))
                 };
                 let sums = sharded.gradient(&batch, &mut gradient, compute).unwrap();
-                assert_eq!(gradient, [expected; 3], "{shards} shards of {parts:?}");
+                assert_eq!(*gradient.to_host().unwrap(), [expected; 3], "{shards} shards of {parts:?}");
                 assert_eq!((seen.len(), seen.concat()), (shards, lengths(&batch)));
                 assert_eq!(sums, measured(&batch));
             }

@@ -4,6 +4,8 @@ use std::collections::HashMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use plumb_model::decoder::Device;
+use plumb_model::decoder::gradient::Numbers;
 use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
 
@@ -14,19 +16,26 @@ const KEPT: usize = 2;
 const NAMES: [&str; 3] = ["weights", "mean", "square"];
 
 /// Weights and the optimiser's memory after a number of steps.
-#[derive(Debug, PartialEq)]
+#[derive(Debug)]
 pub(crate) struct State {
     pub(crate) step: u64,
-    pub(crate) weights: Vec<f32>,
+    pub(crate) weights: Numbers,
     /// Running mean of gradients, and of their squares.
-    pub(crate) mean: Vec<f32>,
-    pub(crate) square: Vec<f32>,
+    pub(crate) mean: Numbers,
+    pub(crate) square: Numbers,
 }
 
 impl State {
-    pub(crate) fn new(weights: Vec<f32>) -> Self {
-        let zeros = vec![0.0; weights.len()];
-        Self { step: 0, mean: zeros.clone(), square: zeros, weights }
+    /// In the memory of the process, as all that is read.
+    pub(crate) fn new(weights: Vec<f32>) -> Result<Self> {
+        let weights = Numbers::new(weights, &Device::Cpu)?;
+        Ok(Self { step: 0, mean: weights.zeros()?, square: weights.zeros()?, weights })
+    }
+
+    /// The same on a device.
+    pub(crate) fn on(self, device: &Device) -> Result<Self> {
+        let Self { step, weights, mean, square } = self;
+        Ok(Self { step, weights: weights.on(device)?, mean: mean.on(device)?, square: square.on(device)? })
     }
 
     /// Writes it into the folder of states, whole or not at all, and removes the oldest ones.
@@ -38,8 +47,8 @@ impl State {
             path: unfinished.clone(),
             reason: error.to_string(),
         };
-        let arrays = [&self.weights, &self.mean, &self.square];
-        let views = NAMES.into_iter().zip(arrays).map(|(name, values)| {
+        let arrays = [self.weights.to_host()?, self.mean.to_host()?, self.square.to_host()?];
+        let views = NAMES.into_iter().zip(&arrays).map(|(name, values)| {
             let bytes: &[u8] = bytemuck::cast_slice(values);
             Ok((name, TensorView::new(Dtype::F32, vec![values.len()], bytes)?))
         });
@@ -75,9 +84,10 @@ impl State {
                 )));
             }
             let (numbers, _) = tensor.data().as_chunks::<4>();
-            Ok(numbers.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect())
+            let values = numbers.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect();
+            Ok(Numbers::new(values, &Device::Cpu)?)
         });
-        let mut next = || arrays.next().unwrap_or_else(|| Ok(Vec::new()));
+        let mut next = || arrays.next().unwrap_or_else(|| Err(wrong("it holds too little".to_owned())));
         Ok(Some(Self { step, weights: next()?, mean: next()?, square: next()? }))
     }
 }
@@ -109,16 +119,22 @@ mod tests {
     fn the_last_state_comes_back_and_the_oldest_go() {
         let folder = tempfile::tempdir().unwrap();
         let folder = folder.path().join("states");
-        assert_eq!(State::last(&folder, 3).unwrap(), None);
-        let mut state = State::new(vec![1.0, -0.0, f32::MIN_POSITIVE]);
+        assert!(State::last(&folder, 3).unwrap().is_none());
+        let mut state = State::new(vec![1.0, -0.0, f32::MIN_POSITIVE]).unwrap();
         for step in [10, 20, 100] {
             state.step = step;
-            state.mean[1] = step as f32;
+            state.mean.host_mut().unwrap()[1] = step as f32;
             state.save(&folder).unwrap();
         }
         // What a killed process leaves is not a state.
         fs::write(folder.join("step-00000200.unfinished"), "half").unwrap();
-        assert_eq!(State::last(&folder, 3).unwrap().unwrap(), state);
+        let last = State::last(&folder, 3).unwrap().unwrap();
+        assert_eq!(last.step, 100);
+        for (found, expected) in
+            [(&last.weights, &state.weights), (&last.mean, &state.mean), (&last.square, &state.square)]
+        {
+            assert_eq!(found.to_host().unwrap(), expected.to_host().unwrap());
+        }
         assert_eq!(saved(&folder).unwrap().iter().map(|(step, _)| *step).collect::<Vec<_>>(), [20, 100]);
         assert!(State::last(&folder, 4).unwrap_err().to_string().contains("[3]"));
     }

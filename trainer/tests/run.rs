@@ -180,6 +180,9 @@ fn the_same_recipe_gives_the_same_bits_on_any_number_of_threads_and_after_an_int
     assert_eq!(steps("broken"), steps("unbroken"));
 }
 
+/// The CPU, and a GPU that it plays where the program was built with one.
+const DEVICES: &[&str] = if cfg!(feature = "emulated") { &["cpu", "emulated"] } else { &["cpu"] };
+
 /// Warm-up, cosine, clipping, decay and AdamW are those of PyTorch, step by step.
 #[test]
 fn ten_steps_are_those_of_pytorch() {
@@ -191,14 +194,52 @@ fn ten_steps_are_those_of_pytorch() {
         &["--init", &init, "--language-weight", "0", "--epochs", "10", "--lr", "1e-3"][..],
         &["--schedule", "cosine", "--warmup-steps", "3", "--weight-decay", "0.1"],
     ];
-    work.run("run", &options.concat());
-    let metrics = work.metrics("run");
-    for step in 0..10 {
-        for (name, theirs) in [("loss", "losses"), ("gradient_norm", "gradient_norms")] {
-            let (found, expected) = (metrics[step][name].as_f64().unwrap(), expected[theirs][step].as_f64().unwrap());
-            assert!((found - expected).abs() < 2e-5 * expected, "{name} before step {step}: {found} {expected}");
+    for device in DEVICES {
+        work.run(device, &[&options.concat()[..], &["--device", device]].concat());
+        let metrics = work.metrics(device);
+        for step in 0..10 {
+            for (name, theirs) in [("loss", "losses"), ("gradient_norm", "gradient_norms")] {
+                let found = metrics[step][name].as_f64().unwrap();
+                let expected = expected[theirs][step].as_f64().unwrap();
+                let off = (found - expected).abs();
+                assert!(off < 2e-5 * expected, "{device}: {name} before step {step}: {found} {expected}");
+            }
         }
     }
+}
+
+/// On a GPU, runs of all kinds learn what they learn on the CPU, and go on where they stopped.
+#[cfg(feature = "emulated")]
+#[test]
+fn a_gpu_learns_what_the_cpu_learns() {
+    let work = Work::new();
+    let kinds: [&[&str]; 3] = [
+        &["--objective", "preference", "--save-every", "2"],
+        &["--objective", "imitation", "--shards", "3", "--checkpointing", "--micro-batch-tokens", "200"],
+        &["--objective", "preference", "--lora-rank", "4"],
+    ];
+    for (kind, options) in kinds.into_iter().enumerate() {
+        let run = |device: &str| {
+            let output = format!("{device}-{kind}");
+            work.run(&output, &[options, &["--max-steps", "4", "--device", device]].concat());
+            let values = |line: &Value| ["loss", "gradient_norm"].map(|name| line[name].as_f64());
+            work.metrics(&output).iter().map(values).collect::<Vec<_>>()
+        };
+        let (expected, found) = (run("cpu"), run("emulated"));
+        assert!(expected.len() == 5 && found.len() == 5, "four steps and the dev data");
+        for (found, expected) in found.concat().into_iter().zip(expected.concat()) {
+            let off = (found.unwrap_or(0.0) - expected.unwrap_or(0.0)).abs();
+            assert!(off <= 1e-3 * expected.unwrap_or(0.0), "{options:?}: {found:?} {expected:?}");
+        }
+    }
+
+    let run = work.path("emulated-0");
+    let before = work.weights("emulated-0");
+    fs::remove_file(run.join("states/step-00000004.safetensors")).unwrap();
+    fs::remove_dir_all(run.join("checkpoint")).unwrap();
+    let output = work.run("emulated-0", &[kinds[0], &["--max-steps", "4", "--device", "emulated"]].concat());
+    assert!(String::from_utf8_lossy(&output.stderr).contains("goes on after step 2"));
+    assert!(work.weights("emulated-0") == before, "an interruption");
 }
 
 #[test]

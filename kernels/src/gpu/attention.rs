@@ -2,7 +2,7 @@
 
 use bytemuck::{Pod, Zeroable};
 
-use super::driver::Argument::{Address, Bytes, F32, U32};
+use super::driver::Argument::{self, Address, Bytes, F32, U32};
 use super::pieces::{Partials, Pieces};
 use super::{Buffer, Gpu, GpuError, Kernels, Norm, Result, View, ViewMut};
 use crate::Element;
@@ -18,11 +18,17 @@ const MAX_DIM: usize = 256;
 /// Keys and values of many sequences, by page.
 #[derive(Debug)]
 pub struct KvPages<E> {
-    kv_heads: usize,
-    dim: usize,
+    pub(super) kv_heads: usize,
+    pub(super) dim: usize,
     pages: usize,
     /// A layer's keys and values, each `[pages, kv_heads, PAGE * padded_dim]`, see `cuda/pages.cuh`.
-    layers: Vec<[Buffer<E>; 2]>,
+    pub(super) layers: Vec<[Buffer<E>; 2]>,
+}
+
+/// The width of heads that the kernels for heads of `dim` are made for. What is left out would help nobody.
+pub(super) fn kernel_width<E>(dim: usize) -> usize {
+    let widths: &[usize] = if size_of::<E>() == 2 { &[64, 96, 128, 256] } else { &[64, 128, 256] };
+    widths.iter().copied().find(|width| padded(dim) <= *width).unwrap_or(MAX_DIM)
 }
 
 /// Elements of a head in pages and in q.
@@ -127,9 +133,7 @@ impl Kernel {
     fn shape<E: Element>(self, dim: usize) -> (usize, usize) {
         match self {
             Self::Common => {
-                // What is left out would help nobody.
-                let widths: &[usize] = if size_of::<E>() == 2 { &[64, 96, 128, 256] } else { &[64, 128, 256] };
-                let width = widths.iter().copied().find(|width| padded(dim) <= *width).unwrap_or(MAX_DIM);
+                let width = kernel_width::<E>(dim);
                 let (tile, stages) = match (size_of::<E>() == 2, width > 128) {
                     (true, false) => (64, 2),
                     (true, true) => (32, 2),
@@ -152,7 +156,7 @@ impl Kernel {
 /// As in `cuda/attention.cu`.
 #[derive(Clone, Copy, Debug, Pod, Zeroable)]
 #[repr(C)]
-struct KernelRule {
+pub(super) struct KernelRule {
     heads: u32,
     kv_heads: u32,
     dim: u32,
@@ -199,20 +203,15 @@ impl Gpu {
         assert!(how.rotated <= dim && how.rotated.is_multiple_of(2), "a rotation of {} elements", how.rotated);
         kv.check(pieces);
         assert!(how.rotated == 0 || pieces.last_position < how.table.len / how.rotated, "no such position");
-        let norm = |norm: Option<&Norm>| match norm.map(Norm::rms) {
-            None => Ok((0, 0.0)),
-            Some(Some((weight, eps))) if weight.len() == dim => Ok((weight.all().address, eps)),
-            Some(_) => Err(GpuError::Failed("the kernels take RMS norms over whole heads of q and k only".into())),
-        };
-        let ((q_norm, q_eps), (k_norm, k_eps)) = (norm(how.q_norm)?, norm(how.k_norm)?);
+        let [q_norm, k_norm, eps] = how.norms(dim)?;
         let [keys, values] = &mut kv.layers[layer];
         let arguments = [
             Address(qkv.address),
             Address(pieces.positions.view(first..first + rows).address),
             Address(pieces.row_pages.view(first..first + rows).address),
-            Address(q_norm),
-            Address(k_norm),
-            F32(if q_norm == 0 { k_eps } else { q_eps }),
+            q_norm,
+            k_norm,
+            eps,
             Address(how.table.address),
             U32(how.rotated as u32),
             U32(how.heads as u32),
@@ -266,15 +265,7 @@ impl Gpu {
         let (width, shared) = kernel.shape::<E>(dim);
         partials.results.grow(pieces.slots * rule.heads * padded(dim))?;
         partials.log_sums.grow(pieces.slots * rule.heads)?;
-        let kernel_rule = KernelRule {
-            heads: rule.heads as u32,
-            kv_heads: kv.kv_heads as u32,
-            dim: dim as u32,
-            padded_dim: padded(dim) as u32,
-            scale: rule.scale,
-            softcap: rule.softcap.unwrap_or(0.0),
-            window: rule.window.unwrap_or(0) as u32,
-        };
+        let kernel_rule = KernelRule::new(rule, kv.kv_heads);
         let results = Results {
             out: out.address,
             log_sums: log_sums.map_or(0, |sums| sums.address),
@@ -314,5 +305,32 @@ impl Gpu {
             (first_piece, first_merge) = (end_piece, end_merge);
         }
         Ok(())
+    }
+}
+
+impl Prepare<'_> {
+    /// The weights of the norms of q and k over heads of `dim` elements, and their epsilon.
+    pub(super) fn norms(&self, dim: usize) -> Result<[Argument<'static>; 3]> {
+        let norm = |norm: Option<&Norm>| match norm.map(Norm::rms) {
+            None => Ok((0, 0.0)),
+            Some(Some((weight, eps))) if weight.len() == dim => Ok((weight.all().address, eps)),
+            Some(_) => Err(GpuError::Failed("the kernels take RMS norms over whole heads of q and k only".into())),
+        };
+        let ((q_norm, q_eps), (k_norm, k_eps)) = (norm(self.q_norm)?, norm(self.k_norm)?);
+        Ok([Address(q_norm), Address(k_norm), F32(if q_norm == 0 { k_eps } else { q_eps })])
+    }
+}
+
+impl KernelRule {
+    pub(super) fn new(rule: Rule, kv_heads: usize) -> Self {
+        Self {
+            heads: rule.heads as u32,
+            kv_heads: kv_heads as u32,
+            dim: rule.head_dim as u32,
+            padded_dim: padded(rule.head_dim) as u32,
+            scale: rule.scale,
+            softcap: rule.softcap.unwrap_or(0.0),
+            window: rule.window.unwrap_or(0) as u32,
+        }
     }
 }

@@ -12,7 +12,7 @@ use cudarc::cublaslt::{result as blas, sys as blas_sys};
 use cudarc::driver::result::{self, DriverError};
 use cudarc::driver::{CudaContext, sys};
 
-use super::driver::{Argument, Collective, Driver, Number, Product, Recording, all_of};
+use super::driver::{Argument, Collective, Driver, Number, Order, Product, Recording, all_of};
 use super::nccl::Communicators;
 use super::recording::{Allocations, Validity};
 use super::{Gpu, GpuError, Memory, Result};
@@ -35,7 +35,8 @@ static MODULES: &[&[u8]] = include!(concat!(env!("OUT_DIR"), "/modules.rs"));
 /// What cuBLASLt computes in, as NVIDIA advises for Hopper.
 const WORKSPACE: usize = 32 << 20;
 
-/// `CUBLAS_OP_T` of cublas_api.h.
+/// `CUBLAS_OP_N` and `CUBLAS_OP_T` of cublas_api.h.
+const OP_N: i32 = 0;
 const OP_T: i32 = 1;
 
 /// Products that are to be invariant are computed as is best for the first of these numbers of rows, if the others can be
@@ -101,19 +102,29 @@ struct PlanKey {
     add: bool,
     gelu: bool,
     invariant: bool,
-    /// Rows, inputs, outputs and stride.
-    sizes: [usize; 4],
+    /// How x and w lie.
+    orders: [Order; 2],
+    /// Rows, inputs, outputs, and the strides of x and y.
+    sizes: [usize; 5],
     /// Of w, x and y.
     alignments: [u32; 3],
 }
 
 impl PlanKey {
     fn of(product: &Product) -> Self {
-        let Product { inputs_are, outputs_are, w, x, y, rows, inputs, outputs, stride, add, gelu, invariant, .. } =
-            *product;
-        let (sizes, alignments) = ([rows, inputs, outputs, stride], [w, x, y].map(alignment));
-        let (scaled, bias) = (product.scales.is_some(), product.bias != 0);
-        Self { inputs_are, outputs_are, scaled, bias, add, gelu, invariant, sizes, alignments }
+        let Product { inputs_are, outputs_are, rows, inputs, outputs, add, gelu, invariant, .. } = *product;
+        Self {
+            inputs_are,
+            outputs_are,
+            scaled: product.scales.is_some(),
+            bias: product.bias != 0,
+            add,
+            gelu,
+            invariant,
+            orders: [product.x_is, product.w_is],
+            sizes: [rows, inputs, outputs, product.x_stride, product.stride],
+            alignments: alignments(product),
+        }
     }
 }
 
@@ -128,7 +139,8 @@ struct Plan {
 struct Description(blas_sys::cublasLtMatmulDesc_t);
 
 /// Shapes and types of w, x and y. cuBLASLt thinks in columns: `y^T[outputs, rows] = w^T^T x^T`, where a matrix in row
-/// order is its transpose in column order.
+/// order is its transpose in column order. So `w` is transposed once more unless it lies by its inputs, and `x` if it
+/// does.
 struct Layouts([blas_sys::cublasLtMatrixLayout_t; 3]);
 
 // SAFETY: handles of the driver and of cuBLASLt may be used from any thread on which the context is current, which every
@@ -233,7 +245,7 @@ impl Cuda {
 
     fn new_plan(&self, product: &Product) -> Result<Plan, blas::CublasError> {
         use blas_sys::cublasLtMatmulDescAttributes_t as Attribute;
-        let Product { scales, bias, bias_is, gelu, invariant, .. } = *product;
+        let Product { scales, bias, bias_is, gelu, x_is, w_is, invariant, .. } = *product;
         let description = Description(blas::create_matmul_desc(
             // No TF32: a model in f32 is asked for its precision.
             blas_sys::cublasComputeType_t::CUBLAS_COMPUTE_32F,
@@ -244,7 +256,8 @@ impl Cuda {
             // SAFETY: the description is there, and these attributes are of four bytes.
             unsafe { blas::set_matmul_desc_attribute(description.0, attribute, value, size_of::<i32>()) }
         };
-        set(Attribute::CUBLASLT_MATMUL_DESC_TRANSA, &OP_T)?;
+        set(Attribute::CUBLASLT_MATMUL_DESC_TRANSA, if w_is == Order::Plain { &OP_T } else { &OP_N })?;
+        set(Attribute::CUBLASLT_MATMUL_DESC_TRANSB, if x_is == Order::Plain { &OP_N } else { &OP_T })?;
         use blas_sys::cublasLtEpilogue_t as Epilogue;
         // Its GELU is the one by tanh.
         let epilogue = match (bias != 0, gelu) {
@@ -310,32 +323,29 @@ impl Cuda {
         use blas_sys::cublasLtMatmulPreferenceAttributes_t as Attribute;
         let preference = blas::create_matmul_pref()?;
         let [w, x, y] = layouts.0;
-        let alignments = [
-            (Attribute::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, product.w),
-            (Attribute::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, product.x),
-            (Attribute::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, product.y),
-            (Attribute::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, product.y),
-        ];
-        let align = |(attribute, address)| {
-            let bytes = alignment(address);
-            let bytes = std::ptr::from_ref(&bytes).cast::<c_void>();
-            // SAFETY: the preference is there, and these attributes are of four bytes.
-            unsafe { blas::set_matmul_pref_attribute(preference, attribute, bytes, size_of::<u32>()) }
-        };
         let mut found = Vec::with_capacity(count);
         let mut length = 0;
-        // SAFETY: all of them are there, the first attribute is of eight bytes, the second of four, and there is room for
+        let [w_at, x_at, y_at] = alignments(product);
+        let no_reduction =
+            (workspace == 0).then_some((Attribute::CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, NO_REDUCTION));
+        let attributes = [
+            (Attribute::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, w_at),
+            (Attribute::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, x_at),
+            (Attribute::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, y_at),
+            (Attribute::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, y_at),
+        ];
+        // SAFETY: all of them are there, the first attribute is of eight bytes, the others of four, and there is room for
         // so many answers, of which `length` are written.
         let asked = unsafe {
             let most = std::ptr::from_ref(&workspace).cast::<c_void>();
             let attribute = Attribute::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES;
             let mut set = blas::set_matmul_pref_attribute(preference, attribute, most, size_of::<usize>());
-            if workspace == 0 {
-                let attribute = Attribute::CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK;
-                let mask = std::ptr::from_ref(&NO_REDUCTION).cast::<c_void>();
-                set = set.and_then(|()| blas::set_matmul_pref_attribute(preference, attribute, mask, size_of::<u32>()));
+            for (attribute, value) in attributes.into_iter().chain(no_reduction) {
+                let value = std::ptr::from_ref(&value).cast::<c_void>();
+                set =
+                    set.and_then(|()| blas::set_matmul_pref_attribute(preference, attribute, value, size_of::<u32>()));
             }
-            set.and_then(|()| alignments.into_iter().try_for_each(align)).and_then(|()| {
+            set.and_then(|()| {
                 let (handle, answers): (_, *mut blas_sys::cublasLtMatmulHeuristicResult_t) =
                     (self.handles.blas, found.as_mut_ptr());
                 let asked = blas_sys::cublasLtMatmulAlgoGetHeuristic(
@@ -410,14 +420,12 @@ impl Drop for Description {
 
 impl Layouts {
     fn new(product: &Product) -> Result<Self, blas::CublasError> {
-        let Product { inputs_are, outputs_are, rows, inputs, outputs, stride, .. } = *product;
+        let Product { inputs_are, outputs_are, rows, inputs, outputs, x_is, x_stride, w_is, stride, .. } = *product;
         let mut layouts = Self([std::ptr::null_mut(); 3]);
-        let shapes = [
-            (inputs_are, inputs, outputs, inputs),
-            (inputs_are, inputs, rows, inputs),
-            (outputs_are, outputs, rows, stride),
-        ];
-        for (layout, (number, height, width, stride)) in layouts.0.iter_mut().zip(shapes) {
+        let w = if w_is == Order::Plain { [inputs, outputs] } else { [outputs, inputs] };
+        let x = if x_is == Order::Plain { [inputs, rows] } else { [rows, inputs] };
+        let shapes = [(inputs_are, w, w[0]), (inputs_are, x, x_stride), (outputs_are, [outputs, rows], stride)];
+        for (layout, (number, [height, width], stride)) in layouts.0.iter_mut().zip(shapes) {
             *layout = blas::create_matrix_layout(kind(number), height as u64, width as u64, stride as i64)?;
         }
         Ok(layouts)
@@ -675,17 +683,19 @@ impl Drop for Cuda {
     }
 }
 
+/// What the addresses of w, x and y are multiples of, as far as it is told: cuBLASLt would take views of arrays for arrays.
+/// Where rows begin must not change what is invariant.
+fn alignments(product: &Product) -> [u32; 3] {
+    let most = if product.invariant { 4 } else { 8 };
+    [product.w, product.x, product.y].map(|address| 1 << address.trailing_zeros().min(most))
+}
+
 fn kind(number: Number) -> blas_sys::cudaDataType {
     match number {
         Number::F32 => blas_sys::cudaDataType::CUDA_R_32F,
         Number::Bf16 => blas_sys::cudaDataType::CUDA_R_16BF,
         Number::Fp8 => blas_sys::cudaDataType::CUDA_R_8F_E4M3,
     }
-}
-
-/// Of which power of two an address is a multiple, as far as cuBLASLt cares.
-fn alignment(address: u64) -> u32 {
-    1 << address.trailing_zeros().min(8)
 }
 
 /// An address of the device's, which is not one of this process's.

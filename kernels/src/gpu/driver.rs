@@ -70,7 +70,7 @@ pub(super) trait Driver: Any + Send + Sync {
         arguments: &[Argument<'_>],
     ) -> Result<()>;
 
-    /// `y[rows, outputs] = x[rows, inputs] w[outputs, inputs]^T`.
+    /// `y[rows, outputs] = x[rows, inputs] w[outputs, inputs]^T`, or with either of them the other way round.
     ///
     /// # Safety
     /// The addresses are those of as much memory.
@@ -160,6 +160,15 @@ impl Number {
     }
 }
 
+/// How a matrix of a product lies.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) enum Order {
+    /// By its rows or outputs.
+    Plain,
+    /// By its inputs.
+    Transposed,
+}
+
 /// A product of matrices.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Product {
@@ -179,6 +188,12 @@ pub(super) struct Product {
     pub(super) rows: usize,
     pub(super) inputs: usize,
     pub(super) outputs: usize,
+    /// How `x` lies.
+    pub(super) x_is: Order,
+    /// Elements from the beginning of one of its rows, as they lie, to that of the next.
+    pub(super) x_stride: usize,
+    /// How `w` lies.
+    pub(super) w_is: Order,
     /// Numbers from one row of `y` to the next.
     pub(super) stride: usize,
     /// To what is in `y` already; then `y` is f32.

@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use half::bf16;
 
-use super::driver::{Argument, Collective, Driver, Number, Product, Recording, all_of};
+use super::driver::{Argument, Collective, Driver, Number, Order, Product, Recording, all_of};
 use super::recording::{Allocations, Validity};
 use super::{Gpu, GpuError, Memory, Result};
 use crate::fp8;
@@ -301,21 +301,35 @@ unsafe fn multiply(product: &Product) {
         rows,
         inputs,
         outputs,
+        x_is,
+        x_stride,
+        w_is,
         stride,
         add,
         gelu,
         ..
     } = *product;
+    let x_len = match x_is {
+        Order::Plain => (rows - 1) * x_stride + inputs,
+        Order::Transposed => (inputs - 1) * x_stride + rows,
+    };
     // SAFETY: as much memory is there.
-    let (w, x) = unsafe { (numbers(inputs_are, w, outputs * inputs), numbers(inputs_are, x, rows * inputs)) };
+    let (w, x) = unsafe { (numbers(inputs_are, w, outputs * inputs), numbers(inputs_are, x, x_len)) };
     // SAFETY: as before.
     let bias = (bias != 0).then(|| unsafe { numbers(bias_is, bias, outputs) });
     // SAFETY: as before.
     let scales = scales.map(|[w, x]| unsafe { (numbers(Number::F32, w, outputs), numbers(Number::F32, x, rows)) });
+    let x_at = |row: usize, input: usize| match x_is {
+        Order::Plain => x[row * x_stride + input],
+        Order::Transposed => x[input * x_stride + row],
+    };
+    let w_at = |output: usize, input: usize| match w_is {
+        Order::Plain => w[output * inputs + input],
+        Order::Transposed => w[input * outputs + output],
+    };
     for row in 0..rows {
         for output in 0..outputs {
-            let pairs = x[row * inputs..][..inputs].iter().zip(&w[output * inputs..][..inputs]);
-            let sum: f32 = pairs.map(|(x, w)| x * w).sum();
+            let sum: f32 = (0..inputs).map(|input| x_at(row, input) * w_at(output, input)).sum();
             let sum = scales.as_ref().map_or(sum, |(w, x)| sum * w[output] * x[row]);
             let sum = sum + bias.as_ref().map_or(0.0, |bias| bias[output]);
             let sum = if gelu { gelu_tanh(sum) } else { sum };

@@ -3,7 +3,7 @@
 use half::bf16;
 
 use super::driver::Argument::{Address, U32, U64};
-use super::driver::{Number, Product};
+use super::driver::{Number, Order, Product};
 use super::{Buffer, Gpu, GpuError, Result};
 use crate::fp8::Fp8Rows;
 
@@ -86,6 +86,9 @@ impl Fp8 {
             rows: STEP,
             inputs,
             outputs,
+            x_is: Order::Plain,
+            x_stride: inputs,
+            w_is: Order::Plain,
             stride: outputs,
             add: false,
             gelu: false,

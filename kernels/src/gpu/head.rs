@@ -8,11 +8,11 @@ use super::{Buffer, Gpu, GpuError, Linear, Result, View, ViewMut};
 use crate::Element;
 
 /// Threads that take a row; `THREADS` in `cuda/head.cu`.
-const THREADS: usize = 256;
+pub(super) const THREADS: usize = 256;
 /// Tokens whose logits are there at a time.
-const TILE: usize = 8192;
+pub(super) const TILE: usize = 8192;
 /// Rows that go over the vocabulary together: with a tile of logits, what the GPU's cache holds.
-const ROWS: usize = 1024;
+pub(super) const ROWS: usize = 1024;
 /// Most tokens of [`Vocabulary::top_log_probs`], whose lists are in a block's memory.
 pub const MAX_TOP: usize = 2048;
 
@@ -27,13 +27,13 @@ struct Candidate {
 /// What it takes to go over a vocabulary a tile at a time; kept from one step to the next.
 #[derive(Debug)]
 pub struct Vocabulary {
-    gpu: Gpu,
-    logits: Buffer<f32>,
+    pub(super) gpu: Gpu,
+    pub(super) logits: Buffer<f32>,
     /// Of each row: the largest logit so far, the sum of all exponentials, and the logit that is asked for.
-    largest: Buffer<f32>,
-    sums: Buffer<f32>,
-    chosen: Buffer<f32>,
-    targets: Buffer<u32>,
+    pub(super) largest: Buffer<f32>,
+    pub(super) sums: Buffer<f32>,
+    pub(super) chosen: Buffer<f32>,
+    pub(super) targets: Buffer<u32>,
     best: Buffer<Candidate>,
     ids: Buffer<u32>,
     log_probs: Buffer<f32>,
@@ -191,7 +191,7 @@ impl Vocabulary {
 
     /// Goes over the vocabulary with at most [`ROWS`] rows; `each` gets to see every tile, by its logits, its width and
     /// its first token. With `chosen`, the logits of the targets are kept.
-    fn sweep<E: Element>(
+    pub(super) fn sweep<E: Element>(
         &mut self,
         head: &Linear<E>,
         softcap: Option<f32>,

@@ -4,7 +4,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use half::bf16;
 
-use super::driver::{Number, Product};
+use super::driver::{Number, Order, Product};
 use super::fp8::{self, Fp8};
 use super::quantised::{self, Quantised};
 use super::{Buffer, Gpu, GpuError, Result, View, ViewMut};
@@ -18,7 +18,7 @@ use crate::quantised::QuantRows;
 pub struct Linear<E> {
     /// On top of one another.
     pieces: Vec<Piece<E>>,
-    bias: Option<Bias<E>>,
+    pub(super) bias: Option<Bias<E>>,
     inputs: usize,
     outputs: usize,
 }
@@ -53,9 +53,9 @@ impl Room {
 
 /// As cuBLASLt wants it: in the type of the result.
 #[derive(Debug)]
-struct Bias<E> {
-    wide: Buffer<f32>,
-    narrow: Buffer<E>,
+pub(super) struct Bias<E> {
+    pub(super) wide: Buffer<f32>,
+    pub(super) narrow: Buffer<E>,
 }
 
 impl<E: Element> Bias<E> {
@@ -80,7 +80,7 @@ impl Output<f32> for f32 {}
 impl Output<bf16> for f32 {}
 impl Output<bf16> for bf16 {}
 
-fn number<T: Element>() -> Number {
+pub(super) fn number<T: Element>() -> Number {
     if size_of::<T>() == size_of::<f32>() { Number::F32 } else { Number::Bf16 }
 }
 
@@ -143,6 +143,28 @@ impl<E: Element> Linear<E> {
         let outputs = bias.len();
         let bias = parts.iter().any(|part| part.bias.is_some()).then(|| Bias::new(gpu, &bias)).transpose()?;
         Ok(Self { pieces, bias, inputs, outputs })
+    }
+
+    /// All weights `[outputs, inputs]`, which one can change, or take the other way round.
+    ///
+    /// # Errors
+    /// If they are held another way than one number of the type each.
+    pub(super) fn plain(&self) -> Result<&Buffer<E>> {
+        match &self.pieces[..] {
+            [Piece::Plain(rows)] => Ok(rows),
+            _ => Err(not_plain()),
+        }
+    }
+
+    /// The same, to change them.
+    ///
+    /// # Errors
+    /// As [`Linear::plain`].
+    pub(super) fn plain_mut(&mut self) -> Result<&mut Buffer<E>> {
+        match &mut self.pieces[..] {
+            [Piece::Plain(rows)] => Ok(rows),
+            _ => Err(not_plain()),
+        }
     }
 
     /// Number of outputs.
@@ -303,6 +325,9 @@ impl<E: Element> Linear<E> {
             rows,
             inputs: self.inputs,
             outputs: count,
+            x_is: Order::Plain,
+            x_stride: self.inputs,
+            w_is: Order::Plain,
             stride: count,
             add: false,
             gelu: false,
@@ -367,4 +392,8 @@ impl<E: Element> Piece<E> {
             }
         }
     }
+}
+
+fn not_plain() -> GpuError {
+    GpuError::Unsupported("weights in fp8 or blocks have no gradients: take f32 or bf16".to_owned())
 }

@@ -82,7 +82,17 @@ impl Gpu {
     }
 }
 
-impl<T> View<'_, T> {
+impl<'a, T> View<'a, T> {
+    /// Part of it.
+    ///
+    /// # Panics
+    /// If the range is not inside.
+    pub fn part(self, range: Range<usize>) -> Self {
+        assert!(range.start <= range.end && range.end <= self.len, "{range:?} of an array of {}", self.len);
+        let address = self.address + (range.start * size_of::<T>()) as u64;
+        View { address, len: range.len(), numbers: PhantomData::<&'a T> }
+    }
+
     /// Number of elements.
     pub fn len(&self) -> usize {
         self.len
@@ -98,6 +108,27 @@ impl<T> ViewMut<'_, T> {
     /// The same, for a while.
     pub fn reborrow(&mut self) -> ViewMut<'_, T> {
         ViewMut { address: self.address, len: self.len, numbers: PhantomData }
+    }
+
+    /// Part of it.
+    ///
+    /// # Panics
+    /// If the range is not inside.
+    pub fn part(&mut self, range: Range<usize>) -> ViewMut<'_, T> {
+        let View { address, len, .. } = self.as_view().part(range);
+        ViewMut { address, len, numbers: PhantomData }
+    }
+
+    /// What is before, and what is from there on.
+    ///
+    /// # Panics
+    /// If it is not so long.
+    pub fn split_at(mut self, at: usize) -> (Self, Self) {
+        let (len, before) = (self.len, self.part(0..at));
+        let before = ViewMut { address: before.address, len: at, numbers: PhantomData };
+        let after = self.part(at..len);
+        let after = ViewMut { address: after.address, len: len - at, numbers: PhantomData };
+        (before, after)
     }
 
     /// The same, to be read.

@@ -14,6 +14,7 @@ mod driver;
 #[cfg(feature = "emulated")]
 mod emulated;
 mod fp8;
+pub mod gradient;
 mod group;
 mod head;
 mod linear;

@@ -7,16 +7,16 @@ use crate::activation::Activation;
 use crate::norm;
 
 /// Threads that norms and embeddings take for a row; `THREADS` in `cuda/norm.cu`.
-const THREADS: usize = 256;
+pub(super) const THREADS: usize = 256;
 /// Most blocks of what goes over all numbers of a buffer.
-const MAX_BLOCKS: usize = 1 << 16;
+pub(super) const MAX_BLOCKS: usize = 1 << 16;
 
 /// A norm over rows, as [`norm::Norm`].
 #[derive(Debug)]
 pub struct Norm {
-    weight: Buffer<f32>,
-    bias: Option<Buffer<f32>>,
-    eps: f32,
+    pub(super) weight: Buffer<f32>,
+    pub(super) bias: Option<Buffer<f32>>,
+    pub(super) eps: f32,
 }
 
 impl Norm {
@@ -137,12 +137,7 @@ impl Gpu {
         check_width(width)?;
         assert!(out.len.is_multiple_of(width), "shapes of an activation");
         assert_eq!(x.len, if gated { 2 * out.len } else { out.len }, "shapes of an activation");
-        let name = match activation {
-            Activation::Silu => "silu",
-            Activation::Gelu => "gelu",
-            Activation::GeluTanh => "gelu_tanh",
-        };
-        let kernel = format!("{}{name}_{}", if gated { "gated_" } else { "" }, E::NAME);
+        let kernel = format!("{}{}_{}", if gated { "gated_" } else { "" }, activation.name(), E::NAME);
         let arguments = [Address(x.address), Address(out.address), U32(width as u32), U64(out.len as u64)];
         let blocks = (out.len / 4).div_ceil(THREADS).min(MAX_BLOCKS);
         // SAFETY: as in `cuda/activation.cu`.
@@ -161,7 +156,7 @@ impl Gpu {
     }
 }
 
-fn check_width(width: usize) -> Result<()> {
+pub(super) fn check_width(width: usize) -> Result<()> {
     match width.is_multiple_of(4) && width > 0 {
         true => Ok(()),
         false => Err(GpuError::Failed(format!("rows of {width} numbers: the kernels take multiples of 4"))),

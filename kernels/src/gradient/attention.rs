@@ -23,24 +23,24 @@ const ROWS: usize = 48;
 #[derive(Debug)]
 pub struct Keys<'a> {
     rows: usize,
-    trees: Vec<Tree<'a>>,
+    pub(crate) trees: Vec<Tree<'a>>,
 }
 
 /// Spans that begin with the same page.
 #[derive(Debug)]
-struct Tree<'a> {
-    spans: Vec<TreeSpan<'a>>,
+pub(crate) struct Tree<'a> {
+    pub(crate) spans: Vec<TreeSpan<'a>>,
     /// Of the tree, in the order in which spans name them.
-    pages: Vec<u32>,
+    pub(crate) pages: Vec<u32>,
     /// The row whose key lies in a slot, `[pages, PAGE]`.
-    rows: Vec<Option<usize>>,
+    pub(crate) rows: Vec<Option<usize>>,
 }
 
 #[derive(Debug)]
-struct TreeSpan<'a> {
-    span: Span<'a>,
+pub(crate) struct TreeSpan<'a> {
+    pub(crate) span: Span<'a>,
     /// Where its pages are in the tree.
-    pages: Vec<usize>,
+    pub(crate) pages: Vec<usize>,
 }
 
 impl<'a> Keys<'a> {
@@ -90,7 +90,7 @@ impl<'a> Keys<'a> {
     }
 
     /// The position of every row.
-    fn positions(&self) -> Vec<usize> {
+    pub(crate) fn positions(&self) -> Vec<usize> {
         let mut positions = vec![0; self.rows];
         for TreeSpan { span, .. } in self.trees.iter().flat_map(|tree| &tree.spans) {
             for (i, position) in positions[span.row..span.row + span.len].iter_mut().enumerate() {

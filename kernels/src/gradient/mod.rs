@@ -11,6 +11,8 @@ mod norm;
 mod optimiser;
 
 pub use attention::{Keys, attention, unprepare};
+#[cfg(feature = "gpu")]
+pub(crate) use attention::{Tree, TreeSpan};
 pub use head::{TopK, cross_entropy, distillation};
 pub use linear::{Outer, add_rows, column_sums};
 pub use optimiser::{AdamW, add, sum_of_squares};

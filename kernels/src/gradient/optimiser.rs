@@ -35,8 +35,7 @@ impl AdamW {
     pub fn update(&self, weights: &mut [f32], gradient: &[f32], mean: &mut [f32], square: &mut [f32]) {
         let len = weights.len();
         assert!(gradient.len() == len && mean.len() == len && square.len() == len, "shapes of a step");
-        let correction = |beta: f32| (1.0 - f64::from(beta).powi(self.step as i32)) as f32;
-        let corrections = [correction(self.beta1), correction(self.beta2).sqrt()];
+        let corrections = self.corrections();
         let (weights, mean, square) = (Shared::new(weights), Shared::new(mean), Shared::new(square));
         for_each_piece(len, PIECE, |piece| {
             // SAFETY: pieces are disjoint.
@@ -44,6 +43,12 @@ impl AdamW {
                 unsafe { (weights.range(piece.clone()), mean.range(piece.clone()), square.range(piece.clone())) };
             adamw(*self, corrections, weights, &gradient[piece], mean, square);
         });
+    }
+
+    /// What the running means are divided by, for they begin at zero: that of gradients, and the root of that of squares.
+    pub(crate) fn corrections(&self) -> [f32; 2] {
+        let correction = |beta: f32| (1.0 - f64::from(beta).powi(self.step as i32)) as f32;
+        [correction(self.beta1), correction(self.beta2).sqrt()]
     }
 }
 

@@ -306,17 +306,17 @@ pub(super) type TapeMut<'a, B> = Option<&'a mut (dyn Tape<B> + 'static)>;
 /// What keeps what the gradient of a layer needs of its forward pass. `total` is the number of the step's rows.
 pub(super) trait Tape<B: Backend> {
     /// The residual stream before the layer.
-    fn keep_input(&mut self, x: B::Part<'_, f32>);
+    fn keep_input(&mut self, x: B::Part<'_, f32>) -> Result<()>;
     /// q, k and v before their norms, of these rows.
-    fn keep_qkv(&mut self, qkv: B::Part<'_, B::Sum>, rows: Range<usize>, total: usize);
+    fn keep_qkv(&mut self, qkv: B::Part<'_, B::Sum>, rows: Range<usize>, total: usize) -> Result<()>;
     /// Queries and what attention made of them, for which others are given.
     fn keep_attention(&mut self, q: &mut B::Array<B::Element>, attended: &mut B::Array<B::Element>);
     /// The attention's result before its norm, of these rows.
-    fn keep_attention_branch(&mut self, branch: B::Part<'_, f32>, rows: Range<usize>, total: usize);
+    fn keep_attention_branch(&mut self, branch: B::Part<'_, f32>, rows: Range<usize>, total: usize) -> Result<()>;
     /// The residual stream before the feed-forward.
-    fn keep_middle(&mut self, x: B::Part<'_, f32>);
+    fn keep_middle(&mut self, x: B::Part<'_, f32>) -> Result<()>;
     /// Where to put what the non-linearity of these rows is given.
-    fn kept(&mut self, rows: Range<usize>, total: usize, width: usize, gated: bool) -> B::Kept<'_>;
+    fn kept(&mut self, rows: Range<usize>, total: usize, width: usize, gated: bool) -> Result<B::Kept<'_>>;
     /// The feed-forward's result before its norm, of these rows.
-    fn keep_mlp_branch(&mut self, branch: B::Part<'_, f32>, rows: Range<usize>, total: usize);
+    fn keep_mlp_branch(&mut self, branch: B::Part<'_, f32>, rows: Range<usize>, total: usize) -> Result<()>;
 }

@@ -5,7 +5,6 @@ use std::ops::Range;
 
 use plumb_kernels::activation::Activation;
 use plumb_kernels::attention::{KvPages, Prepare, Rule, Run, Work, attention, padded, prepare};
-use plumb_kernels::element::round_all;
 use plumb_kernels::head::{dot, soft_cap, token_log_probs, top_log_probs};
 use plumb_kernels::linear::{Activated, Held, Kept, Linear, Matrix, PANEL, Store};
 use plumb_kernels::norm::Norm;
@@ -14,7 +13,7 @@ use plumb_kernels::quantised::packed_bytes;
 use plumb_kernels::rotary::Rotary;
 use plumb_kernels::sample::{self, Draw, Drawn, Undrawn};
 
-use super::backend::{Backend, Embedding, How, Number, Stream, Tape, Vocabulary};
+use super::backend::{Backend, Embedding, How, Number, Stream, Vocabulary};
 use super::build::Load;
 use super::forward::{runs, spans};
 use super::shards::Joined;
@@ -417,76 +416,4 @@ pub(super) fn resize<T: Default + Clone>(buffer: &mut Vec<T>, len: usize) -> &mu
         buffer.resize(len, T::default());
     }
     &mut buffer[..len]
-}
-
-/// What the gradient of a layer needs of its forward pass. A vector may be longer than its rows.
-#[derive(Debug, Default)]
-pub(super) struct Kepts<E> {
-    /// The residual stream before the layer, `[rows, hidden]`.
-    pub(super) x: Vec<f32>,
-    /// The residual stream before the feed-forward, unless that is parallel.
-    pub(super) mid: Vec<f32>,
-    /// q, k and v before their norms, where there are norms.
-    pub(super) qkv: Vec<E>,
-    /// `[rows, heads * padded_dim]`.
-    pub(super) q: Vec<E>,
-    /// `[rows, heads * head_dim]`.
-    pub(super) attended: Vec<E>,
-    /// The attention's result before its norm, where there is one, `[rows, hidden]`.
-    pub(super) attention_branch: Vec<f32>,
-    /// What the non-linearity is given, `[rows, intermediate]`.
-    pub(super) gate: Vec<E>,
-    pub(super) up: Vec<E>,
-    /// The feed-forward's result before its norm, where there is one, `[rows, hidden]`.
-    pub(super) mlp_branch: Vec<f32>,
-}
-
-impl<E> Kepts<E> {
-    pub(super) fn bytes(&self) -> usize {
-        let Self { x, mid, qkv, q, attended, attention_branch, gate, up, mlp_branch } = self;
-        let elements = [qkv, q, attended, gate, up].map(Vec::capacity).iter().sum::<usize>();
-        let floats = [x, mid, attention_branch, mlp_branch].map(Vec::capacity).iter().sum::<usize>();
-        elements * size_of::<E>() + floats * size_of::<f32>()
-    }
-}
-
-/// These rows of an array that will have `total`; they have `len` elements.
-fn rows_of<T: Default + Clone>(array: &mut Vec<T>, len: usize, rows: Range<usize>, total: usize) -> &mut [T] {
-    let width = len / rows.len().max(1);
-    &mut resize(array, total * width)[rows.start * width..][..len]
-}
-
-impl<E: Load + Number> Tape<Cpu<E>> for Kepts<E> {
-    fn keep_input(&mut self, x: &[f32]) {
-        resize(&mut self.x, x.len()).copy_from_slice(x);
-    }
-
-    fn keep_qkv(&mut self, qkv: &[f32], rows: Range<usize>, total: usize) {
-        round_all(qkv, rows_of(&mut self.qkv, qkv.len(), rows, total));
-    }
-
-    fn keep_attention(&mut self, q: &mut Vec<E>, attended: &mut Vec<E>) {
-        std::mem::swap(&mut self.q, q);
-        std::mem::swap(&mut self.attended, attended);
-    }
-
-    fn keep_attention_branch(&mut self, branch: &[f32], rows: Range<usize>, total: usize) {
-        let kept = rows_of(&mut self.attention_branch, branch.len(), rows, total);
-        kept.copy_from_slice(branch);
-    }
-
-    fn keep_middle(&mut self, x: &[f32]) {
-        resize(&mut self.mid, x.len()).copy_from_slice(x);
-    }
-
-    fn kept(&mut self, rows: Range<usize>, total: usize, width: usize, gated: bool) -> Kept<'_, E> {
-        let range = rows.start * width..rows.end * width;
-        let up = &mut resize(&mut self.up, total * width)[range.clone()];
-        let gate = resize(&mut self.gate, if gated { total * width } else { 0 });
-        Kept { gate: if gated { &mut gate[range] } else { gate }, up }
-    }
-
-    fn keep_mlp_branch(&mut self, branch: &[f32], rows: Range<usize>, total: usize) {
-        rows_of(&mut self.mlp_branch, branch.len(), rows, total).copy_from_slice(branch);
-    }
 }

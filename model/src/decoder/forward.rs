@@ -195,7 +195,7 @@ impl<B: Backend> Stack<B> {
         let rows = B::rows(cut);
         let (width, q_width) = ((heads + 2 * config.num_kv_heads) * dim, B::q_width(config));
         if let Some(tape) = &mut tape {
-            tape.keep_input(B::part(&buffers.x, 0..rows * hidden));
+            tape.keep_input(B::part(&buffers.x, 0..rows * hidden))?;
         }
         backend.resize(&mut buffers.q, rows * q_width)?;
         for chunk in chunks(rows, B::CHUNK) {
@@ -208,7 +208,7 @@ impl<B: Backend> Stack<B> {
             if let Some(tape) = &mut tape
                 && config.qk_norm
             {
-                tape.keep_qkv(qkv, chunk.clone(), rows);
+                tape.keep_qkv(qkv, chunk.clone(), rows)?;
             }
             let q = B::part_mut(&mut buffers.q, of(&chunk, q_width));
             backend.prepare(qkv, cut, chunk, self.how(index), q, kv, index)?;
@@ -226,7 +226,7 @@ impl<B: Backend> Stack<B> {
             let norm = layer.attention_post_norm.as_ref();
             self.add_branch(&layer.output, attended, norm, &mut buffers.branch, x, chunk.len())?;
             if let (Some(tape), Some(_)) = (&mut tape, norm) {
-                tape.keep_attention_branch(B::part(&buffers.branch, 0..chunk.len() * hidden), chunk, rows);
+                tape.keep_attention_branch(B::part(&buffers.branch, 0..chunk.len() * hidden), chunk, rows)?;
             }
         }
         if let Some(tape) = tape {
@@ -291,7 +291,7 @@ impl<B: Backend> Stack<B> {
         if let Some(tape) = &mut tape
             && !parallel
         {
-            tape.keep_middle(B::part(&buffers.x, 0..rows * hidden));
+            tape.keep_middle(B::part(&buffers.x, 0..rows * hidden))?;
         }
         for chunk in chunks(rows, B::CHUNK) {
             let normed = if parallel {
@@ -302,14 +302,15 @@ impl<B: Backend> Stack<B> {
                 B::part(&buffers.normed, 0..chunk.len() * hidden)
             };
             let inner = backend.resize(&mut buffers.inner, chunk.len() * width)?;
-            let kept = tape.as_deref_mut().map(|tape| tape.kept(chunk.clone(), rows, width, self.config.gated));
+            let gated = self.config.gated;
+            let kept = tape.as_deref_mut().map(|tape| tape.kept(chunk.clone(), rows, width, gated)).transpose()?;
             backend.activate(&layer.up, normed, inner, kept, &mut buffers.scratch)?;
             let inner = B::part(&buffers.inner, 0..chunk.len() * width);
             let x = B::part_mut(&mut buffers.x, of(&chunk, hidden));
             let norm = layer.mlp_post_norm.as_ref();
             self.add_branch(&layer.down, inner, norm, &mut buffers.branch, x, chunk.len())?;
             if let (Some(tape), Some(_)) = (&mut tape, norm) {
-                tape.keep_mlp_branch(B::part(&buffers.branch, 0..chunk.len() * hidden), chunk, rows);
+                tape.keep_mlp_branch(B::part(&buffers.branch, 0..chunk.len() * hidden), chunk, rows)?;
             }
         }
         Ok(())
@@ -403,7 +404,7 @@ impl<B: Backend> Stack<B> {
 }
 
 /// Where rows of this width lie.
-fn of(rows: &Range<usize>, width: usize) -> Range<usize> {
+pub(super) fn of(rows: &Range<usize>, width: usize) -> Range<usize> {
     rows.start * width..rows.end * width
 }
 

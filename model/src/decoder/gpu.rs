@@ -61,7 +61,7 @@ pub(super) struct Graphs(VecDeque<(Shape, Option<Graph>)>);
 /// A GPU, with weights of one type.
 #[derive(Clone, Debug)]
 pub(super) struct OnGpu<E> {
-    gpu: Gpu,
+    pub(super) gpu: Gpu,
     /// What layers share whose weights are no numbers of the type.
     room: Room,
     element: PhantomData<E>,
@@ -70,9 +70,9 @@ pub(super) struct OnGpu<E> {
 /// A linear layer, its gate before it where it has one, and its non-linearity.
 #[derive(Debug)]
 pub(super) struct Activated<E> {
-    linear: Linear<E>,
-    activation: Activation,
-    gated: bool,
+    pub(super) linear: Linear<E>,
+    pub(super) activation: Activation,
+    pub(super) gated: bool,
 }
 
 /// Cosines and sines.
@@ -118,8 +118,8 @@ where
     type Used = Pieces;
     type Shape = Option<Shape>;
     type Graphs = Graphs;
-    // There is no gradient here yet, and so nothing that could be kept.
-    type Kept<'a> = std::convert::Infallible;
+    /// For gate and up beside one another, or up alone.
+    type Kept<'a> = ViewMut<'a, E>;
     type Scratch = Scratch<E>;
 
     const CHUNK: usize = CHUNK;
@@ -345,14 +345,7 @@ where
         kv: &mut KvPages<E>,
         layer: usize,
     ) -> Result<()> {
-        let how = gpu::Prepare {
-            heads: how.heads,
-            q_norm: how.q_norm,
-            k_norm: how.k_norm,
-            table: how.rotary.table.all(),
-            rotated: how.rotary.dim,
-        };
-        Ok(self.gpu.prepare(qkv, cut, rows.start, how, q, kv, layer)?)
+        Ok(self.gpu.prepare(qkv, cut, rows.start, how.into(), q, kv, layer)?)
     }
 
     fn attention(
@@ -373,19 +366,23 @@ where
         activated: &Activated<E>,
         x: View<'_, E>,
         mut out: ViewMut<'_, E>,
-        _: Option<std::convert::Infallible>,
+        kept: Option<ViewMut<'_, E>>,
         scratch: &mut Scratch<E>,
     ) -> Result<()> {
         let Activated { linear, activation, gated } = activated;
-        if !gated && *activation == Activation::GeluTanh && linear.forward_gelu_tanh(&self.gpu, x, out.reborrow())? {
+        // What is kept is what the non-linearity is given.
+        let at_once = kept.is_none() && !gated && *activation == Activation::GeluTanh;
+        if at_once && linear.forward_gelu_tanh(&self.gpu, x, out.reborrow())? {
             return Ok(());
         }
         let rows = x.len() / linear.inputs();
         let width = linear.outputs() / if *gated { 2 } else { 1 };
-        let sums = self.resize(&mut scratch.sums, rows * linear.outputs())?;
-        linear.forward(&self.gpu, x, sums)?;
-        let sums = scratch.sums.view(0..rows * linear.outputs());
-        Ok(self.gpu.activate(*activation, *gated, sums, width, out)?)
+        let mut sums = match kept {
+            Some(kept) => kept,
+            None => self.resize(&mut scratch.sums, rows * linear.outputs())?,
+        };
+        linear.forward(&self.gpu, x, sums.reborrow())?;
+        Ok(self.gpu.activate(*activation, *gated, sums.as_view(), width, out)?)
     }
 
     fn rewards(
@@ -493,6 +490,15 @@ where
         scratch.set_rows(rows)?;
         let narrow = self.resize(&mut scratch.narrow, rows.len() * from.width)?;
         Ok(from.norm.forward(&self.gpu, from.x, Some(scratch.rows.view(0..rows.len())), narrow)?)
+    }
+}
+
+impl<'a, E: Load + Number + Output<E>> From<How<'a, OnGpu<E>>> for gpu::Prepare<'a>
+where
+    f32: Output<E>,
+{
+    fn from(How { heads, q_norm, k_norm, rotary, .. }: How<'a, OnGpu<E>>) -> Self {
+        Self { heads, q_norm, k_norm, table: rotary.table.all(), rotated: rotary.dim }
     }
 }
 

@@ -7,6 +7,7 @@
 
 mod backend;
 mod build;
+mod choice;
 mod cpu;
 mod device;
 mod forward;
@@ -26,6 +27,7 @@ use half::bf16;
 use plumb_kernels::Element;
 use plumb_kernels::memory::OutOfMemory;
 
+pub use choice::DeviceChoice;
 pub use device::{Device, Split};
 pub use plumb_kernels::head::log_sum_exp;
 pub use plumb_kernels::sample::{Draw, Drawn, TokenSet, Undrawn};

@@ -2,6 +2,8 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use plumb_model::decoder;
+
 use super::check_name;
 
 /// Where models compute.
@@ -52,16 +54,15 @@ pub(super) fn resolve(flags: &[String], is_name: impl Fn(&str) -> bool) -> Resul
 
 /// `auto`, `cpu`, `cuda:0`, `cuda:0,cuda:1`.
 fn parse(text: &str) -> Result<DeviceChoice, String> {
-    let gpu = |text: &str| match text.strip_prefix("cuda") {
-        Some("") => Some(0),
-        Some(number) => number.strip_prefix(':')?.parse().ok(),
-        None => None,
-    };
-    match text {
-        "auto" => return Ok(DeviceChoice::Auto),
-        "cpu" => return Ok(DeviceChoice::Cpu),
+    match text.parse() {
+        Ok(decoder::DeviceChoice::Auto) => return Ok(DeviceChoice::Auto),
+        Ok(decoder::DeviceChoice::Cpu) => return Ok(DeviceChoice::Cpu),
         _ => {}
     }
+    let gpu = |text: &str| match text.parse() {
+        Ok(decoder::DeviceChoice::Cuda(number)) => Some(number),
+        _ => None,
+    };
     let numbers: Option<Vec<usize>> = text.split(',').map(gpu).collect();
     let numbers = numbers.ok_or_else(|| format!("--device {text}: not auto, cpu, cuda:N or a list of GPUs"))?;
     if numbers.iter().collect::<BTreeSet<_>>().len() < numbers.len() {

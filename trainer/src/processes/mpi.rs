@@ -21,8 +21,9 @@ pub(crate) struct World {
     universe: Universe,
     pub(super) count: usize,
     pub(super) rank: usize,
-    /// How many run on this machine.
+    /// How many run on this machine, and which of them this is.
     here: usize,
+    pub(super) rank_here: usize,
     /// All processes know that it is over.
     over: AtomicBool,
 }
@@ -48,8 +49,9 @@ pub(super) fn join(started: Option<usize>) -> Result<Processes> {
     if count == 1 {
         return Ok(Processes::Alone);
     }
-    let here = world.split_shared(rank as i32).size() as usize;
-    Ok(Processes::Several(World { universe, count, rank, here, over: AtomicBool::new(false) }))
+    let machine = world.split_shared(rank as i32);
+    let (here, rank_here) = (machine.size() as usize, machine.rank() as usize);
+    Ok(Processes::Several(World { universe, count, rank, here, rank_here, over: AtomicBool::new(false) }))
 }
 
 impl World {

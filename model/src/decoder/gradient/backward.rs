@@ -2,270 +2,270 @@
 
 use std::ops::Range;
 
-use plumb_kernels::attention::{KvPages, padded};
-use plumb_kernels::element::round_all;
-use plumb_kernels::gradient::{self, Keys, Outer, column_sums, unprepare};
-use plumb_kernels::linear::{Linear, Store};
-use plumb_kernels::norm::Norm;
+use super::super::Stack;
+use super::super::build::interleaved;
+use super::super::forward::{chunks, of};
+use super::LayerRanges;
+use super::backend::{Attended, Gradients};
+use super::tape::Kepts;
+use crate::Result;
+use crate::config::Block;
 
-use super::super::build::{Load, interleaved};
-use super::super::cpu::{CHUNK, Cpu, Kepts, resize};
-use super::super::forward::chunks;
-use super::{LayerRanges, Stack};
-use crate::config::{Block, Config};
-
-/// A layer's matrices the other way round: gradients go back through them.
+/// A layer's matrices as gradients go back through them.
 #[derive(Debug)]
-pub(super) struct Transposed<E> {
-    qkv: Linear<E>,
-    output: Linear<E>,
-    gate: Option<Linear<E>>,
-    up: Linear<E>,
-    down: Linear<E>,
+pub(super) struct Backs<B: Gradients> {
+    pub(super) qkv: B::Back,
+    pub(super) output: B::Back,
+    pub(super) up: B::ActivatedBack,
+    pub(super) down: B::Back,
 }
 
-impl<E: Load> Default for Transposed<E> {
-    fn default() -> Self {
-        Self { qkv: Linear::empty(), output: Linear::empty(), gate: None, up: Linear::empty(), down: Linear::empty() }
-    }
-}
-
-impl<E: Load> Transposed<E> {
-    /// Takes new weights; those of q, k and v in the decoder's order.
-    pub(super) fn set(&mut self, values: &[f32], ranges: &LayerRanges, qkv: &[f32], config: &Config) {
-        let (hidden, heads) = (config.hidden_size, config.num_heads * config.head_dim);
-        self.qkv.fill_transposed_f32(qkv, hidden);
-        self.output.fill_transposed_f32(&values[ranges.output.clone()], heads);
-        if !ranges.gate.is_empty() {
-            let gate = self.gate.get_or_insert_with(Linear::empty);
-            gate.fill_transposed_f32(&values[ranges.gate.clone()], hidden);
-        }
-        self.up.fill_transposed_f32(&values[ranges.up.clone()], hidden);
-        self.down.fill_transposed_f32(&values[ranges.down.clone()], config.intermediate_size);
+impl<B: Gradients> Backs<B> {
+    pub(super) fn new(backend: &B) -> Self {
+        Self { qkv: backend.back(), output: backend.back(), up: backend.activated_back(), down: backend.back() }
     }
 
     pub(super) fn bytes(&self) -> usize {
-        let Self { qkv, output, gate, up, down } = self;
-        [qkv, output, up, down].into_iter().chain(gate).map(Linear::bytes).sum()
+        let Self { qkv, output, up, down } = self;
+        [qkv, output, down].map(B::back_bytes).iter().sum::<usize>() + B::activated_back_bytes(up)
     }
 }
 
 /// Buffers that are kept from one layer, and step, to the next.
 #[derive(Debug)]
-pub(super) struct Scratch<E> {
+pub(super) struct Scratch<B: Gradients> {
     /// Gradient of the residual stream, `[rows, hidden]`.
-    pub(super) dx: Vec<f32>,
+    pub(super) dx: B::Array<f32>,
     /// Gradient of a branch before its norm, `[rows, hidden]`.
-    branch: Vec<f32>,
+    branch: B::Array<f32>,
     /// Gradient of a branch as the inner loop takes it, `[rows, hidden]`.
-    dy: Vec<E>,
+    dy: B::Array<B::Element>,
     /// What a matrix was given, `[rows, hidden]`.
-    normed: Vec<E>,
+    normed: B::Array<B::Element>,
     /// `[rows, intermediate]`.
-    inner: Vec<E>,
+    inner: B::Array<B::Element>,
     /// Of a chunk, `[CHUNK, ...]`: gradients of the activation's result, of a norm's result, of the attention's result.
-    d_inner: Vec<f32>,
-    d_normed: Vec<f32>,
-    d_attended: Vec<f32>,
+    d_inner: B::Array<f32>,
+    d_normed: B::Array<f32>,
+    d_attended: B::Array<f32>,
     /// `[rows, heads * head_dim]`.
-    attended: Vec<E>,
+    attended: B::Array<B::Element>,
     /// `[rows, (heads + 2 * kv_heads) * head_dim]`.
-    dqkv: Vec<f32>,
-    qkv: Vec<E>,
+    dqkv: B::Array<f32>,
+    qkv: B::Array<B::Element>,
     /// A gradient in the decoder's order.
-    ordered: Vec<f32>,
-    outer: Outer<E>,
+    ordered: B::Array<f32>,
+    pub(super) room: B::Room,
 }
 
-impl<E: Load> Default for Scratch<E> {
-    fn default() -> Self {
+impl<B: Gradients> Scratch<B> {
+    pub(super) fn new(backend: &B) -> Self {
         Self {
-            dx: Vec::new(),
-            branch: Vec::new(),
-            dy: Vec::new(),
-            normed: Vec::new(),
-            inner: Vec::new(),
-            d_inner: Vec::new(),
-            d_normed: Vec::new(),
-            d_attended: Vec::new(),
-            attended: Vec::new(),
-            dqkv: Vec::new(),
-            qkv: Vec::new(),
-            ordered: Vec::new(),
-            outer: Outer::default(),
+            dx: backend.array(),
+            branch: backend.array(),
+            dy: backend.array(),
+            normed: backend.array(),
+            inner: backend.array(),
+            d_inner: backend.array(),
+            d_normed: backend.array(),
+            d_attended: backend.array(),
+            attended: backend.array(),
+            dqkv: backend.array(),
+            qkv: backend.array(),
+            ordered: backend.array(),
+            room: backend.room(),
         }
     }
-}
 
-impl<E: Load> Scratch<E> {
     pub(super) fn bytes(&self) -> usize {
-        let Self { dx, branch, dy, normed, inner, d_inner, d_normed, d_attended, attended, dqkv, qkv, ordered, outer } =
+        let Self { dx, branch, dy, normed, inner, d_inner, d_normed, d_attended, attended, dqkv, qkv, ordered, room } =
             self;
-        let floats =
-            [dx, branch, d_inner, d_normed, d_attended, dqkv, ordered].map(Vec::capacity).iter().sum::<usize>();
-        let elements = [dy, normed, inner, attended, qkv].map(Vec::capacity).iter().sum::<usize>();
-        floats * 4 + elements * size_of::<E>() + outer.bytes()
+        let floats = [dx, branch, d_inner, d_normed, d_attended, dqkv, ordered].map(B::bytes).iter().sum::<usize>();
+        let elements = [dy, normed, inner, attended, qkv].map(B::bytes).iter().sum::<usize>();
+        floats + elements + B::room_bytes(room)
     }
 }
 
 /// The way back through one layer.
-pub(super) struct Backward<'a, E: Load> {
-    pub(super) stack: &'a Stack<Cpu<E>>,
+pub(super) struct Backward<'a, 'k, B: Gradients> {
+    pub(super) stack: &'a Stack<B>,
     pub(super) index: usize,
-    pub(super) transposed: &'a Transposed<E>,
+    /// Of the step.
+    pub(super) rows: usize,
+    pub(super) backs: &'a Backs<B>,
     pub(super) ranges: &'a LayerRanges,
-    pub(super) keys: &'a Keys<'a>,
-    pub(super) kv: &'a KvPages<E>,
+    pub(super) keys: &'a B::Keys<'k>,
+    pub(super) kv: &'a B::KvPages,
 }
 
-impl<E: Load> Backward<'_, E> {
+impl<B: Gradients> Backward<'_, '_, B> {
     /// Turns the gradient of what the layer leaves in the residual stream, `scratch.dx`, into that of what it found there,
     /// and adds those of its weights to the list. The tape is used up.
-    pub(super) fn run(&self, tape: &mut Kepts<E>, scratch: &mut Scratch<E>, gradient: &mut [f32]) {
+    pub(super) fn run(
+        &self,
+        tape: &mut Kepts<B>,
+        scratch: &mut Scratch<B>,
+        gradient: &mut B::Array<f32>,
+    ) -> Result<()> {
         let layer = &self.stack.layers[self.index];
         let norm = layer.mlp_post_norm.as_ref();
-        self.branch(norm, &tape.mlp_branch, &self.ranges.mlp_post_norm, scratch, gradient);
-        self.feed_forward(tape, scratch, gradient);
+        self.branch(norm, &tape.mlp_branch, &self.ranges.mlp_post_norm, scratch, gradient)?;
+        self.feed_forward(tape, scratch, gradient)?;
         // The two branches of a parallel block end in the same place.
         if self.stack.config.block != Block::Parallel {
             let norm = layer.attention_post_norm.as_ref();
-            self.branch(norm, &tape.attention_branch, &self.ranges.attention_post_norm, scratch, gradient);
+            self.branch(norm, &tape.attention_branch, &self.ranges.attention_post_norm, scratch, gradient)?;
         }
-        self.attend(tape, scratch, gradient);
+        self.attend(tape, scratch, gradient)
     }
 
     /// The gradient `scratch.dy` of a branch's last matrix, from that of the residual stream that it is added to.
     fn branch(
         &self,
-        norm: Option<&Norm>,
-        branch: &[f32],
+        norm: Option<&B::Norm>,
+        branch: &B::Array<f32>,
         range: &Range<usize>,
-        scratch: &mut Scratch<E>,
-        gradient: &mut [f32],
-    ) {
-        let len = self.keys.rows() * self.stack.config.hidden_size;
-        let dx = &scratch.dx[..len];
-        let dy = resize(&mut scratch.dy, len);
-        match norm {
-            None => round_all(dx, dy),
+        scratch: &mut Scratch<B>,
+        gradient: &mut B::Array<f32>,
+    ) -> Result<()> {
+        let backend = &self.stack.backend;
+        let len = self.rows * self.stack.config.hidden_size;
+        let dx = B::part(&scratch.dx, 0..len);
+        backend.resize(&mut scratch.dy, len)?;
+        let d_branch = match norm {
+            None => dx,
             Some(norm) => {
-                let d_branch = resize(&mut scratch.branch, len);
-                d_branch.fill(0.0);
-                norm.backward(&branch[..len], dx, d_branch, &mut gradient[range.clone()]);
-                round_all(d_branch, dy);
+                let d_branch = backend.resize(&mut scratch.branch, len)?;
+                backend.clear(d_branch)?;
+                let (d_branch, d_norm) =
+                    (B::part_mut(&mut scratch.branch, 0..len), B::part_mut(gradient, range.clone()));
+                backend.norm_back(norm, B::part(branch, 0..len), dx, d_branch, d_norm, &mut scratch.room)?;
+                B::part(&scratch.branch, 0..len)
             }
-        }
-    }
-
-    fn feed_forward(&self, tape: &mut Kepts<E>, scratch: &mut Scratch<E>, gradient: &mut [f32]) {
-        let Self { ranges, transposed, .. } = self;
-        let layer = &self.stack.layers[self.index];
-        let (rows, hidden) = (self.keys.rows(), self.stack.config.hidden_size);
-        let width = layer.up.outputs();
-        let before = match self.stack.config.block {
-            Block::Parallel => &tape.x[..rows * hidden],
-            _ => &tape.mid[..rows * hidden],
         };
-        let Scratch { dx, dy, normed, inner, d_inner, d_normed, outer, .. } = scratch;
-        let dy = &dy[..rows * hidden];
-        let normed = resize(normed, rows * hidden);
-        layer.mlp_norm.forward(before, normed);
-        let inner = resize(inner, rows * width);
-        let (gate, up) = (&mut tape.gate, &mut tape.up[..rows * width]);
-        for chunk in chunks(rows, CHUNK) {
-            let narrow = chunk.start * hidden..chunk.end * hidden;
-            let wide = chunk.start * width..chunk.end * width;
-            let d_inner = resize(d_inner, wide.len());
-            transposed.down.forward(&dy[narrow.clone()], d_inner, Store::Set);
-            let chunk_gate = transposed.gate.is_some().then(|| &mut gate[wide.clone()]);
-            layer.up.activation().backward(chunk_gate, &mut up[wide.clone()], d_inner, &mut inner[wide.clone()]);
-            let d_normed = resize(d_normed, narrow.len());
-            transposed.up.forward(&up[wide.clone()], d_normed, Store::Set);
-            if let Some(transposed) = &transposed.gate {
-                transposed.forward(&gate[wide], d_normed, Store::Add);
-            }
-            let d_norm = &mut gradient[ranges.mlp_norm.clone()];
-            layer.mlp_norm.backward(&before[narrow.clone()], d_normed, &mut dx[narrow], d_norm);
-        }
-        outer.take(inner, width);
-        outer.add(dy, &mut gradient[ranges.down.clone()]);
-        add_bias(dy, &mut gradient[ranges.down_bias.clone()]);
-        outer.take(normed, hidden);
-        outer.add(up, &mut gradient[ranges.up.clone()]);
-        add_bias(up, &mut gradient[ranges.up_bias.clone()]);
-        if transposed.gate.is_some() {
-            let gate = &gate[..rows * width];
-            outer.add(gate, &mut gradient[ranges.gate.clone()]);
-            add_bias(gate, &mut gradient[ranges.gate_bias.clone()]);
-        }
+        backend.round(d_branch, B::part_mut(&mut scratch.dy, 0..len))
     }
 
-    fn attend(&self, tape: &mut Kepts<E>, scratch: &mut Scratch<E>, gradient: &mut [f32]) {
-        let Self { stack, index, ranges, transposed, keys, kv } = self;
-        let (config, layer) = (&stack.config, &stack.layers[*index]);
-        let (rows, hidden, heads) = (keys.rows(), config.hidden_size, config.num_heads * config.head_dim);
-        let width = layer.qkv.outputs();
-        let Scratch { dx, dy, normed, d_normed, d_attended, attended, dqkv, qkv, ordered, outer, .. } = scratch;
-        let (dx, dy) = (&mut dx[..rows * hidden], &dy[..rows * hidden]);
-        outer.take(&tape.attended[..rows * heads], heads);
-        outer.add(dy, &mut gradient[ranges.output.clone()]);
-        add_bias(dy, &mut gradient[ranges.output_bias.clone()]);
-        let attended = resize(attended, rows * heads);
-        for chunk in chunks(rows, CHUNK) {
-            let d_attended = resize(d_attended, chunk.len() * heads);
-            transposed.output.forward(&dy[chunk.start * hidden..chunk.end * hidden], d_attended, Store::Set);
-            round_all(d_attended, &mut attended[chunk.start * heads..chunk.end * heads]);
+    fn feed_forward(&self, tape: &mut Kepts<B>, scratch: &mut Scratch<B>, gradient: &mut B::Array<f32>) -> Result<()> {
+        let Self { stack, ranges, backs, rows, .. } = self;
+        let (backend, layer, rows) = (&stack.backend, &stack.layers[self.index], *rows);
+        let (hidden, width) = (stack.config.hidden_size, stack.config.intermediate_size);
+        let before = match stack.config.block {
+            Block::Parallel => B::part(&tape.x, 0..rows * hidden),
+            _ => B::part(&tape.mid, 0..rows * hidden),
+        };
+        let Scratch { dx, dy, normed, inner, d_inner, d_normed, room, .. } = scratch;
+        let normed_rows = backend.resize(normed, rows * hidden)?;
+        backend.normed(&layer.mlp_norm, before, normed_rows)?;
+        backend.resize(inner, rows * width)?;
+        for chunk in chunks(rows, B::CHUNK) {
+            let (narrow, wide) = (of(&chunk, hidden), of(&chunk, width));
+            let d = backend.resize(d_inner, wide.len())?;
+            backend.multiply_back(&layer.down, &backs.down, B::part(dy, narrow.clone()), d)?;
+            let (d, inner) = (B::part(d_inner, 0..wide.len()), B::part_mut(inner, wide));
+            let back = backend.resize(d_normed, narrow.len())?;
+            backend.activate_back(&layer.up, &backs.up, &mut tape.activations, chunk, d, inner, back)?;
+            let (d, before) = (B::part(d_normed, 0..narrow.len()), B::within(before, narrow.clone()));
+            let d_norm = B::part_mut(gradient, ranges.mlp_norm.clone());
+            backend.norm_back(&layer.mlp_norm, before, d, B::part_mut(dx, narrow), d_norm, room)?;
         }
-        let dqkv = resize(dqkv, rows * width);
-        let q = &tape.q[..rows * config.num_heads * padded(config.head_dim)];
-        gradient::attention(q, kv, *index, keys, stack.rule(*index), attended, dqkv);
-        let qkv = resize(qkv, rows * width);
-        let before = tape.qkv.get(..rows * width).unwrap_or(&[]);
-        // The norms of q and k are neighbours in the list.
-        let (d_q_norm, d_k_norm) = gradient[ranges.q_norm.start..ranges.k_norm.end].split_at_mut(ranges.q_norm.len());
-        unprepare(dqkv, before, keys, stack.how(*index).into(), d_q_norm, d_k_norm, qkv);
+        let (dy, inner) = (B::part(dy, 0..rows * hidden), B::part(inner, 0..rows * width));
+        backend.add_outer(inner, width, dy, B::part_mut(gradient, ranges.down.clone()), room)?;
+        self.add_bias(dy, &ranges.down_bias, gradient, room)?;
+        let normed = B::part(normed, 0..rows * hidden);
+        backend.add_activated(&layer.up, normed, &tape.activations, rows, gradient, ranges, room)
+    }
 
-        let normed = resize(normed, rows * hidden);
-        layer.attention_norm.forward(&tape.x[..rows * hidden], normed);
-        outer.take(normed, hidden);
+    fn attend(&self, tape: &mut Kepts<B>, scratch: &mut Scratch<B>, gradient: &mut B::Array<f32>) -> Result<()> {
+        let Self { stack, index, ranges, backs, keys, kv, rows } = self;
+        let (backend, layer, config) = (&stack.backend, &stack.layers[*index], &stack.config);
+        let (rows, hidden, heads) = (*rows, config.hidden_size, config.num_heads * config.head_dim);
+        let width = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim;
+        let Scratch { dx, dy, normed, d_normed, d_attended, attended, dqkv, qkv, ordered, room, .. } = scratch;
+        let result = B::part(&tape.attended, 0..rows * heads);
+        let d_output = B::part(dy, 0..rows * hidden);
+        backend.add_outer(result, heads, d_output, B::part_mut(gradient, ranges.output.clone()), room)?;
+        self.add_bias(d_output, &ranges.output_bias, gradient, room)?;
+        backend.resize(attended, rows * heads)?;
+        for chunk in chunks(rows, B::CHUNK) {
+            let d = backend.resize(d_attended, chunk.len() * heads)?;
+            backend.multiply_back(&layer.output, &backs.output, B::part(dy, of(&chunk, hidden)), d)?;
+            let d = B::part(d_attended, 0..chunk.len() * heads);
+            backend.round(d, B::part_mut(attended, of(&chunk, heads)))?;
+        }
+        let d = backend.resize(dqkv, rows * width)?;
+        let q = B::part(&tape.q, 0..rows * B::q_width(config));
+        let from = Attended { q, kv: *kv, layer: *index, out: result };
+        let d_result = B::part(attended, 0..rows * heads);
+        backend.attention_back(from, keys, stack.rule(*index), d_result, d, room)?;
+        backend.resize(qkv, rows * width)?;
+        let before = B::part(&tape.qkv, 0..if config.qk_norm { rows * width } else { 0 });
+        // The norms of q and k are neighbours in the list.
+        let d_norms = B::part_mut(gradient, ranges.q_norm.start..ranges.k_norm.end);
+        let (d, d_qkv) = (B::part(dqkv, 0..rows * width), B::part_mut(qkv, 0..rows * width));
+        backend.unprepare(d, before, keys, stack.how(*index), d_norms, d_qkv, room)?;
+
+        let x = B::part(&tape.x, 0..rows * hidden);
+        let normed_rows = backend.resize(normed, rows * hidden)?;
+        backend.normed(&layer.attention_norm, x, normed_rows)?;
+        let (normed, d_qkv) = (B::part(normed, 0..rows * hidden), B::part(qkv, 0..rows * width));
         match ranges.interleaved {
             false => {
-                outer.add(qkv, &mut gradient[ranges.qkv.clone()]);
-                add_bias(qkv, &mut gradient[ranges.qkv_bias.clone()]);
+                backend.add_outer(normed, hidden, d_qkv, B::part_mut(gradient, ranges.qkv.clone()), room)?;
+                self.add_bias(d_qkv, &ranges.qkv_bias, gradient, room)?;
             }
             true => {
-                let mut add = |ordered: &[f32], range: &Range<usize>, width: usize| {
-                    let sums = &mut gradient[range.clone()];
-                    let rows = config.head_dim * width;
-                    for (from, to) in ordered.chunks_exact(rows).zip(interleaved(config.num_heads, config.head_dim)) {
-                        sums[to * width..][..rows].iter_mut().zip(from).for_each(|(sum, x)| *sum += x);
-                    }
-                };
-                let ordered = resize(ordered, width * hidden);
-                ordered.fill(0.0);
-                outer.add(qkv, ordered);
-                add(ordered, &ranges.qkv, hidden);
+                let sums = backend.resize(ordered, width * hidden)?;
+                backend.clear(sums)?;
+                backend.add_outer(normed, hidden, d_qkv, B::part_mut(ordered, 0..width * hidden), room)?;
+                self.add_ordered(ordered, &ranges.qkv, hidden, gradient)?;
                 if !ranges.qkv_bias.is_empty() {
-                    let ordered = &mut ordered[..width];
-                    ordered.fill(0.0);
-                    column_sums(qkv, ordered);
-                    add(ordered, &ranges.qkv_bias, 1);
+                    backend.clear(B::part_mut(ordered, 0..width))?;
+                    backend.add_columns(d_qkv, B::part_mut(ordered, 0..width), room)?;
+                    self.add_ordered(ordered, &ranges.qkv_bias, 1, gradient)?;
                 }
             }
         }
-        for chunk in chunks(rows, CHUNK) {
-            let range = chunk.start * hidden..chunk.end * hidden;
-            let d_normed = resize(d_normed, range.len());
-            transposed.qkv.forward(&qkv[chunk.start * width..chunk.end * width], d_normed, Store::Set);
-            let d_norm = &mut gradient[ranges.attention_norm.clone()];
-            layer.attention_norm.backward(&tape.x[range.clone()], d_normed, &mut dx[range], d_norm);
+        for chunk in chunks(rows, B::CHUNK) {
+            let narrow = of(&chunk, hidden);
+            let d = backend.resize(d_normed, narrow.len())?;
+            backend.multiply_back(&layer.qkv, &backs.qkv, B::part(qkv, of(&chunk, width)), d)?;
+            let (d, x) = (B::part(d_normed, 0..narrow.len()), B::within(x, narrow.clone()));
+            let d_norm = B::part_mut(gradient, ranges.attention_norm.clone());
+            backend.norm_back(&layer.attention_norm, x, d, B::part_mut(dx, narrow), d_norm, room)?;
         }
+        Ok(())
     }
-}
 
-/// Adds the gradient of a bias, where there is one.
-fn add_bias<E: Load>(dy: &[E], bias: &mut [f32]) {
-    if !bias.is_empty() {
-        column_sums(dy, bias);
+    /// Adds the gradient of q, k and v, rows of `width` in the decoder's order, to that in the checkpoint's.
+    fn add_ordered(
+        &self,
+        ordered: &B::Array<f32>,
+        range: &Range<usize>,
+        width: usize,
+        gradient: &mut B::Array<f32>,
+    ) -> Result<()> {
+        let config = &self.stack.config;
+        let len = config.head_dim * width;
+        for (from, to) in interleaved(config.num_heads, config.head_dim).enumerate() {
+            let to = range.start + to * width;
+            let sums = B::part_mut(gradient, to..to + len);
+            self.stack.backend.accumulate(B::part(ordered, from * len..(from + 1) * len), sums)?;
+        }
+        Ok(())
+    }
+
+    /// Adds the gradient of a bias, where there is one.
+    fn add_bias(
+        &self,
+        dy: B::Part<'_, B::Element>,
+        range: &Range<usize>,
+        gradient: &mut B::Array<f32>,
+        room: &mut B::Room,
+    ) -> Result<()> {
+        match range.is_empty() {
+            true => Ok(()),
+            false => self.stack.backend.add_columns(dy, B::part_mut(gradient, range.clone()), room),
+        }
     }
 }
