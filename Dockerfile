@@ -31,9 +31,9 @@ COPY --from=rust /usr/local/cargo /usr/local/cargo
 COPY --from=rust /usr/local/rustup /usr/local/rustup
 WORKDIR /src
 COPY --from=plan /recipe.json /recipe.json
-RUN cargo chef cook --release --locked --features plumb-server/cuda --recipe-path /recipe.json
+RUN cargo chef cook --release --locked --features plumb-server/cuda,plumb-trainer/cuda --recipe-path /recipe.json
 COPY . .
-RUN cargo build --release --locked --bins --features plumb-server/cuda
+RUN cargo build --release --locked --bins --features plumb-server/cuda,plumb-trainer/cuda
 
 # ---- the CUDA image ----
 FROM nvidia/cuda:${CUDA}-runtime-ubuntu24.04 AS cuda
