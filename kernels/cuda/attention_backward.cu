@@ -75,7 +75,7 @@ __device__ __forceinline__ void copy_chunk(E* to, const E* row, unsigned column,
 }
 
 // ROWS queries of a span from `first` on. What is known of them lies behind the rows of q.
-template <class E, int WIDTH, int ROWS, bool GRADIENTS>
+template <class E, int WIDTH, int ROWS>
 __device__ __forceinline__ void load_queries(E* to_q, E* to_d_out, const E* q, const E* d_out, const Query* queries,
                                              Span span, unsigned first, unsigned kv_head, const Rule& rule) {
     using S = Shape<E, WIDTH>;
@@ -87,7 +87,6 @@ __device__ __forceinline__ void load_queries(E* to_q, E* to_d_out, const E* q, c
         bool valid = query < span.rows * group;
         uint64_t head = valid ? uint64_t(span.row + query / group) * rule.heads + kv_head * group + query % group : 0;
         copy_chunk(to_q + to, q + head * rule.padded_dim, column, rule.padded_dim, valid);
-        if (!GRADIENTS) continue;
         copy_chunk(to_d_out + to, d_out + head * rule.dim, column, rule.dim, valid);
         if (column == 0) copy16(to_q + to + WIDTH, queries + head, valid);
     }
@@ -187,7 +186,7 @@ __device__ __forceinline__ void to_keys(const E* q, const E* keys, const E* valu
     };
     auto load_next = [&](unsigned stage) {
         E* to = tiles + stage * 2 * TILE * STRIDE;
-        load_queries<E, WIDTH, TILE, true>(to, to + TILE * STRIDE, q, d_out, queries, span, next, kv_head, rule);
+        load_queries<E, WIDTH, TILE>(to, to + TILE * STRIDE, q, d_out, queries, span, next, kv_head, rule);
         next += TILE;
     };
 
@@ -256,7 +255,7 @@ __device__ __forceinline__ void to_queries(const E* q, const E* keys, const E* v
     const Span span = spans[own.span];
     const unsigned first = own.first + blockIdx.x % S::PARTS * OWN, past = min(first + OWN, span.rows * group);
     if (first >= past) return;
-    load_queries<E, WIDTH, OWN, true>(own_q, own_d_out, q, d_out, queries, span, first, kv_head, rule);
+    load_queries<E, WIDTH, OWN>(own_q, own_d_out, q, d_out, queries, span, first, kv_head, rule);
     const unsigned lowest = span.position + first / group, end = span.position + (past - 1) / group + 1;
     pages += span.pages;
     auto load = [&](unsigned tile, unsigned stage) {
@@ -335,80 +334,9 @@ __device__ __forceinline__ void know(const E* out, const E* d_out, const float* 
     if (lane() == 0) queries[query] = {log_sums[query] * LOG2E, along, positions[query / heads]};
 }
 
-// The natural logarithms [rows, heads] of the sums of exp(S), a warp for 16 queries.
-template <class E, int WIDTH>
-__device__ __forceinline__ void sum_up(const E* q, const E* keys, const Queries* list, const Span* spans,
-                                       const unsigned* pages, const Rule& rule, float* log_sums) {
-    using S = Shape<E, WIDTH>;
-    constexpr int OWN = S::OWN, TILE = S::TILE, STRIDE = S::STRIDE;
-    DYNAMIC_SHARED(E, shared);
-    E* own_q = shared;
-    E* own_keys = own_q + OWN * STRIDE;
-
-    const unsigned kv_head = blockIdx.y, group = rule.heads / rule.kv_heads;
-    const Queries own = list[blockIdx.x / S::PARTS];
-    const Span span = spans[own.span];
-    const unsigned first = own.first + blockIdx.x % S::PARTS * OWN, past = min(first + OWN, span.rows * group);
-    if (first >= past) return;
-    load_queries<E, WIDTH, OWN, false>(own_q, own_q, q, q, nullptr, span, first, kv_head, rule);
-    const unsigned lowest = span.position + first / group, end = span.position + (past - 1) / group + 1;
-    pages += span.pages;
-
-    const unsigned warp_row = threadIdx.x / WARP * 16;
-    const unsigned rows[2] = {first + warp_row + lane() / 4, first + warp_row + lane() / 4 + 8};
-    const unsigned positions[2] = {span.position + rows[0] / group, span.position + rows[1] / group};
-    float largest[2] = {-INFINITY, -INFINITY}, sums[2] = {0, 0};
-    const unsigned from = first_seen(lowest, rule.window) / TILE;
-    for (unsigned tile = from; tile <= (end - 1) / TILE; ++tile) {
-        load_keys<E, WIDTH, TILE, false>(own_keys, own_keys, keys, keys, pages, tile * TILE, end, kv_head, rule);
-        wait_for_copies<0>();
-        __syncthreads();
-        float s[TILE / 8][4];
-        product<TILE, WIDTH>(s, own_q + warp_row * STRIDE, own_keys, STRIDE);
-        float before[2] = {largest[0], largest[1]};
-#pragma unroll
-        for (int j = 0; j < TILE / 8; ++j) {
-#pragma unroll
-            for (int c = 0; c < 4; ++c) {
-                float score = s[j][c] * rule.scale;
-                if (rule.softcap != 0) score = rule.softcap * tanhf(score / rule.softcap);
-                bool seen = sees(rule, positions[c / 2], tile * TILE + 8 * j + 2 * (lane() % 4) + c % 2);
-                s[j][c] = seen ? score * LOG2E : -INFINITY;
-                largest[c / 2] = fmaxf(largest[c / 2], s[j][c]);
-            }
-        }
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            // Of a lane that has seen nothing yet, the sum is 0.
-            float least = largest[half] == -INFINITY ? 0 : largest[half];
-            sums[half] *= exp2f(before[half] - least);
-#pragma unroll
-            for (int j = 0; j < TILE / 8; ++j)
-                sums[half] += exp2f(s[j][2 * half] - least) + exp2f(s[j][2 * half + 1] - least);
-        }
-        __syncthreads();
-    }
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-        float most = largest[half];
-        most = fmaxf(most, __shfl_xor_sync(ALL, most, 1));
-        most = fmaxf(most, __shfl_xor_sync(ALL, most, 2));
-        float sum = sums[half] * exp2f(largest[half] - most);
-        sum += __shfl_xor_sync(ALL, sum, 1);
-        sum += __shfl_xor_sync(ALL, sum, 2);
-        if (rows[half] >= past || lane() % 4 != 0) continue;
-        uint64_t row = span.row + rows[half] / group;
-        log_sums[row * rule.heads + kv_head * group + rows[half] % group] = most / LOG2E + logf(sum);
-    }
-}
-
 // q[rows, heads, padded_dim] and d_out[rows, heads, dim] over pages as in pages.cuh, into
 // dqkv[rows, heads + 2 * kv_heads, dim]. Blocks are entries of a list, times those that share one, by key heads.
 #define BACKWARD(suffix, E, WIDTH)                                                                                    \
-    KERNEL(attention_log_sums_##suffix##_##WIDTH, const E* q, const E* keys, const Queries* list, const Span* spans,  \
-           const unsigned* pages, Rule rule, float* log_sums) {                                                       \
-        sum_up<E, WIDTH>(q, keys, list, spans, pages, rule, log_sums);                                                \
-    }                                                                                                                 \
     KERNEL(attention_to_keys_##suffix##_##WIDTH, const E* q, const E* keys, const E* values, const E* d_out,          \
            const Query* queries, const Keys* list, const unsigned* viewers, const Span* spans, const unsigned* rows,  \
            Rule rule, float* dqkv) {                                                                                  \

@@ -179,13 +179,13 @@ fn on_gpu<E: Element>(gpu: &Gpu, case: Case, spans: &[Span<'_>], runs: &[Run], q
     gpu.prepare(qkv.all(), &pieces, 0, how, q.all_mut(), &mut kv, 0).unwrap();
     let mut out = gpu.zeros(rows * case.heads * case.dim).unwrap();
     let mut partials = Partials::new(gpu);
-    gpu.attention(q.all(), &kv, 0, &pieces, rule, &mut partials, out.all_mut(), None).unwrap();
+    let mut log_sums = gpu.zeros(rows * case.heads).unwrap();
+    let sums = Some(log_sums.all_mut());
+    gpu.attention(q.all(), &kv, 0, &pieces, rule, &mut partials, out.all_mut(), sums).unwrap();
 
     let mut back = gpu::gradient::Attention::new(gpu);
     back.set(&Keys::new(spans), case.group()).unwrap();
     assert_eq!(back.rows(), rows);
-    let mut log_sums = gpu.zeros(rows * case.heads).unwrap();
-    back.log_sums(q.all(), &kv, 0, rule, log_sums.all_mut()).unwrap();
     let mut dqkv = gpu.upload(&vec![f32::NAN; rows * case.width()]).unwrap();
     back.backward(q.all(), &kv, 0, rule, out.all(), log_sums.all(), d_out.all(), dqkv.all_mut()).unwrap();
     let [mut of_q, mut of_k] = norms.each_ref().map(|norm| gpu.upload(&before(norm.as_ref())).unwrap());

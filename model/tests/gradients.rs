@@ -7,7 +7,7 @@ mod common;
 use common::{devices, fixtures};
 use plumb_kernels::gradient::AdamW;
 use plumb_model::checkpoint::{Checkpoint, Source};
-use plumb_model::config::{Config, Head, RewardHead};
+use plumb_model::config::{Activation, Config, Head, RewardHead};
 use plumb_model::decoder::gradient::{
     Group, Language, Numbers, Outcome, Parameters, Sequence, TrainOptions, Trainable,
 };
@@ -196,6 +196,31 @@ fn check_sum(name: &str, device: &Device) {
 fn losses_add_up() {
     for name in ["llama-lm", "gemma2-lm"] {
         devices().iter().for_each(|device| check_sum(name, device));
+    }
+}
+
+/// A non-linearity that a GPU would make a part of the product leaves what its gradient needs.
+#[test]
+fn a_gelu_by_tanh_without_a_gate_has_a_gradient() {
+    let (mut config, _, values) = read("neox-lm");
+    config.activation = Activation::GeluTanh;
+    let pair = Pair([3, 5].map(|step| (0..40).map(|i| 4 + i * step % 200).collect()));
+    let groups = pair.groups(false, true);
+    for (dtype, tolerance) in [(DType::F32, 1e-4), (DType::Bf16, 0.05)] {
+        let of = |device: &Device, checkpointing| {
+            let options = TrainOptions { checkpointing, ..PLAIN };
+            let mut model = Trainable::new(&config, &values, dtype, 64, options, device).unwrap();
+            let (outcomes, found) = gradient(&mut model, &groups, device);
+            assert_eq!(model.evaluate(&groups).unwrap(), outcomes, "{dtype:?} on {}", device.name());
+            found
+        };
+        let expected = of(&Device::Cpu, false);
+        for device in devices() {
+            let found = of(&device, false);
+            let error = distance(&found, &expected) / norm(&expected);
+            assert!(error < tolerance, "{dtype:?} on {}: {error}", device.name());
+            assert!(of(&device, true) == found, "{dtype:?} on {}: checkpointing", device.name());
+        }
     }
 }
 

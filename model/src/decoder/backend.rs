@@ -203,6 +203,7 @@ pub(super) trait Backend: Clone + Debug + Send + Sync + Sized + 'static {
         cut: &Self::Cut<'_>,
         rule: Rule,
         out: Self::PartMut<'_, Self::Element>,
+        log_sums: Option<Self::PartMut<'_, f32>>,
         scratch: &mut Self::Scratch,
     ) -> Result<()>;
 
@@ -309,6 +310,8 @@ pub(super) trait Tape<B: Backend> {
     fn keep_input(&mut self, x: B::Part<'_, f32>) -> Result<()>;
     /// q, k and v before their norms, of these rows.
     fn keep_qkv(&mut self, qkv: B::Part<'_, B::Sum>, rows: Range<usize>, total: usize) -> Result<()>;
+    /// Where to put the natural logarithms of the sums of so many rows and heads, if the way back asks for them.
+    fn log_sums(&mut self, len: usize) -> Result<Option<B::PartMut<'_, f32>>>;
     /// Queries and what attention made of them, for which others are given.
     fn keep_attention(&mut self, q: &mut B::Array<B::Element>, attended: &mut B::Array<B::Element>);
     /// The attention's result before its norm, of these rows.

@@ -279,6 +279,7 @@ impl<E: Load + Number> Backend for Cpu<E> {
         cut: &Cut<'_>,
         rule: Rule,
         out: &mut [E],
+        _: Option<&mut [f32]>,
         _: &mut Scratch,
     ) -> Result<()> {
         attention(q, kv, layer, &cut.work, rule, out);

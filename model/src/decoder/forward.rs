@@ -219,7 +219,11 @@ impl<B: Backend> Stack<B> {
         }
         let attended = backend.resize(&mut buffers.attended, rows * heads * dim)?;
         let q = B::part(&buffers.q, 0..rows * q_width);
-        backend.attention(q, kv, index, cut, self.rule(index), attended, &mut buffers.scratch)?;
+        let log_sums = match &mut tape {
+            Some(tape) => tape.log_sums(rows * heads)?,
+            None => None,
+        };
+        backend.attention(q, kv, index, cut, self.rule(index), attended, log_sums, &mut buffers.scratch)?;
         for chunk in chunks(rows, B::CHUNK) {
             let attended = B::part(&buffers.attended, of(&chunk, heads * dim));
             let x = B::part_mut(&mut buffers.x, of(&chunk, hidden));

@@ -64,6 +64,8 @@ pub(super) struct OnGpu<E> {
     pub(super) gpu: Gpu,
     /// What layers share whose weights are no numbers of the type.
     room: Room,
+    /// Whether a non-linearity may be a part of the product before it, which then rounds once less.
+    pub(super) joins: bool,
     element: PhantomData<E>,
 }
 
@@ -127,7 +129,7 @@ where
 
     fn on(device: &Device) -> Result<Self> {
         match device {
-            Device::Gpu(gpu) => Ok(Self { gpu: gpu.clone(), room: Room::new(gpu), element: PhantomData }),
+            Device::Gpu(gpu) => Ok(Self { gpu: gpu.clone(), room: Room::new(gpu), joins: true, element: PhantomData }),
             _ => Err(Error::Device(format!("{} is no GPU", device.name()))),
         }
     }
@@ -309,10 +311,11 @@ where
         scratch.ids.grow(ids.len())?;
         scratch.ids.write(0, ids)?;
         let ids = scratch.ids.view(0..ids.len());
-        Ok(match table {
+        match table {
             Embedding::Table(table) => self.gpu.embed(table.all(), ids, scale, width, x)?,
             Embedding::Head(head) => head.embed(&self.gpu, ids, scale, x)?,
-        })
+        }
+        Ok(())
     }
 
     fn normed(&self, norm: &Norm, x: View<'_, f32>, out: ViewMut<'_, E>) -> Result<()> {
@@ -356,9 +359,10 @@ where
         cut: &Pieces,
         rule: Rule,
         out: ViewMut<'_, E>,
+        log_sums: Option<ViewMut<'_, f32>>,
         scratch: &mut Scratch<E>,
     ) -> Result<()> {
-        Ok(self.gpu.attention(q, kv, layer, cut, rule, &mut scratch.partials, out, None)?)
+        Ok(self.gpu.attention(q, kv, layer, cut, rule, &mut scratch.partials, out, log_sums)?)
     }
 
     fn activate(
@@ -370,9 +374,8 @@ where
         scratch: &mut Scratch<E>,
     ) -> Result<()> {
         let Activated { linear, activation, gated } = activated;
-        // What is kept is what the non-linearity is given.
-        let at_once = kept.is_none() && !gated && *activation == Activation::GeluTanh;
-        if at_once && linear.forward_gelu_tanh(&self.gpu, x, out.reborrow())? {
+        let joins = self.joins && !gated && *activation == Activation::GeluTanh;
+        if joins && linear.forward_gelu_tanh(&self.gpu, x, out.reborrow())? {
             return Ok(());
         }
         let rows = x.len() / linear.inputs();

@@ -343,9 +343,13 @@ impl<B: Joined> Backend for Shards<B> {
         cut: &Vec<B::Cut<'_>>,
         rule: Rule,
         mut out: PartMut<'_, B, B::Element>,
+        mut log_sums: Option<PartMut<'_, B, f32>>,
         scratch: &mut Vec<B::Scratch>,
     ) -> Result<()> {
-        self.ask(|i, shard| shard.attention(q.of(i), &kv[i], layer, &cut[i], rule, out.of(i), &mut scratch[i]))
+        self.ask(|i, shard| {
+            let log_sums = log_sums.as_mut().map(|sums| sums.of(i));
+            shard.attention(q.of(i), &kv[i], layer, &cut[i], rule, out.of(i), log_sums, &mut scratch[i])
+        })
     }
 
     fn activate(

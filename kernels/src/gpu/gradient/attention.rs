@@ -134,44 +134,10 @@ impl Attention {
         lists + spans.bytes() + queries.bytes() + keys.bytes() + known.bytes() + parts.bytes()
     }
 
-    /// For each query the natural logarithm of what its powers add up to, `sums[rows, heads]`, given
-    /// `q[rows, heads * padded_dim]` and the pages.
-    ///
-    /// # Errors
-    /// If the GPU refuses.
-    ///
-    /// # Panics
-    /// If shapes do not fit, or there is no such page.
-    pub fn log_sums<E: Element>(
-        &self,
-        q: View<'_, E>,
-        kv: &KvPages<E>,
-        layer: usize,
-        rule: Rule,
-        sums: ViewMut<'_, f32>,
-    ) -> Result<()> {
-        self.check(q, kv, rule);
-        assert_eq!(sums.len, self.rows * rule.heads, "shape of the logarithms");
-        let kernel_rule = KernelRule::new(rule, kv.kv_heads);
-        let arguments = [
-            Address(q.address),
-            Address(kv.layers[layer][0].all().address),
-            Address(self.queries.all().address),
-            Address(self.spans.all().address),
-            Address(self.pages.all().address),
-            Bytes(bytemuck::bytes_of(&kernel_rule)),
-            Address(sums.address),
-        ];
-        let shape = Shape::new::<E>(rule.head_dim);
-        let grid = [self.counts[0] * shape.parts(), kv.kv_heads, 1];
-        // SAFETY: as in `cuda/attention_backward.cu`; pages were checked.
-        unsafe { self.gpu.launch(&shape.kernel::<E>("log_sums"), grid, shape.threads(), shape.bytes, &arguments) }
-    }
-
     /// Gradients of q, k and v in the order of their projection, `dqkv[rows, (heads + 2 * kv_heads) * dim]`, before
     /// they are taken back through rotation and norm, given `q[rows, heads * padded_dim]`, the pages, the attention's
-    /// result `out[rows, heads * dim]`, the logarithms of its sums `log_sums[rows, heads]`, and the gradient `d_out` of
-    /// the result.
+    /// result `out[rows, heads * dim]` and the logarithms of its sums `log_sums[rows, heads]`, see [`Gpu::attention`], and
+    /// the gradient `d_out` of the result.
     ///
     /// # Errors
     /// If the GPU refuses.

@@ -8,6 +8,7 @@ use std::ops::Range;
 use plumb_kernels::attention::{Rule, Span};
 use plumb_kernels::gradient::TopK;
 
+use super::super::Device;
 use super::super::backend::{Backend, How, Number, Stream};
 use super::numbers::Numbers;
 use super::parameters::{LayerRanges, Parameters};
@@ -28,7 +29,11 @@ pub(in super::super) trait Gradients: Backend {
 
     /// Rows whose losses on the vocabulary are computed together.
     const LANGUAGE_ROWS: usize;
+    /// Whether the way back through attention takes the logarithms of its sums.
+    const LOG_SUMS: bool;
 
+    /// That of a device, on which layers compute the same bits whether they leave something for the way back or not.
+    fn for_gradients(device: &Device) -> Result<Self>;
     fn room(&self) -> Self::Room;
     /// Bytes that it takes.
     fn room_bytes(room: &Self::Room) -> usize;
@@ -240,6 +245,9 @@ pub(in super::super) struct Attended<'a, B: Backend> {
     pub(in super::super) layer: usize,
     #[cfg_attr(not(feature = "gpu"), expect(dead_code, reason = "the CPU goes over the keys again"))]
     pub(in super::super) out: B::Part<'a, B::Element>,
+    /// Nothing, unless [`Gradients::LOG_SUMS`].
+    #[cfg_attr(not(feature = "gpu"), expect(dead_code, reason = "the CPU goes over the keys again"))]
+    pub(in super::super) log_sums: B::Part<'a, f32>,
 }
 
 /// A language head, and the way back through it.

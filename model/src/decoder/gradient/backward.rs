@@ -195,7 +195,8 @@ impl<B: Gradients> Backward<'_, '_, B> {
         }
         let d = backend.resize(dqkv, rows * width)?;
         let q = B::part(&tape.q, 0..rows * B::q_width(config));
-        let from = Attended { q, kv: *kv, layer: *index, out: result };
+        let log_sums = B::part(&tape.log_sums, 0..if B::LOG_SUMS { rows * config.num_heads } else { 0 });
+        let from = Attended { q, kv: *kv, layer: *index, out: result, log_sums };
         let d_result = B::part(attended, 0..rows * heads);
         backend.attention_back(from, keys, stack.rule(*index), d_result, d, room)?;
         backend.resize(qkv, rows * width)?;

@@ -8,7 +8,8 @@ use plumb_kernels::gradient::{self, Keys, Outer};
 use plumb_kernels::linear::{Activated, Kept, Linear, Store};
 use plumb_kernels::norm::Norm;
 
-use super::super::backend::{How, Number, Stream};
+use super::super::Device;
+use super::super::backend::{Backend, How, Number, Stream};
 use super::super::build::Load;
 use super::super::cpu::{Cpu, resize};
 use super::backend::{Attended, Gradients, Sums, Targets, Values, VocabularyBack};
@@ -72,6 +73,11 @@ impl<E: Load + Number> Gradients for Cpu<E> {
     type Room = Room<E>;
 
     const LANGUAGE_ROWS: usize = 256;
+    const LOG_SUMS: bool = false;
+
+    fn for_gradients(device: &Device) -> Result<Self> {
+        Self::on(device)
+    }
 
     fn room(&self) -> Room<E> {
         Room {

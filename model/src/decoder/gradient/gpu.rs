@@ -7,6 +7,7 @@ use plumb_kernels::gpu::gradient::{self, Columns, Losses, Scatter, Slopes};
 use plumb_kernels::gpu::{Buffer, Linear, Norm, Output, View, ViewMut};
 use plumb_kernels::gradient::Keys;
 
+use super::super::Device;
 use super::super::backend::{Backend, How, Number, Stream};
 use super::super::build::Load;
 use super::super::gpu::{Activated, OnGpu};
@@ -22,8 +23,6 @@ pub(in super::super) struct Room<E> {
     parts: Buffer<f32>,
     scatter: Scatter,
     attention: gradient::Attention,
-    /// Of attention's sums, `[rows, heads]`.
-    log_sums: Buffer<f32>,
     losses: Losses<E>,
     /// Rows that are read in the end, `[rows, hidden]`: which, before and after the final norm, and the gradients of both.
     rows: Buffer<u32>,
@@ -76,6 +75,13 @@ where
     type Room = Room<E>;
 
     const LANGUAGE_ROWS: usize = 1024;
+    const LOG_SUMS: bool = true;
+
+    fn for_gradients(device: &Device) -> Result<Self> {
+        let mut backend = Self::on(device)?;
+        backend.joins = false;
+        Ok(backend)
+    }
 
     fn room(&self) -> Room<E> {
         let gpu = &self.gpu;
@@ -83,7 +89,6 @@ where
             parts: gpu.empty(),
             scatter: Scatter::new(gpu),
             attention: gradient::Attention::new(gpu),
-            log_sums: gpu.empty(),
             losses: Losses::new(gpu),
             rows: gpu.empty(),
             x: gpu.empty(),
@@ -96,8 +101,8 @@ where
     }
 
     fn room_bytes(room: &Room<E>) -> usize {
-        let Room { parts, scatter, attention, log_sums, losses, rows, x, normed, wide, d_normed, dx, slopes } = room;
-        let floats = [parts, log_sums, x, wide, d_normed, dx, slopes].map(Buffer::bytes).iter().sum::<usize>();
+        let Room { parts, scatter, attention, losses, rows, x, normed, wide, d_normed, dx, slopes } = room;
+        let floats = [parts, x, wide, d_normed, dx, slopes].map(Buffer::bytes).iter().sum::<usize>();
         floats + scatter.bytes() + attention.bytes() + losses.bytes() + rows.bytes() + normed.bytes()
     }
 
@@ -317,17 +322,14 @@ where
 
     fn attention_back(
         &self,
-        Attended { q, kv, layer, out }: Attended<'_, Self>,
+        Attended { q, kv, layer, out, log_sums }: Attended<'_, Self>,
         (): &(),
         rule: Rule,
         d_out: View<'_, E>,
         dqkv: ViewMut<'_, f32>,
         room: &mut Room<E>,
     ) -> Result<()> {
-        let len = room.attention.rows() * rule.heads;
-        room.log_sums.grow(len)?;
-        room.attention.log_sums(q, kv, layer, rule, room.log_sums.view_mut(0..len))?;
-        Ok(room.attention.backward(q, kv, layer, rule, out, room.log_sums.view(0..len), d_out, dqkv)?)
+        Ok(room.attention.backward(q, kv, layer, rule, out, log_sums, d_out, dqkv)?)
     }
 
     fn unprepare(

@@ -202,7 +202,7 @@ impl<B: Gradients> Inner<B> {
             Ok((parameter.name.clone(), Tensor::from_slice(values, &parameter.shape[..], &candle_core::Device::Cpu)?))
         });
         let tensors: BTreeMap<String, Tensor> = tensors.collect::<Result<_>>()?;
-        let backend = B::on(device)?;
+        let backend = B::for_gradients(device)?;
         let stack = Stack::build(backend.clone(), config, &mut Weights::from_tensors(tensors), positions)?;
         let hidden = config.hidden_size;
         let language_head = match config.head {

@@ -20,6 +20,8 @@ pub(super) struct Kepts<B: Gradients> {
     pub(super) q: B::Array<B::Element>,
     /// `[rows, heads * head_dim]`.
     pub(super) attended: B::Array<B::Element>,
+    /// Of attention's sums, `[rows, heads]`, where the way back asks for them.
+    pub(super) log_sums: B::Array<f32>,
     /// The attention's result before its norm, where there is one, `[rows, hidden]`.
     pub(super) attention_branch: B::Array<f32>,
     /// What the non-linearity is given, of `[rows, intermediate]`.
@@ -37,6 +39,7 @@ impl<B: Gradients> Kepts<B> {
             qkv: backend.array(),
             q: backend.array(),
             attended: backend.array(),
+            log_sums: backend.array(),
             attention_branch: backend.array(),
             activations: backend.activations(),
             mlp_branch: backend.array(),
@@ -44,9 +47,9 @@ impl<B: Gradients> Kepts<B> {
     }
 
     pub(super) fn bytes(&self) -> usize {
-        let Self { backend: _, x, mid, qkv, q, attended, attention_branch, activations, mlp_branch } = self;
+        let Self { backend: _, x, mid, qkv, q, attended, log_sums, attention_branch, activations, mlp_branch } = self;
         let elements = [qkv, q, attended].map(B::bytes).iter().sum::<usize>();
-        let floats = [x, mid, attention_branch, mlp_branch].map(B::bytes).iter().sum::<usize>();
+        let floats = [x, mid, log_sums, attention_branch, mlp_branch].map(B::bytes).iter().sum::<usize>();
         elements + floats + B::activations_bytes(activations)
     }
 }
@@ -78,6 +81,13 @@ impl<B: Gradients> Tape<B> for Kepts<B> {
     fn keep_qkv(&mut self, qkv: B::Part<'_, B::Sum>, rows: Range<usize>, total: usize) -> Result<()> {
         let to = rows_of(&self.backend, &mut self.qkv, B::len(qkv), rows, total)?;
         self.backend.round_sums(qkv, to)
+    }
+
+    fn log_sums(&mut self, len: usize) -> Result<Option<B::PartMut<'_, f32>>> {
+        if !B::LOG_SUMS {
+            return Ok(None);
+        }
+        self.backend.resize(&mut self.log_sums, len).map(Some)
     }
 
     fn keep_attention(&mut self, q: &mut B::Array<B::Element>, attended: &mut B::Array<B::Element>) {
