@@ -309,10 +309,11 @@ where
         scratch.ids.grow(ids.len())?;
         scratch.ids.write(0, ids)?;
         let ids = scratch.ids.view(0..ids.len());
-        Ok(match table {
+        match table {
             Embedding::Table(table) => self.gpu.embed(table.all(), ids, scale, width, x)?,
             Embedding::Head(head) => head.embed(&self.gpu, ids, scale, x)?,
-        })
+        }
+        Ok(())
     }
 
     fn normed(&self, norm: &Norm, x: View<'_, f32>, out: ViewMut<'_, E>) -> Result<()> {
