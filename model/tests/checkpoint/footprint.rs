@@ -71,7 +71,7 @@ fn what_each_gpu_holds_of_a_split_model_is_foretold() {
     for name in FOLDERS.into_iter().chain(["gguf/llama-lm.gguf", "gguf/qwen2-lm.gguf"]) {
         for dtype in [DTypeChoice::F32, DTypeChoice::Bf16] {
             let gpus = [(); 2].map(|()| Device::Gpu(plumb_kernels::gpu::Gpu::emulated()));
-            let device = Device::split(gpus.to_vec()).unwrap();
+            let device = Device::split(gpus.clone().into()).unwrap();
             let options = LoadOptions { device: device.clone(), ..options(dtype) };
             let foretold = LoadedModel::footprint(&source(&fixture(name)), &options, LARGEST).unwrap();
             let free = || gpus.each_ref().map(|gpu| gpu.free_memory().unwrap().unwrap());

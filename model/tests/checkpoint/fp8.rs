@@ -120,7 +120,7 @@ fn gpus_that_share_a_model_have_the_e4m3_of_the_whole() {
     for name in ["llama-pm", "qwen2-lm", "neox-lm"] {
         let copy = narrowed(name, 32);
         let gpus = gpus();
-        let both = Place::split(gpus.to_vec()).unwrap();
+        let both = Place::split(gpus.clone().into()).unwrap();
         let of = |dtype| options(dtype, both.clone());
         let foretold = |dtype| {
             LoadedModel::footprint(&source(copy.path()), &of(dtype), StepSize { tokens: 64, sequences: 1 }).unwrap()
@@ -144,7 +144,7 @@ fn gpus_that_share_a_model_have_the_e4m3_of_the_whole() {
     // Parts have to be as they are multiplied, too.
     let refused = LoadedModel::load(
         &source(&fixture("llama-pm")),
-        &options(DTypeChoice::Fp8, Place::split(gpus().to_vec()).unwrap()),
+        &options(DTypeChoice::Fp8, Place::split(gpus().into()).unwrap()),
     );
     explained(refused, &["multiple of 16", "24", "bf16"]);
 }
