@@ -154,7 +154,7 @@ impl Device {
     }
 
     /// The same, with results that do not depend on what stands beside, as a CPU's never do, see
-    /// [`Gpu::invariant`](plumb_kernels::gpu::Gpu::invariant). Sums over more than two GPUs may still, in their last bits.
+    /// `Gpu::invariant` of plumb-kernels. Sums over more than two GPUs may still, in their last bits.
     #[must_use]
     pub fn invariant(&self) -> Self {
         match self {
