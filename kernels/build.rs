@@ -55,7 +55,7 @@ fn compile_for_gpus(sources: &[PathBuf]) -> Result<(), String> {
     for source in sources {
         let module = out.join(source.file_name().unwrap_or_default()).with_extension("fatbin");
         let mut command = Command::new(&nvcc);
-        command.args(["-std=c++17", "-O3", "-lineinfo", "-fatbin", "-Werror=all-warnings"]);
+        command.args(["-std=c++17", "-O3", "-lineinfo", "-fatbin", "-Xfatbin=-compress-all", "-Werror=all-warnings"]);
         // Registers that go to memory are a bug of a kernel.
         command.args(["-Xptxas=-warn-spills,-Werror", "-o"]).arg(&module).arg(source);
         command.args(TARGETS.map(|target| format!("-gencode={target}")));
