@@ -237,7 +237,7 @@ impl Pieces {
 }
 
 /// Sets the beginning of a list, which takes new memory seldom.
-fn write<T: Pod>(list: &mut Buffer<T>, values: &[T]) -> Result<()> {
+pub(super) fn write<T: Pod>(list: &mut Buffer<T>, values: &[T]) -> Result<()> {
     if list.len() < values.len() {
         list.grow(values.len().next_power_of_two())?;
     }

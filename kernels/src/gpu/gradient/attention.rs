@@ -9,6 +9,7 @@ use crate::Element;
 use crate::attention::{PAGE, Rule};
 use crate::gpu::attention::{KernelRule, kernel_width};
 use crate::gpu::driver::Argument::{Address, Bytes, U32, U64};
+use crate::gpu::pieces::write;
 use crate::gpu::{Buffer, Gpu, KvPages, Prepare, Result, View, ViewMut};
 use crate::gradient::{Keys, Tree, TreeSpan};
 
@@ -270,13 +271,6 @@ impl Attention {
         // SAFETY: as before.
         unsafe { self.gpu.launch("unprepare_norms", [dim.div_ceil(32), 2, 1], THREADS, 0, &arguments) }
     }
-}
-
-fn write<T: Pod>(list: &mut Buffer<T>, values: &[T]) -> Result<()> {
-    if list.len() < values.len() {
-        list.grow(values.len().next_power_of_two())?;
-    }
-    list.write(0, values)
 }
 
 /// Lists as they are made.
