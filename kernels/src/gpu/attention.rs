@@ -107,7 +107,7 @@ impl Kernel {
     /// The one for heads of so many elements.
     pub(super) fn of<E: Element>(gpu: &Gpu, dim: usize) -> Self {
         let fits = size_of::<E>() == 2 && dim.is_multiple_of(2) && [64, 128, 256].contains(&padded(dim));
-        match gpu.1.kernels {
+        match gpu.choice.kernels {
             Kernels::WarpGroups if fits => Self::WarpGroups,
             _ => Self::Common,
         }

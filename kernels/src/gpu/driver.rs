@@ -108,7 +108,7 @@ pub(super) trait Collective: Send + Sync {
 /// The devices themselves, if all are of this kind.
 pub(super) fn all_of<D: Driver>(gpus: &[Gpu]) -> Result<Vec<Arc<D>>> {
     let of = |gpu: &Gpu| {
-        let driver: Arc<dyn Any + Send + Sync> = gpu.0.clone();
+        let driver: Arc<dyn Any + Send + Sync> = gpu.driver.clone();
         driver.downcast().map_err(|_| GpuError::Missing("a group takes GPUs of one kind".to_owned()))
     };
     gpus.iter().map(of).collect()

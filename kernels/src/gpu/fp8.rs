@@ -94,7 +94,7 @@ impl Fp8 {
             gelu: false,
             invariant: gpu.is_invariant(),
         };
-        match gpu.0.multiplies(&probe) {
+        match gpu.driver.multiplies(&probe) {
             true => Ok(fp8),
             false => Err(GpuError::Unsupported(format!(
                 "{} multiplies no e4m3, for which it takes a GPU of compute capability 8.9 or later; take --dtype bf16",
@@ -134,9 +134,9 @@ impl Fp8 {
             let scaled = Product { scales: Some([of_w, scales]), ..part };
             // Where no row is to change another one, their number decides nothing.
             let probe = Product { rows: if product.invariant { STEP } else { rows }, ..scaled };
-            if gpu.0.multiplies(&probe) {
+            if gpu.driver.multiplies(&probe) {
                 // SAFETY: as the caller says, and x has just been made.
-                unsafe { gpu.0.multiply(&scaled)? };
+                unsafe { gpu.driver.multiply(&scaled)? };
             } else {
                 // SAFETY: as before.
                 unsafe { self.multiply_and_scale(gpu, room, &places, of_w, &part)? };
@@ -192,7 +192,7 @@ impl Fp8 {
             let blocks = (rows * outputs).div_ceil(THREADS).min(MAX_BLOCKS);
             // SAFETY: as the caller says; then as in `cuda/fp8.cu`.
             unsafe {
-                gpu.0.multiply(&plain)?;
+                gpu.driver.multiply(&plain)?;
                 gpu.launch(name, [blocks, 1, 1], THREADS, 0, &arguments)?;
             }
         }

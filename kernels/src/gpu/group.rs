@@ -25,7 +25,7 @@ impl Group {
     /// [`GpuError::Missing`] if there is no NCCL for them, or what NCCL has against them.
     pub fn new(gpus: &[Gpu]) -> Result<Self> {
         let first = gpus.first().ok_or_else(|| GpuError::Missing("a group of none".to_owned()))?;
-        Ok(Self(first.0.group(gpus)?))
+        Ok(Self(first.driver.group(gpus)?))
     }
 
     /// The parts, one on each GPU in the group's order, all become their sum: in f32, and the same bits on all of them.

@@ -259,12 +259,12 @@ impl<E: Element> Linear<E> {
     {
         let [Piece::Plain(rows)] = &self.pieces[..] else { return Ok(false) };
         let product = Product { w: rows.all().address, gelu: true, ..self.product(gpu, 0, self.outputs, x, &y) };
-        if gpu.is_invariant() || (product.rows > 0 && !gpu.0.multiplies(&product)) {
+        if gpu.is_invariant() || (product.rows > 0 && !gpu.driver.multiplies(&product)) {
             return Ok(false);
         }
         if product.rows > 0 {
             // SAFETY: the shapes are those of the buffers.
-            unsafe { gpu.0.multiply(&product)? };
+            unsafe { gpu.driver.multiply(&product)? };
         }
         Ok(true)
     }
@@ -378,7 +378,7 @@ impl<E: Element> Piece<E> {
             Self::Plain(rows) => {
                 let w = rows.view(first * product.inputs..(first + product.outputs) * product.inputs).address;
                 // SAFETY: as above; the weights are of the piece.
-                unsafe { gpu.0.multiply(&Product { w, ..*product }) }
+                unsafe { gpu.driver.multiply(&Product { w, ..*product }) }
             }
             Self::Quantised(rows, room) => {
                 let bytes = quantised::room_bytes::<E>(rows.outputs(), product.inputs);

@@ -40,13 +40,13 @@ impl Gpu {
     pub fn zeros<T: Pod>(&self, len: usize) -> Result<Buffer<T>> {
         let buffer = self.some(len)?;
         // SAFETY: so many bytes were just allocated.
-        unsafe { self.0.clear(buffer.address, buffer.bytes())? };
+        unsafe { self.driver.clear(buffer.address, buffer.bytes())? };
         Ok(buffer)
     }
 
     /// An array of anything.
     fn some<T: Pod>(&self, len: usize) -> Result<Buffer<T>> {
-        let address = self.0.allocate((len * size_of::<T>()).max(1))?;
+        let address = self.driver.allocate((len * size_of::<T>()).max(1))?;
         Ok(Buffer { gpu: self.clone(), address, len, numbers: PhantomData })
     }
 
@@ -62,7 +62,7 @@ impl Gpu {
     pub fn upload<T: Pod>(&self, values: &[T]) -> Result<Buffer<T>> {
         let buffer = self.some(values.len())?;
         // SAFETY: so many bytes were just allocated; nobody has seen them.
-        unsafe { self.0.load(buffer.address, bytemuck::cast_slice(values))? };
+        unsafe { self.driver.load(buffer.address, bytemuck::cast_slice(values))? };
         Ok(buffer)
     }
 }
@@ -78,7 +78,7 @@ impl Gpu {
     pub fn copy<T: Pod>(&self, from: View<'_, T>, to: ViewMut<'_, T>) -> Result<()> {
         assert_eq!(from.len, to.len, "lengths of a copy");
         // SAFETY: views are inside of their arrays, and what is borrowed to be written is nobody else's.
-        unsafe { self.0.copy(from.address, to.address, from.len * size_of::<T>()) }
+        unsafe { self.driver.copy(from.address, to.address, from.len * size_of::<T>()) }
     }
 }
 
@@ -203,7 +203,7 @@ impl<T: Pod> Buffer<T> {
     pub fn write(&mut self, first: usize, values: &[T]) -> Result<()> {
         let address = self.at(&(first..first + values.len()));
         // SAFETY: `at` has found them inside.
-        unsafe { self.gpu.0.write(address, bytemuck::cast_slice(values)) }
+        unsafe { self.gpu.driver.write(address, bytemuck::cast_slice(values)) }
     }
 
     /// The elements from `first` on, once everything that was asked for is done.
@@ -216,7 +216,7 @@ impl<T: Pod> Buffer<T> {
     pub fn read(&self, first: usize, values: &mut [T]) -> Result<()> {
         let address = self.at(&(first..first + values.len()));
         // SAFETY: `at` has found them inside.
-        unsafe { self.gpu.0.read(address, bytemuck::cast_slice_mut(values)) }
+        unsafe { self.gpu.driver.read(address, bytemuck::cast_slice_mut(values)) }
     }
 
     /// All elements.
@@ -239,7 +239,7 @@ impl<T> Drop for Buffer<T> {
     fn drop(&mut self) {
         if self.address != 0 {
             // SAFETY: it was allocated, and nobody has freed it before.
-            unsafe { self.gpu.0.free(self.address) }
+            unsafe { self.gpu.driver.free(self.address) }
         }
     }
 }

@@ -44,7 +44,10 @@ use driver::{Argument, Driver, Recording};
 
 /// A GPU, and how it is to be used. Clones are the same one.
 #[derive(Clone)]
-pub struct Gpu(Arc<dyn Driver>, Choice);
+pub struct Gpu {
+    driver: Arc<dyn Driver>,
+    choice: Choice,
+}
 
 /// How a GPU is used.
 #[derive(Clone, Copy, Debug)]
@@ -136,30 +139,34 @@ impl Gpu {
 
     fn new(driver: Arc<dyn Driver>) -> Self {
         let kernels = if driver.has_warp_groups() { Kernels::WarpGroups } else { Kernels::Common };
-        Self(driver, Choice { kernels, invariant: false })
+        Self { driver, choice: Choice { kernels, invariant: false } }
+    }
+
+    fn with(&self, choice: Choice) -> Self {
+        Self { driver: self.driver.clone(), choice }
     }
 
     /// The same GPU, on which what comes of a row has the same bits whatever rows stand beside it, and however a sequence
     /// is cut into steps: every algorithm is chosen without regard to their number. That costs speed.
     #[must_use]
     pub fn invariant(&self) -> Self {
-        Self(self.0.clone(), Choice { invariant: true, ..self.1 })
+        self.with(Choice { invariant: true, ..self.choice })
     }
 
     /// Whether it is.
     pub fn is_invariant(&self) -> bool {
-        self.1.invariant
+        self.choice.invariant
     }
 
     /// The same GPU, with none but the kernels that run on every GPU.
     #[must_use]
     pub fn common(&self) -> Self {
-        Self(self.0.clone(), Choice { kernels: Kernels::Common, ..self.1 })
+        self.with(Choice { kernels: Kernels::Common, ..self.choice })
     }
 
     /// What it calls itself.
     pub fn name(&self) -> &str {
-        self.0.name()
+        self.driver.name()
     }
 
     /// Its memory now.
@@ -167,7 +174,7 @@ impl Gpu {
     /// # Errors
     /// [`GpuError::Failed`] if it is lost.
     pub fn memory(&self) -> Result<Memory> {
-        self.0.memory()
+        self.driver.memory()
     }
 
     /// Waits until everything is done.
@@ -175,7 +182,7 @@ impl Gpu {
     /// # Errors
     /// What of it failed.
     pub fn synchronize(&self) -> Result<()> {
-        self.0.synchronize()
+        self.driver.synchronize()
     }
 
     /// Records what `work` asks of this GPU, on this thread, in place of doing it. Arrays must be there already, as
@@ -184,9 +191,9 @@ impl Gpu {
     /// # Errors
     /// What `work` could not do, or what of it cannot be recorded.
     pub fn record<E: From<GpuError>>(&self, work: impl FnOnce() -> Result<(), E>) -> Result<Graph, E> {
-        self.0.begin_recording()?;
+        self.driver.begin_recording()?;
         let done = catch_unwind(AssertUnwindSafe(work));
-        let recording = self.0.end_recording();
+        let recording = self.driver.end_recording();
         done.unwrap_or_else(|panic| resume_unwind(panic))?;
         Ok(Graph { recording: recording?, gpu: self.clone() })
     }
@@ -210,7 +217,7 @@ impl Gpu {
         let size = |n: usize| u32::try_from(n).map_err(|_| GpuError::Failed(format!("{kernel}: {n} blocks or more")));
         let grid = [size(grid[0])?, size(grid[1])?, size(grid[2])?];
         // SAFETY: as above.
-        unsafe { self.0.launch(kernel, grid, size(threads)?, size(shared_bytes)?, arguments) }
+        unsafe { self.driver.launch(kernel, grid, size(threads)?, size(shared_bytes)?, arguments) }
     }
 }
 
@@ -222,6 +229,6 @@ impl Graph {
     /// # Errors
     /// If the GPU refuses.
     pub fn replay(&self) -> Result<bool> {
-        self.gpu.0.replay(&*self.recording)
+        self.gpu.driver.replay(&*self.recording)
     }
 }

@@ -177,7 +177,7 @@ impl Quantised {
             // SAFETY: as above, and what is expanded is `w`.
             unsafe {
                 self.expand::<E>(gpu, first + start, part.outputs, room)?;
-                gpu.0.multiply(&Product { w: room, ..part })?;
+                gpu.driver.multiply(&Product { w: room, ..part })?;
             }
         }
         Ok(())

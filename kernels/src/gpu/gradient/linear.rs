@@ -107,7 +107,7 @@ where
             invariant: gpu.is_invariant(),
         };
         // SAFETY: the shapes are those of the buffers.
-        unsafe { gpu.0.multiply(&product) }
+        unsafe { gpu.driver.multiply(&product) }
     }
 
     /// Takes new weights for the outputs from `first` on.
@@ -180,6 +180,6 @@ impl Gpu {
             invariant: false,
         };
         // SAFETY: the shapes are those of the buffers.
-        unsafe { self.0.multiply(&product) }
+        unsafe { self.driver.multiply(&product) }
     }
 }
