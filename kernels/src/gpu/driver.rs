@@ -205,6 +205,31 @@ pub(super) struct Product {
 }
 
 impl Product {
+    /// Of matrices whose rows lie one behind the other, x by its rows and w by its outputs, and nothing else; the
+    /// addresses are nobody's. Sizes are rows, inputs and outputs.
+    pub(super) fn new(inputs_are: Number, outputs_are: Number, [rows, inputs, outputs]: [usize; 3]) -> Self {
+        Self {
+            inputs_are,
+            outputs_are,
+            w: 0,
+            x: 0,
+            y: 0,
+            scales: None,
+            bias: 0,
+            bias_is: outputs_are,
+            rows,
+            inputs,
+            outputs,
+            x_is: Order::Plain,
+            x_stride: inputs,
+            w_is: Order::Plain,
+            stride: outputs,
+            add: false,
+            gelu: false,
+            invariant: false,
+        }
+    }
+
     /// That of so many outputs from the `first` on; `w` is still that of all.
     pub(super) fn part(&self, first: usize, outputs: usize) -> Self {
         let after = |address: u64, number: Number| match address {

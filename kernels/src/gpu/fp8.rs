@@ -3,7 +3,7 @@
 use half::bf16;
 
 use super::driver::Argument::{Address, U32, U64};
-use super::driver::{Number, Order, Product};
+use super::driver::{Number, Product};
 use super::{Buffer, Gpu, GpuError, Result};
 use crate::fp8::Fp8Rows;
 
@@ -74,25 +74,13 @@ impl Fp8 {
             )));
         }
         let fp8 = Self { codes: gpu.upload(&codes)?, scales: gpu.upload(&scales)? };
+        let anywhere = fp8.codes.all().address;
         let probe = Product {
-            inputs_are: Number::Fp8,
-            outputs_are: Number::F32,
-            w: fp8.codes.all().address,
-            x: fp8.codes.all().address,
-            y: fp8.codes.all().address,
-            scales: None,
-            bias: 0,
-            bias_is: Number::Bf16,
-            rows: STEP,
-            inputs,
-            outputs,
-            x_is: Order::Plain,
-            x_stride: inputs,
-            w_is: Order::Plain,
-            stride: outputs,
-            add: false,
-            gelu: false,
+            w: anywhere,
+            x: anywhere,
+            y: anywhere,
             invariant: gpu.is_invariant(),
+            ..Product::new(Number::Fp8, Number::F32, [STEP, inputs, outputs])
         };
         match gpu.driver.multiplies(&probe) {
             true => Ok(fp8),

@@ -4,7 +4,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use half::bf16;
 
-use super::driver::{Number, Order, Product};
+use super::driver::{Number, Product};
 use super::fp8::{self, Fp8};
 use super::quantised::{self, Quantised};
 use super::{Buffer, Gpu, GpuError, Result, View, ViewMut};
@@ -314,24 +314,11 @@ impl<E: Element> Linear<E> {
         assert_eq!((x.len, y.len), (rows * self.inputs, rows * count), "shapes of a linear layer");
         assert!(first + count <= self.outputs, "outputs of a linear layer");
         Product {
-            inputs_are: number::<E>(),
-            outputs_are: number::<O>(),
-            w: 0,
             x: x.address,
             y: y.address,
-            scales: None,
             bias: self.bias.as_ref().map_or(0, |bias| bias.address::<O>(first, count)),
-            bias_is: number::<O>(),
-            rows,
-            inputs: self.inputs,
-            outputs: count,
-            x_is: Order::Plain,
-            x_stride: self.inputs,
-            w_is: Order::Plain,
-            stride: count,
-            add: false,
-            gelu: false,
             invariant: gpu.is_invariant(),
+            ..Product::new(number::<E>(), number::<O>(), [rows, self.inputs, count])
         }
     }
 }

@@ -87,24 +87,13 @@ where
             return Ok(());
         }
         let product = Product {
-            inputs_are: number::<E>(),
-            outputs_are: Number::F32,
             w: weights.address,
             x: dy.address,
             y: dx.address,
-            scales: None,
-            bias: 0,
-            bias_is: Number::F32,
-            rows,
-            inputs: count,
-            outputs: inputs,
-            x_is: Order::Plain,
-            x_stride: count,
             w_is: Order::Transposed,
-            stride: inputs,
             add,
-            gelu: false,
             invariant: gpu.is_invariant(),
+            ..Product::new(number::<E>(), Number::F32, [rows, count, inputs])
         };
         // SAFETY: the shapes are those of the buffers.
         unsafe { gpu.driver.multiply(&product) }
@@ -160,24 +149,14 @@ impl Gpu {
             return Ok(());
         }
         let product = Product {
-            inputs_are: number::<E>(),
-            outputs_are: Number::F32,
             w: x.address,
             x: dy.address(),
             y: sums.address,
-            scales: None,
-            bias: 0,
-            bias_is: Number::F32,
-            rows: outputs,
-            inputs: rows,
-            outputs: inputs,
             x_is: Order::Transposed,
             x_stride: dy.stride(),
             w_is: Order::Transposed,
-            stride: inputs,
             add: true,
-            gelu: false,
-            invariant: false,
+            ..Product::new(number::<E>(), Number::F32, [outputs, rows, inputs])
         };
         // SAFETY: the shapes are those of the buffers.
         unsafe { self.driver.multiply(&product) }
