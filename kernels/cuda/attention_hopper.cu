@@ -163,7 +163,8 @@ __device__ __forceinline__ void attend(Shared<WIDTH>& shared, const bf16* q, con
 #pragma unroll
                 for (int c = 0; c < 4; ++c) s[j][c] = tanh_by_powers(s[j][c] * capped);
         }
-        if (rule.window || tile * TILE + TILE - 1 > piece.position) {
+        // A tile that neither the window nor the diagonal cuts is seen as a whole.
+        if (tile * TILE < max(from[0], from[1]) || tile * TILE + TILE - 1 > piece.position) {
             const unsigned key = tile * TILE + 2 * (lane() % 4);
 #pragma unroll
             for (int j = 0; j < TILE / 8; ++j)
