@@ -72,16 +72,18 @@ ADAPTER_SHAPES = {
     f"base_model.model.{LAYER}self_attn.q_proj.lora_A.weight": [2, 4],
     f"base_model.model.{LAYER}self_attn.q_proj.lora_B.weight": [4, 2],
 }
-SIZES = {"F32": 4, "F16": 2, "BF16": 2}
+SIZES = {"F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1}
 
 
-def safetensors(shapes: dict, dtype: str) -> bytes:
+def safetensors(shapes: dict, dtype: str, others: dict = {}) -> bytes:
+    """Tensors of a type, but for those whose names have another one."""
     header, at = {}, 0
     for name, shape in shapes.items():
-        size = SIZES[dtype]
+        own = others.get(name, dtype)
+        size = SIZES[own]
         for dim in shape:
             size *= dim
-        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [at, at + size]}
+        header[name] = {"dtype": own, "shape": shape, "data_offsets": [at, at + size]}
         at += size
     text = compact(header).encode()
     return struct.pack("<Q", len(text)) + text + bytes(at)
@@ -104,6 +106,10 @@ write("corpus/config/adapter-full", compact(json.loads((FIXTURES / "lora-lm/adap
 write("corpus/safetensors/model", model)
 write("corpus/safetensors/model-f32", safetensors(SHAPES, "F32"))
 write("corpus/safetensors/model-tied", safetensors({k: v for k, v in SHAPES.items() if k != "lm_head.weight"}, "F16"))
+# Matrices of the stack, each with a scale for every output.
+matrices = [name for name, shape in SHAPES.items() if name.startswith(LAYER) and len(shape) == 2]
+scales = {f"{name}_scale": [SHAPES[name][0], 1] for name in matrices}
+write("corpus/safetensors/model-e4m3", safetensors({**SHAPES, **scales}, "BF16", dict.fromkeys(matrices, "F8_E4M3")))
 write("corpus/safetensors/adapter", adapter)
 shards = {**dict.fromkeys(SHAPES, "a.safetensors"), **dict.fromkeys(ADAPTER_SHAPES, "b.safetensors")}
 write("corpus/safetensors/index", compact({"weight_map": shards}))
