@@ -3,9 +3,14 @@
 Models have the shapes of published ones and random weights, which are written to a folder first. Takes a machine with a
 GPU, CUDA's libraries, PyTorch, Transformers and safetensors, and 40 GB for the models; `tests/gpu.sh build FOLDER` packs
 this and the programs. What PyTorch does is done by processes of its own, so that it leaves no memory taken.
+
+Beside Plumb's attention stands PyTorch's: `torch flash`, which are the kernels of FlashAttention-2 that candle-flash-attn
+is made of too, `torch cudnn` and `torch efficient`; and `flash_attn`, the package of FlashAttention's own, if it is
+installed.
 """
 
 import argparse
+import functools
 import json
 import multiprocessing
 import pathlib
@@ -39,6 +44,8 @@ IN_FLIGHT = 16
 # None of them is to be refused, and all are to find room in the cache.
 FLAGS = ["--max-batch-tokens", 8192, "--max-queue-tokens", 1 << 20]
 START_SECONDS = 600
+# As kernels/benches/gpu.rs names it.
+ATTENTION_OF = "attention, {} x {} tokens, 32 heads of {}"
 ATTENTION = [(8, 1024, 64), (2, 4096, 64), (8, 1024, 128), (2, 4096, 128)]
 
 
@@ -175,29 +182,57 @@ def kernels(job):
 
 
 def attention(job):
-    """attention by PyTorch, at the kernels' shapes"""
-    for count, length, dim in ATTENTION:
-        rate = apart(sdpa_rate, count, length, dim)
-        job.add(f"attention, {count} x {length} tokens, 32 heads of {dim}", "torch sdpa", rate, "TFLOP/s")
+    """attention by PyTorch and flash_attn, at the kernels' shapes"""
+    shapes = [(1, 128, 64)] if job.options.quick else ATTENTION
+    for shape, rates in zip(shapes, apart(attention_rates, shapes), strict=True):
+        work = ATTENTION_OF.format(*shape)
+        for who, rate in rates.items():
+            job.add(work, who, rate, "TFLOP/s")
+        own = job.value(work, "plumb")
+        if own and rates:
+            job.add(f"{work}, of the best", "plumb", 100 * own / max(rates.values()), "%")
 
 
-def sdpa_rate(count, length, dim):
-    """TFLOP/s of the better of its two kernels, by half of the products, as the others are masked."""
+def attention_rates(shapes):
+    """TFLOP/s by half of the products, as the others are masked, of whatever runs here."""
     import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.nn.functional import scaled_dot_product_attention
 
-    shape = lambda heads: (count, heads, length, dim)  # noqa: E731
-    q, k, v = (torch.randn(shape(heads), device="cuda", dtype=torch.bfloat16) for heads in (32, 8, 8))
-    rates = []
-    for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION):
-        try:
-            with sdpa_kernel(backend):
-                run = lambda: scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)  # noqa: E731
-                rates.append(2.0 * count * length**2 * dim * 32 / torch_seconds(run) / 1e12)
-        except RuntimeError as error:
-            print(f"{backend}: {error}", file=sys.stderr)
-    return max(rates)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+
+    def torch_attention(backend, q, k, v):
+        # Which takes no key heads that several heads share.
+        if backend == SDPBackend.EFFICIENT_ATTENTION:
+            k, v = (x.repeat_interleave(4, 1) for x in (k, v))
+        how = {"is_causal": True, "enable_gqa": k.shape != q.shape}
+        with sdpa_kernel(backend):
+            return torch_seconds(lambda: scaled_dot_product_attention(q, k, v, **how))
+
+    def flash_attn(q, k, v):
+        from flash_attn import flash_attn_func
+
+        q, k, v = (x.transpose(1, 2).contiguous() for x in (q, k, v))
+        return torch_seconds(lambda: flash_attn_func(q, k, v, causal=True))
+
+    ways = {
+        "torch flash": functools.partial(torch_attention, SDPBackend.FLASH_ATTENTION),
+        "torch cudnn": functools.partial(torch_attention, SDPBackend.CUDNN_ATTENTION),
+        "torch efficient": functools.partial(torch_attention, SDPBackend.EFFICIENT_ATTENTION),
+        "flash_attn": flash_attn,
+    }
+    found = []
+    for count, length, dim in shapes:
+        shape = lambda heads: (count, heads, length, dim)  # noqa: B023, E731
+        q, k, v = (torch.randn(shape(heads), device=device, dtype=torch.bfloat16) for heads in (32, 8, 8))
+        rates = {}
+        for who, seconds in ways.items():
+            try:
+                rates[who] = 2.0 * count * length**2 * dim * 32 / seconds(q, k, v) / 1e12
+            except (ImportError, RuntimeError) as error:
+                print(f"{who}, heads of {dim}: {error}", file=sys.stderr)
+        found.append(rates)
+    return found
 
 
 def small(job):
@@ -310,6 +345,7 @@ BARS = {
     ("score 8B, of the matrix rate", "plumb"): "55 %",
     ("rank 8B, of what the saved work predicts", "plumb"): "85 %",
     ("decode 8B, 1 streams, each", "plumb"): "150 tok/s",
+    **{(f"{ATTENTION_OF.format(*shape)}, of the best", "plumb"): "100 %" for shape in ATTENTION},
 }
 ALL = {f.__name__: f for f in (kernels, attention, small, large, rank, decode, invariant)}
 
