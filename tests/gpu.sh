@@ -14,8 +14,8 @@ build() {
     local folder=$1
     cd "$(dirname "$0")/.."
     # Feature by feature the same programs as `cargo test --workspace` makes, and the GPU.
-    local log
-    log=$(cargo test --release --no-run --locked --workspace --features plumb-server/cuda --test gpu \
+    local log features=plumb-server/cuda,plumb-trainer/cuda
+    log=$(cargo test --release --no-run --locked --workspace --features $features --test gpu \
         --test gpu_gradient --test gpu_gradient_rows --test golden --test gradients 2>&1) || { echo "$log" && exit 1; }
     mkdir -p "$folder/tests"
     for test in gpu gpu_gradient gpu_gradient_rows golden gradients; do
@@ -24,14 +24,16 @@ build() {
         cp "$program" "$folder/$test"
         strip "$folder/$test"
     done
-    log=$(cargo bench --no-run --locked --workspace --features plumb-server/cuda --bench gpu 2>&1) ||
+    log=$(cargo bench --no-run --locked --workspace --features $features --bench gpu 2>&1) ||
         { echo "$log" && exit 1; }
     cp "$(sed -nE 's|.*Executable benches/gpu\.rs \((.*)\)|\1|p' <<<"$log")" "$folder/kernel-benchmark"
-    cargo build --release --locked --workspace --features plumb-server/cuda --bin plumb-server --bin plumb
-    cp "${CARGO_TARGET_DIR:-target}"/release/{plumb-server,plumb} "$folder/"
-    strip "$folder"/{kernel-benchmark,plumb-server,plumb}
+    local programs=(plumb-server plumb plumb-train)
+    cargo build --release --locked --workspace --features $features "${programs[@]/#/--bin=}"
+    cp "${programs[@]/#/${CARGO_TARGET_DIR:-target}/release/}" "$folder/"
+    strip "$folder/kernel-benchmark" "${programs[@]/#/$folder/}"
     cp -r tests/fixtures tests/benchmarks "$folder/tests/"
     cp tests/gpu.sh "$folder/"
+    echo "$folder: $(du -sm "$folder" | cut -f1) MiB, $(($(tar -C "$folder" -cz . | wc -c) >> 20)) MiB as .tar.gz"
 }
 
 bench() {

@@ -1,12 +1,15 @@
-"""Measures Plumb on a GPU, and PyTorch beside it, in one run: the kernels beside the GPU's limits, then the server.
+"""Measures Plumb on a GPU, and PyTorch beside it, in one run: the kernels beside the GPU's limits, then the server, then
+training.
 
 Models have the shapes of published ones and random weights, which are written to a folder first. Takes a machine with a
-GPU, CUDA's libraries, PyTorch, Transformers and safetensors, and 40 GB for the models; `tests/gpu.sh build FOLDER` packs
-this and the programs. What PyTorch does is done by processes of its own, so that it leaves no memory taken.
+GPU, CUDA's libraries, PyTorch, Transformers and safetensors, a C compiler for what PyTorch compiles, and 40 GB for the
+models; `tests/gpu.sh build FOLDER` packs this and the programs. What PyTorch does is done by processes of its own, so
+that it leaves no memory taken.
 
 Beside Plumb's attention stands PyTorch's: `torch flash`, which are the kernels of FlashAttention-2 that candle-flash-attn
 is made of too, `torch cudnn` and `torch efficient`; and `flash_attn`, the package of FlashAttention's own, if it is
-installed.
+installed. `transformers` is the same model there, in bf16. Beside training stands `torch compiled`: that model through
+torch.compile, its f32 weights turned into bf16 by autocast, and a fused AdamW, with the same pairs, loss and clipping.
 """
 
 import argparse
@@ -27,8 +30,16 @@ import process
 HERE = pathlib.Path(__file__).resolve().parent
 COMMON = {"hidden_act": "silu", "rms_norm_eps": 1e-6, "initializer_range": 0.02, "dtype": "bfloat16",
           "max_position_embeddings": 8192, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}  # fmt: skip
-# A class, its configuration, and the fixture whose tokenizer it gets: the tokens are numbers here.
+# A class, the fixture whose tokenizer it gets where tokens are numbers, and its configuration.
 SHAPES = {
+    "pm-135m": ("LlamaForSequenceClassification", None, {
+        "model_type": "llama", "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "head_dim": 64,
+        "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3, "rope_theta": 1e5,
+        "tie_word_embeddings": True}),
+    "pm-1b": ("LlamaForSequenceClassification", None, {
+        "model_type": "llama", "vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192, "head_dim": 64,
+        "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8, "rope_theta": 5e5,
+        "tie_word_embeddings": True}),
     "pm-0.6b": ("Qwen3ForSequenceClassification", "qwen3-pm", {
         "model_type": "qwen3", "vocab_size": 151936, "hidden_size": 1024, "intermediate_size": 3072, "head_dim": 128,
         "num_hidden_layers": 28, "num_attention_heads": 16, "num_key_value_heads": 8, "rope_theta": 1e6,
@@ -47,6 +58,14 @@ START_SECONDS = 600
 # As kernels/benches/gpu.rs names it.
 ATTENTION_OF = "attention, {} x {} tokens, 32 heads of {}"
 ATTENTION = [(8, 1024, 64), (2, 4096, 64), (8, 1024, 128), (2, 4096, 128)]
+# Pairs of a step of training, and tokens of each side. All go through the model at once.
+PAIRS, SIDE_TOKENS = 16, 512
+# The median counts of so many steps, after those in which memory is taken and PyTorch compiles.
+STEPS, FIRST_STEPS = 10, 3
+LR, BETAS, CLIP = 1e-5, (0.9, 0.95), 1.0
+TRAIN = f"train {{}}, {PAIRS} pairs of {SIDE_TOKENS}"
+# The first tokens of a tokenizer of words; every other token is the word of its number.
+UNKNOWN, END, PAD = range(3)
 
 
 def main():
@@ -63,12 +82,12 @@ def main():
 
 
 def parse():
-    names = "".join(f"  {name:10} {function.__doc__}\n" for name, function in ALL.items())
+    names = "".join(f"  {name:12} {function.__doc__}\n" for name, function in ALL.items())
     parser = argparse.ArgumentParser(
         description=__doc__, epilog="measurements:\n" + names, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("programs", type=pathlib.Path, help="folder with plumb-server, plumb and kernel-benchmark")
+    add("programs", type=pathlib.Path, help="folder with plumb-server, plumb, plumb-train and kernel-benchmark")
     add("--fixtures", type=pathlib.Path, default=HERE.parent / "fixtures", help="folder with tokenizers")
     add("--models", type=pathlib.Path, metavar="DIR", help="where models are written, and kept [default: not kept]")
     add("--only", nargs="+", choices=ALL, metavar="NAME", help="only these measurements")
@@ -85,6 +104,7 @@ class Job:
         self.temporary = None if options.models else tempfile.mkdtemp(prefix="plumb-gpu-")
         self.models = options.models or pathlib.Path(self.temporary)
         self.programs = options.programs.resolve()
+        self.device = "cpu" if options.quick else "cuda:0"
 
     def add(self, work, who, value, unit, raw=None):
         self.values.append({"work": work, "who": who, "value": value, "unit": unit, "raw": raw})
@@ -101,7 +121,8 @@ class Job:
         kind, fixture, config = SHAPES[name]
         config = {**COMMON, **config, "architectures": [kind], "num_labels": 1}
         if self.options.quick:
-            config |= {"num_hidden_layers": 2, "hidden_size": 256, "intermediate_size": 512, "vocab_size": 1024}
+            hidden = 16 * config["num_attention_heads"]
+            config |= {"num_hidden_layers": 2, "hidden_size": hidden, "intermediate_size": 512, "vocab_size": 1024}
         return kind, fixture, config
 
     def checkpoint(self, name):
@@ -110,8 +131,11 @@ class Job:
         if not (folder / "done").exists():
             kind, fixture, config = self.shape(name)
             folder.mkdir(parents=True, exist_ok=True)
-            for file in ("tokenizer.json", "tokenizer_config.json"):
-                shutil.copy(self.options.fixtures / fixture / file, folder / file)
+            if fixture:
+                for file in ("tokenizer.json", "tokenizer_config.json"):
+                    shutil.copy(self.options.fixtures / fixture / file, folder / file)
+            else:
+                write_words(folder, config["vocab_size"])
             config.pop("num_labels")
             if "Classification" in kind:
                 config |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
@@ -121,7 +145,7 @@ class Job:
         return folder
 
     def server(self, name, *flags):
-        flags = ["--device", "cpu" if self.options.quick else "cuda:0", *FLAGS, *flags]
+        flags = ["--device", self.device, *FLAGS, *flags]
         models = {"model": self.checkpoint(name)}
         return plumb.Server(self.programs, self.models, models, flags, START_SECONDS)
 
@@ -170,6 +194,20 @@ def write_weights(path, kind, config):
     elif not config["tie_word_embeddings"]:
         tensors["lm_head.weight"] = random(vocabulary, hidden)
     save_file(tensors, path, metadata={"format": "pt"})
+
+
+def write_words(folder, size):
+    """A tokenizer of so many words."""
+    special = {"<unk>": UNKNOWN, "</s>": END, "<pad>": PAD}
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False) | {"special": True}
+    words = special | {str(number): number for number in range(len(special), size)}
+    tokenizer = {
+        "version": "1.0", "added_tokens": [{"id": id, "content": token, **flags} for token, id in special.items()],
+        "normalizer": None, "pre_tokenizer": {"type": "WhitespaceSplit"}, "post_processor": None, "decoder": None,
+        "model": {"type": "WordLevel", "vocab": words, "unk_token": "<unk>"},
+    }  # fmt: skip
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>", "pad_token": "<pad>"}))
 
 
 def kernels(job):
@@ -292,6 +330,124 @@ def invariant(job):
     job.add("score 0.6B, invariant, of the usual rate", "plumb", 100 * rates[1] / rates[0], "%", rates)
 
 
+def train_small(job):
+    """steps of preference training by the shape of SmolLM2 135M, and the same by PyTorch"""
+    train(job, "pm-135m", TRAIN.format("135M"))
+
+
+def train_large(job):
+    """the same by the shape of Llama 3.2 1B"""
+    train(job, "pm-1b", TRAIN.format("1B"))
+
+
+def train(job, name, work):
+    """With pairs whose first half both sides share, and with others; PyTorch computes every token of both."""
+    pairs, length = (2, 64) if job.options.quick else (PAIRS, SIDE_TOKENS)
+    kind, _, config = job.shape(name)
+    tokens = 2 * pairs * length
+    for shared in (True, False):
+        sides = made_up(config["vocab_size"], pairs, length, shared)
+        steps = training_steps(job, name, sides)
+        label = f"{work}, half shared" if shared else work
+        job.add(label, "plumb", tokens / statistics.median(steps), "tok/s", steps)
+    steps = apart(torch_steps, kind, job.checkpoint(name), sides)
+    job.add(work, "torch compiled", tokens / statistics.median(steps), "tok/s", steps)
+    for label in (f"{work}, half shared", work):
+        share = 100 * job.value(label, "plumb") / job.value(work, "torch compiled")
+        job.add(f"{label}, of PyTorch's", "plumb", share, "%")
+
+
+def made_up(vocabulary, pairs, length, shared):
+    """Tokens of the sides of pairs, a rejected one behind each chosen one: as many of a prompt as of a response, each
+    behind the word that says whose turn it is."""
+    half = length // 2
+
+    def side(number):
+        def token(i):
+            seed = 2 * pairs + number if i >= half else number // 2 if shared else number
+            return PAD + 1 + (seed * 104_729 + i * 7919) % (vocabulary - PAD - 1)
+
+        tokens = [token(i) for i in range(length)]
+        tokens[0], tokens[half - 1], tokens[-1] = UNKNOWN, UNKNOWN, END
+        return tokens
+
+    return [side(number) for number in range(2 * pairs)]
+
+
+def training_steps(job, name, sides):
+    """Seconds of steps of Plumb. The run is ended as soon as there are enough: it would write its state at its end."""
+    length = len(sides[0])
+    tokens, half = length * len(sides), length // 2
+
+    def dialogue(side):
+        words = " ".join
+        turns = {"user": words(map(str, side[1 : half - 1])), "assistant": words(map(str, side[half:-1]))}
+        return [{"role": role, "content": content} for role, content in turns.items()]
+
+    with tempfile.TemporaryDirectory(dir=job.models) as folder:
+        folder = pathlib.Path(folder)
+        pairs = [{"chosen": dialogue(a), "rejected": dialogue(b)} for a, b in zip(sides[::2], sides[1::2], strict=True)]
+        (folder / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+        options = {
+            "objective": "preference", "init": job.checkpoint(name), "train": folder / "pairs.jsonl",
+            "output": folder / "run", "batch": len(pairs), "epochs": 100 * STEPS, "save-every": 100 * STEPS,
+            "max-tokens": length, "micro-batch-tokens": tokens, "language-weight": 0, "device": job.device,
+            "lr": LR, "beta1": BETAS[0], "beta2": BETAS[1], "clip": CLIP,
+        }  # fmt: skip
+        argv = [job.programs / "plumb-train", "run", *(f"--{name}={value}" for name, value in options.items())]
+        metrics, log = folder / "run/metrics.jsonl", folder / "log"
+        with log.open("w") as out:
+            run = subprocess.Popen(argv, stdout=out, stderr=out, env=plumb.environment())
+        try:
+            lines, deadline = [], time.monotonic() + START_SECONDS
+            while len(lines) < FIRST_STEPS + STEPS and run.poll() is None and time.monotonic() < deadline:
+                time.sleep(0.1)
+                # The last line may be half written.
+                lines = metrics.read_text().split("\n")[:-1] if metrics.exists() else []
+        finally:
+            run.kill()
+            run.wait()
+        steps = [json.loads(line) for line in lines[FIRST_STEPS : FIRST_STEPS + STEPS]]
+        if len(steps) < STEPS or any(step["tokens"] != tokens for step in steps):
+            raise RuntimeError(f"plumb-train: {lines[-1:]} {log.read_text()[-500:]}")
+        return [step["seconds"] for step in steps]
+
+
+def torch_steps(kind, folder, sides):
+    """Seconds of the same steps of PyTorch."""
+    import torch
+    import transformers
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    load = getattr(transformers, kind).from_pretrained
+    model = load(folder, dtype=torch.float32, attn_implementation="sdpa").to(device).train()
+    model.config.pad_token_id = PAD
+    parameters = list(model.parameters())
+    optimiser = torch.optim.AdamW(parameters, lr=LR, betas=BETAS, weight_decay=0.0, fused=True)
+    compiled = torch.compile(model)
+    ids = torch.tensor(sides, device=device)
+
+    def step():
+        with torch.autocast(device, torch.bfloat16):
+            rewards = compiled(ids, use_cache=False).logits[:, 0].float()
+        loss = torch.nn.functional.softplus(rewards[1::2] - rewards[::2]).mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, CLIP)
+        optimiser.step()
+        optimiser.zero_grad()
+        # Which waits for the step, as Plumb does for its loss.
+        return loss.item()
+
+    seconds = []
+    for _ in range(FIRST_STEPS + STEPS):
+        wait_for_torch()
+        started = time.perf_counter()
+        step()
+        wait_for_torch()
+        seconds.append(time.perf_counter() - started)
+    return seconds[FIRST_STEPS:]
+
+
 def weights(config):
     """Weights that every token is multiplied by."""
     heads = (2 * config["num_attention_heads"] + 2 * config["num_key_value_heads"]) * config["head_dim"]
@@ -313,16 +469,13 @@ def transformers_rate(kind, folder, count, length):
 
 def torch_seconds(run, times=5, least=0.03):
     """The median of several runs of many calls without a pause between them."""
-    import torch
-
-    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
 
     def seconds(calls):
-        wait()
+        wait_for_torch()
         started = time.perf_counter()
         for _ in range(calls):
             run()
-        wait()
+        wait_for_torch()
         return time.perf_counter() - started
 
     seconds(3)
@@ -330,6 +483,13 @@ def torch_seconds(run, times=5, least=0.03):
     while seconds(calls) < least:
         calls *= 2
     return statistics.median(seconds(calls) / calls for _ in range(times))
+
+
+def wait_for_torch():
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def gpu_name():
@@ -346,8 +506,9 @@ BARS = {
     ("rank 8B, of what the saved work predicts", "plumb"): "85 %",
     ("decode 8B, 1 streams, each", "plumb"): "150 tok/s",
     **{(f"{ATTENTION_OF.format(*shape)}, of the best", "plumb"): "100 %" for shape in ATTENTION},
+    **{(f"{TRAIN.format(size)}, of PyTorch's", "plumb"): "100 %" for size in ("135M", "1B")},
 }
-ALL = {f.__name__: f for f in (kernels, attention, small, large, rank, decode, invariant)}
+ALL = {f.__name__: f for f in (kernels, attention, small, large, rank, decode, invariant, train_small, train_large)}
 
 if __name__ == "__main__":
     main()
