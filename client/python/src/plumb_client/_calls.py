@@ -325,17 +325,21 @@ class Scoring:
 class Cutter:
     """Cuts a stream of items into batches."""
 
-    size: int
+    scoring: Scoring
     _first: int = 0
     _items: list[common_pb2.Input] = field(default_factory=list)
 
     def push(self, item: Item) -> Batch | None:
         """Takes an item; answers a batch that is full by it."""
         try:
-            self._items.append(inputs.item(item))
+            message = inputs.item(item)
         except TypeError as error:
-            raise TypeError(f"item {self._first + len(self._items)}: {error}") from None
-        return self.rest() if len(self._items) == self.size else None
+            if self.scoring.on_error == "raise":
+                raise TypeError(f"item {self._first + len(self._items)}: {error}") from None
+            # The server says of an empty one what it needs.
+            message = common_pb2.Input()
+        self._items.append(message)
+        return self.rest() if len(self._items) == self.scoring.batch_size else None
 
     def cut(self, items: Iterable[Item]) -> Iterator[Batch]:
         """All batches of what is at hand."""
