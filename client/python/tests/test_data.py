@@ -72,7 +72,7 @@ def test_rows_that_fail_have_no_reward(client):
     assert list(scored["rejected_reward"].isna()) == [False, False, True, True]
     assert ["INVALID_ARGUMENT" in error for error in scored["error"][1:]] == [True] * 3
     assert (pair_accuracy(scored).pairs, pair_accuracy(scored).failed) == (1, 3)
-    with pytest.raises(TypeError, match="item 4"):
+    with pytest.raises(TypeError, match="item 2"):
         data.score_frame(frame.drop(index=1), client, progress=False, on_error="raise")
     with pytest.raises(ValueError, match="needs one of"):
         data.score_frame(frame[["chosen"]], client)

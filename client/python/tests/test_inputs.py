@@ -71,6 +71,7 @@ def test_options_are_checked(kind):
         (ValueError, lambda: client.score_stream(["a"], version=1, label="canary")),
         (ValueError, lambda: client.score_stream(["a"], on_error="ignore")),
         (ValueError, lambda: client.score_stream(["a"], batch_size=0)),
+        (TypeError, lambda: client.score_stream("a text")),
         (TypeError, lambda: client.generate_stream("a", colour="red")),
         (ValueError, lambda: kind([])),
         (ValueError, lambda: kind("127.0.0.1:1,")),

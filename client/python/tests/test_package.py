@@ -65,7 +65,7 @@ def test_the_examples_of_the_readme(server, monkeypatch):
         said = io.StringIO()
         with contextlib.redirect_stdout(said):
             exec(compile(block, "README.md", "exec"), names)
-        shown = [line.removeprefix("#>").strip() for line in block.splitlines() if line.startswith("#>")]
+        shown = [line.removeprefix("# ->").strip() for line in block.splitlines() if line.startswith("# ->")]
         assert [line.strip() for line in said.getvalue().splitlines()] == shown
 
 

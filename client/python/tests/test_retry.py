@@ -70,7 +70,7 @@ class Clock:
 
 def test_tries_share_one_deadline_and_a_busy_server_uses_none_up():
     clock = Clock()
-    attempts = Attempts(RetryPolicy(max_attempts=2), 10.0, clock=clock, jitter=lambda: 0.0)
+    attempts = Attempts(RetryPolicy(max_attempts=2), 10.0, clock, lambda: 0.0)
     for remaining in (10.0, 7.0, 4.0):
         assert attempts.remaining() == remaining
         clock.now += 1.0
@@ -90,7 +90,7 @@ def test_what_must_not_be_repeated_is_not():
 
 def test_waiting_says_at_the_end_what_it_saw():
     clock = Clock()
-    waiting = Waiting(1.0, clock=clock)
+    waiting = Waiting(1.0, clock)
     assert waiting.pause(Health.NOT_SERVING) is not None
     assert waiting.pause(Health.SERVING) is None
     clock.now = 0.95
