@@ -8,6 +8,7 @@ whole conversation.
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -209,7 +210,7 @@ class _Table:
             tokens = [score.input_tokens if score else None for score in scores]
             added = {"reward": rewards, "input_tokens": tokens}
         if on_error == "return":
-            said = [str(result) if isinstance(result, PlumbError) else None for result in results]
+            said = [f"{r.code.name}: {r.message}" if isinstance(r, PlumbError) else None for r in results]
             added["error"] = [_joined(said[i : i + self.sides]) for i in range(0, len(said), self.sides)]
         return added
 
@@ -219,7 +220,8 @@ def _joined(said: list[str | None]) -> str | None:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not math.isnan(value)
+    # Also those of numpy, and neither None nor pandas.NA.
+    return isinstance(value, numbers.Real) and not math.isnan(value)
 
 
 def _wilson(share: float, n: int) -> tuple[float, float]:
