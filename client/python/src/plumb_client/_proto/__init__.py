@@ -1,0 +1,1 @@
+"""Messages of `proto/plumb/v1` and `wire.proto`, written by `generate.sh`."""
