@@ -15,12 +15,15 @@ import pytest
 import plumb_client
 
 ROOT = Path(__file__).resolve().parents[3]
+PACKAGE = ROOT / "client" / "python"
 FIXTURES = ROOT / "tests" / "fixtures"
 PATIENCE = 60.0
 """How long something that has to happen may take on a busy machine."""
 
 for name in [name for name in os.environ if name.startswith("PLUMB_") and name != "PLUMB_TEST_BINARIES"]:
     del os.environ[name]
+# Frameworks that ask a hub or count their users.
+os.environ |= {"HF_HUB_OFFLINE": "1", "RAY_USAGE_STATS_ENABLED": "0", "TRL_EXPERIMENTAL_SILENCE": "1"}
 
 
 def binary(name: str) -> Path:

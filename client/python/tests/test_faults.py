@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import pickle
 import socket
 import subprocess
 import threading
@@ -153,6 +154,11 @@ def test_calls_go_to_servers_in_turn_and_past_a_dead_one(kind):
     assert rewards(found) == [float(i) for i in range(12)]
     # The dead one's turns are the second's.
     assert served == [4, 8]
+
+
+def test_clients_do_not_all_begin_with_the_same_server():
+    first = Client(["a:1", "b:2", "c:3"])
+    assert {next(client._turns) % 3 for client in (pickle.loads(pickle.dumps(first)) for _ in range(100))} == {0, 1, 2}
 
 
 @both

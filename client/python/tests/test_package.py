@@ -10,12 +10,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import PACKAGE, ROOT
 
 import plumb_client
 from plumb_client._proto import common_pb2, generation_pb2, models_pb2, preference_pb2, tokens_pb2, wire_pb2
 
-PACKAGE = Path(__file__).resolve().parents[1]
 GENERATED = [common_pb2, generation_pb2, models_pb2, preference_pb2, tokens_pb2, wire_pb2]
 
 
@@ -70,7 +69,9 @@ def test_the_examples_of_the_readme(server, monkeypatch):
 
 
 def test_nothing_else_is_imported():
-    code = "import sys, plumb_client.aio, plumb_client.data; print({'pandas', 'datasets', 'tqdm'} & set(sys.modules))"
+    modules = "plumb_client.aio, plumb_client.data, plumb_client.ray, plumb_client.trl"
+    others = "{'pandas', 'datasets', 'tqdm', 'ray', 'pyarrow', 'torch', 'transformers', 'trl'}"
+    code = f"import sys, {modules}; print({others} & set(sys.modules))"
     environment = {"PYTHONPATH": str(PACKAGE / "src"), "PYTHONWARNINGS": "error"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert done.stdout.strip() == "set()", done.stderr

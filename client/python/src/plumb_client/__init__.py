@@ -1,7 +1,8 @@
 """Python client of Plumb: scores, ranks and generates text over gRPC.
 
 `Client` waits for its answers; `plumb_client.aio.Client` is the same for asyncio. `plumb_client.data` scores data
-frames and data sets.
+frames and data sets, `plumb_client.ray` those of Ray; `plumb_client.trl` and `plumb_client.reward_model` give rewards
+to TRL's trainers.
 """
 
 from ._calls import SERVICES

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import random
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -76,7 +77,8 @@ class Base:
         self._options = options
         self._calls = Calls(options)
         self._metadata = options.metadata()
-        self._turns = itertools.count()
+        # Clients that start together, as those of a training's processes, do not all ask the same server first.
+        self._turns = itertools.count(random.getrandbits(16))
         self._lock = threading.Lock()
         self._channels: list[Any] | None = None
 

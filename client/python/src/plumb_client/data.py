@@ -81,10 +81,7 @@ def score_dataset(
     """
 
     def add(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        table = _Table.of(list(batch), columns or {}, split_turns)
-        items = [item for row in zip(*(batch[name] for name in table.names), strict=True) for item in table.items(row)]
-        results = client.score(items, on_error=on_error, **options)
-        return table.columns(results, on_error)
+        return _Table.of(list(batch), columns or {}, split_turns).score(batch, client, on_error, options)
 
     source: Any = dataset
     how: dict[str, Any] = {"batched": True, "batch_size": rows}
@@ -103,8 +100,7 @@ def _features(known: Any, table: _Table, on_error: OnError) -> Any:
     """The columns' types, which cannot be learned from a first batch in which all values are missing."""
     from datasets import Features, Value
 
-    kinds = {"input_tokens": "int64", "error": "string"}
-    return Features({**known, **{name: Value(kinds.get(name, "float64")) for name in table.columns([], on_error)}})
+    return Features({**known, **{name: Value(_Table.kind(name)) for name in table.columns([], on_error)}})
 
 
 @dataclass(frozen=True)
@@ -196,6 +192,19 @@ class _Table:
         if isinstance(words, str):
             return transcript.turns(words) if self.split_turns else words
         return list(words)
+
+    def score(
+        self, batch: Mapping[str, Sequence[Any]], client: Client, on_error: OnError, options: ScoreOptions
+    ) -> dict[str, list[Any]]:
+        """The new columns of some rows, which are given by columns."""
+        rows = zip(*(batch[name] for name in self.names), strict=True)
+        items = [item for row in rows for item in self.items(row)]
+        return self.columns(client.score(items, on_error=on_error, **options), on_error)
+
+    @staticmethod
+    def kind(name: str) -> str:
+        """The type of a new column, as pyarrow and datasets call it."""
+        return {"input_tokens": "int64", "error": "string"}.get(name, "float64")
 
     def columns(self, results: Sequence[Score | PlumbError], on_error: OnError) -> dict[str, list[Any]]:
         """The new columns, of all rows' results."""

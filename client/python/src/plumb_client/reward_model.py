@@ -1,0 +1,99 @@
+"""A torch module that stands where a trainer wants a reward model, and asks a server.
+
+TRL's GRPO, RLOO and online DPO call `module(input_ids=..., attention_mask=...).logits`, PPO (TRL up to 1.12) the
+backbone and the head one after the other: both have their place here. It has no weights and knows no gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig
+from transformers.modeling_outputs import BaseModelOutput, SequenceClassifierOutput
+
+from .client import Client
+from .inputs import Item, ScoreOptions, Text, TokenIds
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+
+class PlumbRewardModel(nn.Module):
+    """A reward model with one label, as `AutoModelForSequenceClassification` makes them."""
+
+    base_model_prefix = "model"
+
+    def __init__(
+        self,
+        target: str | Sequence[str] | Client | None,
+        tokenizer: Any,
+        *,
+        token_ids: bool = False,
+        item: Callable[[str], Item] = Text,
+        name: str | None = None,
+        **options: Unpack[ScoreOptions],
+    ) -> None:
+        """Connects at the first call, in the process that makes it.
+
+        Args:
+            target: Addresses as a `Client` takes them, or a client.
+            tokenizer: The one that makes the `input_ids`; trainers that ask for the reward model's tokenizer
+                (`reward_processing_classes`) get the same one.
+            token_ids: Send the ids as they are, for a server's model that has the same tokenizer; the first call
+                checks that. Otherwise they are decoded, without special tokens.
+            item: What is scored of a decoded text; default: the text as it is. `transcript.turns` reads `Human:` and
+                `Assistant:` markers.
+            name: What trainers log the rewards as; default: the model's name.
+            options: Those of `Client.score`.
+        """
+        super().__init__()
+        client = target if isinstance(target, Client) else Client(target)
+        self.config = PretrainedConfig(name_or_path=name or options.get("model") or "plumb", num_labels=1)
+        self.model = _Backbone(client, tokenizer, token_ids, item, options)
+        self.score = nn.Identity()
+
+    def forward(self, input_ids: Any, attention_mask: Any = None, **_: Any) -> Any:
+        """Logits `[rows, 1]` in f32 of ids `[rows, length]`, padded on either side where the mask is 0."""
+        hidden = self.model(input_ids, attention_mask).last_hidden_state
+        return SequenceClassifierOutput(logits=self.score(hidden)[:, -1])
+
+
+class _Backbone(nn.Module):
+    """Hidden states `[rows, length, 1]` that are the row's reward at every place: the head takes any of them."""
+
+    def __init__(
+        self, client: Client, tokenizer: Any, token_ids: bool, item: Callable[[str], Item], options: Any
+    ) -> None:
+        super().__init__()
+        self.client, self.tokenizer, self.item, self.options = client, tokenizer, item, options
+        self.token_ids, self.checked = token_ids, False
+
+    def forward(self, input_ids: Any, attention_mask: Any = None, **_: Any) -> Any:
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        rows = [ids[kept].tolist() for ids, kept in zip(input_ids, mask.bool(), strict=True)]
+        rewards = [score.reward for score in self.client.score(self._items(rows), **self.options)]
+        row = torch.tensor(rewards, dtype=torch.float32, device=input_ids.device)
+        hidden = row[:, None, None].expand(*input_ids.shape, 1)
+        return BaseModelOutput(last_hidden_state=hidden, hidden_states=(hidden,))
+
+    def _items(self, rows: list[list[int]]) -> list[Item]:
+        if self.token_ids and self.checked:
+            return [TokenIds(row) for row in rows]
+        texts = [self.tokenizer.decode(row, skip_special_tokens=True) for row in rows]
+        if not self.token_ids:
+            return [self.item(text) for text in texts]
+        self._check([text for text in texts if text])
+        return [TokenIds(row) for row in rows]
+
+    def _check(self, texts: list[str]) -> None:
+        """Raises unless the server's tokenizer makes the same ids of these texts."""
+        spec = {key: value for key, value in self.options.items() if key in ("model", "version", "label", "timeout")}
+        answers = self.client.tokenize(texts, add_special_tokens=False, **spec) if texts else []
+        for text, theirs in zip(texts, answers, strict=True):
+            ours = self.tokenizer.encode(text, add_special_tokens=False)
+            if [token.id for token in theirs] != ours:
+                raise ValueError(f"the server's model has another tokenizer: send texts instead of ids (of {text!r})")
+        self.checked = bool(texts)

@@ -1,0 +1,228 @@
+"""Reward functions, and trainings of TRL with them."""
+
+import asyncio
+import json
+import logging
+import pickle
+import runpy
+
+import pytest
+from conftest import FIXTURES, PACKAGE, expected
+
+from plumb_client import Client, InvalidArgumentError, NotFoundError, Text
+from plumb_client.trl import AsyncPlumbReward, PlumbReward
+
+QUESTION = [{"role": "user", "content": "What is 2 + 2?"}]
+FOUR, FIVE = ([{"role": "assistant", "content": content}] for content in ("4.", "Five."))
+
+
+def ask(kind, server, prompts, completions, **options):
+    """What a reward function says to a trainer, which also hands over the columns of its data."""
+    columns = {"completion_ids": [[1]] * len(prompts), "solution": ["4"] * len(prompts), "trainer_state": None}
+    if kind == "sync":
+        return PlumbReward(server.url, **options)(prompts=prompts, completions=completions, **columns)
+    return asyncio.run(AsyncPlumbReward(server.url, **options)(prompts=prompts, completions=completions, **columns))
+
+
+both = pytest.mark.parametrize("kind", ["sync", "asyncio"])
+HUMAN = "\n\nHuman: Hi\n\nAssistant: Hello.\n\nHuman: And?\n\nAssistant:"
+TURNS = [
+    {"role": "user", "content": "Hi"},
+    {"role": "assistant", "content": "Hello."},
+    {"role": "user", "content": "And?"},
+]
+
+
+@both
+@pytest.mark.parametrize(
+    ("prompt", "completions", "strings", "items"),
+    [
+        ("2 + 2 =", [" 4.", " 5."], "text", [Text("2 + 2 = 4."), Text("2 + 2 = 5.")]),
+        ("2 + 2?", ["4.", ""], "turns", [("2 + 2?", "4."), ("2 + 2?", "")]),
+        (HUMAN, [" Bye."], "transcript", [(TURNS, "Bye.")]),
+        (HUMAN + " Good", [" bye."], "transcript", [(TURNS, "Good bye.")]),
+        (HUMAN, [" A.\n\nHuman: B"], "transcript", [(TURNS, "A.\n\nHuman: B")]),
+        (QUESTION, [FOUR, FIVE], "text", [[*QUESTION, *FOUR], [*QUESTION, *FIVE]]),
+        (QUESTION, ["4."], "text", [("What is 2 + 2?", "4.")]),
+    ],
+)
+def test_completions_get_the_rewards_of_the_client(kind, server, client, prompt, completions, strings, items):
+    found = ask(kind, server, [prompt] * len(completions), completions, strings=strings, model="pm")
+    assert found == [score.reward for score in client.score(items)]
+
+
+@both
+def test_a_completion_without_a_score(kind, server, caplog):
+    prompts, completions = ["", "a"], ["", "b"]
+    with pytest.raises(InvalidArgumentError, match="item 0"):
+        ask(kind, server, prompts, completions, model="pm")
+    with caplog.at_level(logging.WARNING):
+        none, reward = ask(kind, server, prompts, completions, model="pm", on_error="none")
+    assert (none, type(reward)) == (None, float)
+    assert "1 of 2 completions have no reward" in caplog.text
+    with pytest.raises(NotFoundError):
+        ask(kind, server, prompts, completions, model="nobody", on_error="none")
+    with pytest.raises(TypeError):
+        ask(kind, server, [QUESTION], [[{"role": "assistant", "tool_calls": []}]], model="pm", on_error="raise")
+
+
+def test_names_and_copies(server):
+    with Client(server.url) as client:
+        assert [PlumbReward(client, **given).__name__ for given in ({}, {"model": "pm"}, {"name": "helpful"})] == [
+            "plumb",
+            "pm",
+            "helpful",
+        ]
+        reward = PlumbReward(client, model="pm")
+        assert pickle.loads(pickle.dumps(reward))(["a"], ["b"]) == reward(["a"], ["b"])
+    for wrong in ({"strings": "chat"}, {"on_error": "return"}):
+        with pytest.raises(ValueError, match="is one of"):
+            PlumbReward(**wrong)
+
+
+@pytest.fixture
+def torch():
+    module = pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    module.set_num_threads(1)
+    return module
+
+
+@pytest.fixture
+def tokenizer(torch):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(FIXTURES / "llama-pm", padding_side="left")
+    tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_reward_model_of_ids_has_the_logits_of_transformers(torch, tokenizer, server, side):
+    from plumb_client.reward_model import PlumbRewardModel
+
+    cases = expected("llama-pm")["cases"]
+    model = PlumbRewardModel(server.url, tokenizer, token_ids=True, model="llama-pm")
+    for _ in range(2):
+        batch = tokenizer.pad({"input_ids": [case["token_ids"] for case in cases]}, padding_side=side)
+        logits = model(**batch.convert_to_tensors("pt")).logits
+        assert (logits.shape, logits.dtype) == ((len(cases), 1), torch.float32)
+        assert logits[:, 0].tolist() == pytest.approx([case["reward"] for case in cases], abs=1e-4)
+    wrong = PlumbRewardModel(server.url, tokenizer, token_ids=True, model="pm")
+    with pytest.raises(ValueError, match="another tokenizer"):
+        wrong(**batch)
+
+
+def test_a_reward_model_of_texts(tokenizer, server, client):
+    from plumb_client.reward_model import PlumbRewardModel
+    from plumb_client.transcript import turns
+
+    texts = [HUMAN + " Bye.", "\n\nHuman: 2 + 2?\n\nAssistant: 4."]
+    batch = tokenizer(texts, padding=True, return_tensors="pt")
+    for item in (Text, turns):
+        logits = PlumbRewardModel(client, tokenizer, item=item)(**batch).logits
+        wanted = [score.reward for score in client.score([item(text) for text in texts])]
+        assert logits[:, 0].tolist() == pytest.approx(wanted, abs=1e-6)
+    assert PlumbRewardModel(client, tokenizer).config._name_or_path == "plumb"
+
+
+def test_what_ppo_asks_a_reward_model(torch, tokenizer, client):
+    utils = pytest.importorskip("trl.experimental.utils")
+    from plumb_client.reward_model import PlumbRewardModel
+
+    texts = ["A question? An answer.", "Another? No."]
+    ids = tokenizer(texts, padding=True, return_tensors="pt")["input_ids"]
+    ids = torch.cat([ids, torch.full((2, 2), tokenizer.pad_token_id)], dim=1)
+    _, rewards, _ = utils.get_reward(PlumbRewardModel(client, tokenizer), ids, tokenizer.pad_token_id, 3)
+    assert rewards.tolist() == pytest.approx([score.reward for score in client.score(texts)], abs=1e-6)
+
+
+@pytest.fixture
+def train(torch, server, tmp_path):
+    """Runs an example's training of a tiny random policy."""
+
+    def run(example, *arguments):
+        prompts = tmp_path / "prompts.jsonl"
+        said = ["What is 2 + 2?", "Hello", "Name a city.", "Why?"]
+        prompts.write_text("".join(json.dumps({"prompt": words}) + "\n" for words in said))
+        common = ["--server", server.url, "--reward-model", "pm", "--prompts", prompts, "--output", tmp_path, "--cpu"]
+        main = runpy.run_path(str(PACKAGE / "examples" / example))["main"]
+        rewards = main([str(word) for word in (FIXTURES / "llama-lm", *common, *arguments)])
+        assert (tmp_path / "model.safetensors").exists()
+        return rewards
+
+    return run
+
+
+def test_rewards_rise_in_grpo(train):
+    pytest.importorskip("trl")
+    rewards = train("grpo.py", "--steps", 30, "--batch", 32, "--max-new-tokens", 4, "--lr", 3e-2, "--beta", 0)
+    assert len(rewards) == 30
+    first, last = sum(rewards[:10]) / 10, sum(rewards[-10:]) / 10
+    assert last > first + 0.1, rewards
+
+
+def test_ppo(train):
+    pytest.importorskip("trl.experimental.ppo", reason="PPO is in TRL up to 1.12")
+    rewards = train("ppo.py", "--episodes", 8, "--batch", 4, "--max-new-tokens", 4, "--lr", 1e-3)
+    assert len(rewards) == 2
+
+
+def trained(trainer):
+    trainer.train()
+    return next(line for line in trainer.state.log_history if "loss" in line)
+
+
+def tiny(kind, folder, **options):
+    """Arguments of a training of one step on the CPU."""
+    cpu = {"use_cpu": True, "bf16": False, "model_init_kwargs": {"dtype": "float32"}}
+    quiet = {"save_strategy": "no", "report_to": "none", "logging_steps": 1}
+    return kind(output_dir=str(folder), max_steps=1, per_device_train_batch_size=4, **cpu, **quiet, **options)
+
+
+def test_several_rewards_with_weights_in_rloo(tokenizer, server, tmp_path):
+    pytest.importorskip("trl", minversion="1.14", reason="older versions of TRL do not await objects")
+    from datasets import Dataset
+    from trl import RLOOConfig, RLOOTrainer
+
+    from plumb_client.reward_model import PlumbRewardModel
+
+    options = {"model": "pm", "truncation": "left"}
+    trainer = RLOOTrainer(
+        model=str(FIXTURES / "llama-lm"),
+        processing_class=tokenizer,
+        reward_funcs=[
+            PlumbReward(server.url, name="one", **options),
+            AsyncPlumbReward(server.url, name="two", **options),
+            PlumbRewardModel(server.url, tokenizer, name="three", **options),
+        ],
+        reward_processing_classes=[None, None, tokenizer],
+        train_dataset=Dataset.from_dict({"prompt": ["2 + 2 =", "Hello"]}),
+        args=tiny(
+            RLOOConfig, tmp_path, num_generations=2, max_completion_length=4, reward_weights=[0.5, 1.0, 2.0], beta=0.0
+        ),
+    )
+    line = trained(trainer)
+    one, two, three = (line[f"rewards/{name}/mean"] for name in ("one", "two", "three"))
+    assert one == two == pytest.approx(three, abs=1e-4)
+    assert line["reward"] == pytest.approx(3.5 * one, abs=1e-4)
+
+
+def test_a_reward_model_in_online_dpo(tokenizer, server, tmp_path):
+    dpo = pytest.importorskip("trl.experimental.online_dpo")
+    from datasets import Dataset
+    from transformers import AutoTokenizer
+
+    from plumb_client.reward_model import PlumbRewardModel
+
+    policy = AutoTokenizer.from_pretrained(FIXTURES / "llama-lm", padding_side="left")
+    policy.pad_token = policy.eos_token
+    trainer = dpo.OnlineDPOTrainer(
+        model=str(FIXTURES / "llama-lm"),
+        processing_class=policy,
+        reward_funcs=PlumbRewardModel(server.url, tokenizer, token_ids=True, model="llama-pm"),
+        reward_processing_classes=tokenizer,
+        train_dataset=Dataset.from_dict({"prompt": [QUESTION] * 4}),
+        args=tiny(dpo.OnlineDPOConfig, tmp_path, max_new_tokens=4),
+    )
+    assert trained(trainer)["objective/scores_margin"] > 0
