@@ -171,7 +171,7 @@ where
     let (x, before, after) = (numbers(inputs, 1), numbers(inputs * outputs, 2), numbers(inputs * 8, 3));
     let (bias, new_bias) = (numbers(outputs, 4), numbers(8, 5));
     let mut layer = gpu::Linear::<E>::new(gpu, &rounded(&before), Some(&bias), inputs).unwrap();
-    layer.set(gpu, 8, gpu.upload(&after).unwrap().all()).unwrap();
+    gpu.round(gpu.upload(&after).unwrap().all(), layer.weights_mut(8, 8).unwrap()).unwrap();
     layer.set_bias(gpu, 8, gpu.upload(&new_bias).unwrap().all()).unwrap();
     let weights: Vec<E> = rounded(&[&before[..8 * inputs], &after].concat());
     let x: Vec<E> = rounded(&x);
@@ -292,24 +292,32 @@ fn rewards_go_back() {
     });
 }
 
+fn steps<E: Element>(gpu: &Gpu) {
+    let len = 1000;
+    let (mut weights, mut mean, mut square) = (numbers(len, 1), vec![0.0; len], vec![0.0; len]);
+    let [mut gpu_weights, mut gpu_mean, mut gpu_square] = [&weights, &mean, &square].map(|v| gpu.upload(v).unwrap());
+    let mut copy = gpu.zeros::<E>(len).unwrap();
+    for step in 1..=3 {
+        let how = AdamW { lr: 0.1, beta1: 0.9, beta2: 0.99, eps: 1e-8, weight_decay: 0.1, step, scale: 0.5 };
+        let gradient = numbers(len, 1 + step as usize);
+        how.update(&mut weights, &gradient, &mut mean, &mut square);
+        let gradient = gpu.upload(&gradient).unwrap();
+        let means = [gpu_mean.all_mut(), gpu_square.all_mut()];
+        let to = (step > 1).then(|| copy.all_mut());
+        how.update_on(gpu, gpu_weights.all_mut(), gradient.all(), means, to).unwrap();
+        let expected = if step > 1 { gpu_weights.to_vec().unwrap() } else { vec![0.0; len] };
+        assert!(copy.to_vec().unwrap() == rounded::<E>(&expected), "the decoder's copy after step {step}");
+    }
+    assert_within(&gpu_weights.to_vec().unwrap(), &weights, 2e-5, "weights");
+    assert_close(&gpu_mean.to_vec().unwrap(), &mean, "mean");
+    assert_close(&gpu_square.to_vec().unwrap(), &square, "square");
+}
+
 #[test]
 fn steps_are_those_of_the_cpu() {
     on_each(|gpu| {
-        let len = 1000;
-        let (mut weights, mut mean, mut square) = (numbers(len, 1), vec![0.0; len], vec![0.0; len]);
-        let [mut gpu_weights, mut gpu_mean, mut gpu_square] =
-            [&weights, &mean, &square].map(|v| gpu.upload(v).unwrap());
-        for step in 1..=3 {
-            let how = AdamW { lr: 0.1, beta1: 0.9, beta2: 0.99, eps: 1e-8, weight_decay: 0.1, step, scale: 0.5 };
-            let gradient = numbers(len, 1 + step as usize);
-            how.update(&mut weights, &gradient, &mut mean, &mut square);
-            let gradient = gpu.upload(&gradient).unwrap();
-            let means = [gpu_mean.all_mut(), gpu_square.all_mut()];
-            how.update_on(gpu, gpu_weights.all_mut(), gradient.all(), means).unwrap();
-        }
-        assert_within(&gpu_weights.to_vec().unwrap(), &weights, 2e-5, "weights");
-        assert_close(&gpu_mean.to_vec().unwrap(), &mean, "mean");
-        assert_close(&gpu_square.to_vec().unwrap(), &square, "square");
+        steps::<f32>(gpu);
+        steps::<bf16>(gpu);
     });
 }
 

@@ -12,7 +12,9 @@ use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use plumb_kernels::gradient::AdamW;
 use plumb_model::checkpoint::{Checkpoint, Source};
 use plumb_model::config::{Head, RewardHead};
-use plumb_model::decoder::gradient::{Group, Language, Numbers, Parameters, Sequence, TrainOptions, Trainable};
+use plumb_model::decoder::gradient::{
+    Group, Language, Numbers, Parameter, Parameters, Sequence, TrainOptions, Trainable,
+};
 use plumb_model::decoder::{DType, Device};
 
 const PAIRS: usize = 4;
@@ -68,7 +70,7 @@ fn step(c: &mut Criterion) {
                         rewards.chunks_exact(2).map(slope).flat_map(|d| [-d, d]).collect()
                     };
                     let outcomes = model.gradient(groups, &mut slopes, &mut gradient);
-                    let how = AdamW {
+                    let how = |_: &Parameter| AdamW {
                         lr: 1e-5,
                         beta1: 0.9,
                         beta2: 0.95,
@@ -77,9 +79,7 @@ fn step(c: &mut Criterion) {
                         step: number,
                         scale: 1.0,
                     };
-                    let all = 0..values.len();
-                    values.step(&gradient, [&mut mean, &mut square], all, &how).unwrap();
-                    model.set(&values).unwrap();
+                    model.step(&mut values, &gradient, [&mut mean, &mut square], &how).unwrap();
                     outcomes
                 })
             });

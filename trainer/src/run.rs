@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use indicatif::{HumanCount, ProgressBar, ProgressDrawTarget, ProgressStyle};
 use plumb_kernels::gradient::AdamW;
-use plumb_model::decoder::gradient::{Group, Numbers, TrainOptions, Trainable};
+use plumb_model::decoder::gradient::{Group, Numbers, Parameter, TrainOptions, Trainable};
 use plumb_model::decoder::{DType, Device, DeviceChoice};
 use serde_json::json;
 
@@ -240,23 +240,18 @@ impl<'a> Run<'a> {
         }
         let clip = f64::from(recipe.clip);
         let lr = recipe.lr_at(step, total);
-        let how = AdamW {
+        let how = |parameter: &Parameter| AdamW {
             lr,
             beta1: recipe.beta1,
             beta2: recipe.beta2,
             eps: recipe.eps,
-            weight_decay: 0.0,
+            // Norms and biases are not drawn to zero.
+            weight_decay: if parameter.shape.len() > 1 { recipe.weight_decay } else { 0.0 },
             step: step as u32,
             scale: if clip > 0.0 && norm > clip { (clip / norm) as f32 } else { 1.0 },
         };
         let State { weights, mean, square, .. } = &mut self.state;
-        for parameter in self.draft.trained.list() {
-            // Norms and biases are not drawn to zero.
-            let weight_decay = if parameter.shape.len() > 1 { recipe.weight_decay } else { 0.0 };
-            let how = AdamW { weight_decay, ..how };
-            weights.step(gradient, [mean, square], parameter.range.clone(), &how)?;
-        }
-        self.model.set(self.draft.trained.weights(weights)?)?;
+        self.draft.trained.step(&mut self.model, weights, gradient, [mean, square], how)?;
         self.state.step = step;
 
         let (seconds, tokens) = (start.elapsed().as_secs_f64(), sums.tokens);

@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use plumb_kernels::attention::{KvPages, Rule, Span};
 use plumb_kernels::element::round_all;
-use plumb_kernels::gradient::{self, Keys, Outer};
+use plumb_kernels::gradient::{self, AdamW, Keys, Outer};
 use plumb_kernels::linear::{Activated, Kept, Linear, Store};
 use plumb_kernels::norm::Norm;
 
@@ -12,9 +12,10 @@ use super::super::Device;
 use super::super::backend::{Backend, How, Number, Stream};
 use super::super::build::Load;
 use super::super::cpu::{Cpu, resize};
-use super::backend::{Attended, Gradients, Sums, Targets, Values, VocabularyBack};
+use super::backend::{Attended, Gradients, Sums, Targets, VocabularyBack};
 use super::numbers::{Numbers, Place};
 use super::parameters::LayerRanges;
+use super::set::New;
 use crate::Result;
 
 /// Up and gate, the other way round.
@@ -113,12 +114,16 @@ impl<E: Load + Number> Gradients for Cpu<E> {
         }
     }
 
-    fn with_list<R>(&self, values: &[f32], f: impl FnOnce(&[f32]) -> Result<R>) -> Result<R> {
-        f(values)
+    fn with_list<R>(&self, values: &[f32], f: impl FnOnce(&Vec<f32>) -> Result<R>) -> Result<R> {
+        f(&values.to_vec())
     }
 
     fn within<'a>(part: Self::Part<'a, f32>, range: Range<usize>) -> Self::Part<'a, f32> {
         &part[range]
+    }
+
+    fn within_mut<'a, T: Number>(part: &'a mut &mut [T], range: Range<usize>) -> &'a mut [T] {
+        &mut part[range]
     }
 
     fn len<T: Number>(part: &[T]) -> usize {
@@ -151,6 +156,18 @@ impl<E: Load + Number> Gradients for Cpu<E> {
     fn accumulate(&self, x: &[f32], sum: &mut [f32]) -> Result<()> {
         sum.iter_mut().zip(x).for_each(|(sum, x)| *sum += x);
         Ok(())
+    }
+
+    fn update(
+        &self,
+        how: &AdamW,
+        weights: &mut [f32],
+        gradient: &[f32],
+        [mean, square]: [&mut [f32]; 2],
+        rounded: Option<&mut [E]>,
+    ) -> Result<()> {
+        how.update(weights, gradient, mean, square);
+        rounded.map_or(Ok(()), |rounded| self.round(weights, rounded))
     }
 
     fn back(&self) -> Linear<E> {
@@ -196,12 +213,14 @@ impl<E: Load + Number> Gradients for Cpu<E> {
         linear: &mut Linear<E>,
         back: &mut Linear<E>,
         inputs: usize,
-        Values { rows, bias }: Values<'_, Self>,
+        new: &mut New<'_, Self>,
+        [rows, bias]: [&Range<usize>; 2],
     ) -> Result<()> {
+        let rows = new.take(self, rows)?;
         linear.refill(0, rows);
         back.fill_transposed_f32(rows, inputs);
-        if let Some(bias) = bias {
-            linear.refill_bias(bias);
+        if !bias.is_empty() {
+            linear.refill_bias(new.take(self, bias)?);
         }
         Ok(())
     }
@@ -211,16 +230,21 @@ impl<E: Load + Number> Gradients for Cpu<E> {
         activated: &mut Activated<E>,
         back: &mut ActivatedBack<E>,
         inputs: usize,
-        up: Values<'_, Self>,
-        gate: Option<Values<'_, Self>>,
+        new: &mut New<'_, Self>,
+        LayerRanges { gate, gate_bias, up, up_bias, .. }: &LayerRanges,
     ) -> Result<()> {
-        activated.refill(up.rows, gate.as_ref().map(|gate| gate.rows));
-        back.up.fill_transposed_f32(up.rows, inputs);
-        if let Some(gate) = &gate {
-            back.gate.get_or_insert_with(Linear::empty).fill_transposed_f32(gate.rows, inputs);
+        for range in [gate, gate_bias, up, up_bias] {
+            new.take(self, range)?;
         }
-        if let Some(bias) = up.bias {
-            activated.refill_bias(bias, gate.and_then(|gate| gate.bias));
+        let some = |range: &Range<usize>| (!range.is_empty()).then(|| new.part(range));
+        let (up, gate) = (new.part(up), some(gate));
+        activated.refill(up, gate);
+        back.up.fill_transposed_f32(up, inputs);
+        if let Some(gate) = gate {
+            back.gate.get_or_insert_with(Linear::empty).fill_transposed_f32(gate, inputs);
+        }
+        if let Some(bias) = some(up_bias) {
+            activated.refill_bias(bias, some(gate_bias));
         }
         Ok(())
     }

@@ -5,15 +5,16 @@ use std::ops::Range;
 use plumb_kernels::attention::{Rule, Span};
 use plumb_kernels::gpu::gradient::{self, Columns, Losses, Scatter, Slopes};
 use plumb_kernels::gpu::{Buffer, Linear, Norm, Output, View, ViewMut};
-use plumb_kernels::gradient::Keys;
+use plumb_kernels::gradient::{AdamW, Keys};
 
 use super::super::Device;
 use super::super::backend::{Backend, How, Number, Stream};
 use super::super::build::Load;
 use super::super::gpu::{Activated, OnGpu};
-use super::backend::{Attended, Gradients, Sums, Targets, Values, VocabularyBack};
+use super::backend::{Attended, Gradients, Sums, Targets, VocabularyBack};
 use super::numbers::{Numbers, Place};
 use super::parameters::LayerRanges;
+use super::set::New;
 use crate::Result;
 
 /// What is needed on the way.
@@ -120,11 +121,15 @@ where
         }
     }
 
-    fn with_list<R>(&self, values: &[f32], f: impl FnOnce(View<'_, f32>) -> Result<R>) -> Result<R> {
-        f(self.gpu.upload(values)?.all())
+    fn with_list<R>(&self, values: &[f32], f: impl FnOnce(&Buffer<f32>) -> Result<R>) -> Result<R> {
+        f(&self.gpu.upload(values)?)
     }
 
     fn within<'a>(part: Self::Part<'a, f32>, range: Range<usize>) -> Self::Part<'a, f32> {
+        part.part(range)
+    }
+
+    fn within_mut<'a, T: Number>(part: &'a mut ViewMut<'_, T>, range: Range<usize>) -> ViewMut<'a, T> {
         part.part(range)
     }
 
@@ -156,6 +161,17 @@ where
 
     fn accumulate(&self, x: View<'_, f32>, sum: ViewMut<'_, f32>) -> Result<()> {
         Ok(self.gpu.add(x, sum)?)
+    }
+
+    fn update(
+        &self,
+        how: &AdamW,
+        weights: ViewMut<'_, f32>,
+        gradient: View<'_, f32>,
+        means: [ViewMut<'_, f32>; 2],
+        rounded: Option<ViewMut<'_, E>>,
+    ) -> Result<()> {
+        Ok(how.update_on(&self.gpu, weights, gradient, means, rounded)?)
     }
 
     fn back(&self) {}
@@ -196,33 +212,32 @@ where
         linear: &mut Linear<E>,
         (): &mut (),
         _: usize,
-        Values { rows, bias }: Values<'_, Self>,
+        new: &mut New<'_, Self>,
+        [rows, bias]: [&Range<usize>; 2],
     ) -> Result<()> {
-        linear.set(&self.gpu, 0, rows)?;
-        if let Some(bias) = bias {
-            linear.set_bias(&self.gpu, 0, bias)?;
+        new.round(self, rows, linear.weights_mut(0, linear.outputs())?)?;
+        if !bias.is_empty() {
+            linear.set_bias(&self.gpu, 0, new.take(self, bias)?)?;
         }
         Ok(())
     }
 
     fn set_activated(
         &self,
-        Activated { linear, .. }: &mut Activated<E>,
+        Activated { linear, gated, .. }: &mut Activated<E>,
         (): &mut (),
-        inputs: usize,
-        up: Values<'_, Self>,
-        gate: Option<Values<'_, Self>>,
+        _: usize,
+        new: &mut New<'_, Self>,
+        ranges: &LayerRanges,
     ) -> Result<()> {
-        let mut set = |first: usize, Values { rows, bias }: Values<'_, Self>| {
-            linear.set(&self.gpu, first, rows)?;
-            bias.map_or(Ok(()), |bias| linear.set_bias(&self.gpu, first, bias))
-        };
-        let mut first_up = 0;
-        if let Some(gate) = gate {
-            first_up = gate.rows.len() / inputs;
-            set(0, gate)?;
+        let width = if *gated { linear.outputs() / 2 } else { linear.outputs() };
+        for (first, rows, bias) in activated_parts(linear.outputs(), width, ranges) {
+            new.round(self, rows, linear.weights_mut(first, width)?)?;
+            if !bias.is_empty() {
+                linear.set_bias(&self.gpu, first, new.take(self, bias)?)?;
+            }
         }
-        Ok(set(first_up, up)?)
+        Ok(())
     }
 
     fn set_norm(&self, norm: &mut Norm, values: View<'_, f32>, offset: f32) -> Result<()> {
@@ -263,8 +278,7 @@ where
     ) -> Result<()> {
         let (all, inputs) = (linear.outputs(), linear.inputs());
         let width = if *gated { all / 2 } else { all };
-        let parts = [(all - width, &ranges.up, &ranges.up_bias), (0, &ranges.gate, &ranges.gate_bias)];
-        for (first, weights, bias) in parts.into_iter().filter(|(_, weights, _)| !weights.is_empty()) {
+        for (first, weights, bias) in activated_parts(all, width, ranges) {
             let d = Columns::part(activations.view(0..rows * all), all, first, width);
             self.gpu.add_outer(x, inputs, d, gradient.view_mut(weights.clone()))?;
             if !bias.is_empty() {
@@ -401,4 +415,14 @@ where
         }
         Ok(losses)
     }
+}
+
+/// Up, and gate where there is one: the first of their outputs of so many, and their weights and biases in the list.
+fn activated_parts(
+    all: usize,
+    width: usize,
+    ranges: &LayerRanges,
+) -> impl Iterator<Item = (usize, &Range<usize>, &Range<usize>)> {
+    let parts = [(all - width, &ranges.up, &ranges.up_bias), (0, &ranges.gate, &ranges.gate_bias)];
+    parts.into_iter().filter(|(_, weights, _)| !weights.is_empty())
 }

@@ -22,6 +22,7 @@ use std::fmt::Debug;
 
 use candle_core::Tensor;
 use plumb_kernels::Element;
+use plumb_kernels::gradient::AdamW;
 use plumb_kernels::linear::{Matrix, Rows};
 
 pub use batch::{Group, Language, Outcome, Sequence};
@@ -40,6 +41,7 @@ use backward::{Backs, Backward, Scratch};
 use batch::Plan;
 use numbers::elsewhere;
 use parameters::LayerRanges;
+use set::{New, Stepped};
 use tape::Kepts;
 
 /// A decoder whose weights change.
@@ -86,6 +88,24 @@ impl Trainable {
         self.0.set(values)
     }
 
+    /// Takes an optimiser's step: changes weights by their gradient and its running means `[mean, square]`, tensor by tensor
+    /// as `how` says, and takes them as they are made.
+    ///
+    /// # Errors
+    /// If the numbers are on another device, or a GPU has failed.
+    ///
+    /// # Panics
+    /// If there are more or fewer than weights.
+    pub fn step(
+        &mut self,
+        weights: &mut Numbers,
+        gradient: &Numbers,
+        means: [&mut Numbers; 2],
+        how: &dyn Fn(&Parameter) -> AdamW,
+    ) -> Result<()> {
+        self.0.step(weights, gradient, means, how)
+    }
+
     /// Where the weights are in their list.
     pub fn parameters(&self) -> &Parameters {
         self.0.parameters()
@@ -125,6 +145,13 @@ impl Trainable {
 /// A decoder, whatever it computes on and in.
 trait Trains: Debug + Send {
     fn set(&mut self, values: &Numbers) -> Result<()>;
+    fn step(
+        &mut self,
+        weights: &mut Numbers,
+        gradient: &Numbers,
+        means: [&mut Numbers; 2],
+        how: &dyn Fn(&Parameter) -> AdamW,
+    ) -> Result<()>;
     fn parameters(&self) -> &Parameters;
     fn run(
         &mut self,
@@ -136,13 +163,33 @@ trait Trains: Debug + Send {
 
 impl<B: Gradients> Trains for Inner<B> {
     fn set(&mut self, values: &Numbers) -> Result<()> {
+        assert_eq!(values.len(), self.parameters.len(), "as many weights as before");
         B::run(|| match B::list(values) {
-            Some(list) => Inner::set(self, B::part(list, 0..values.len())),
+            Some(list) => Inner::set(self, New::There(list)),
             None => {
                 let backend = self.stack.backend.clone();
-                backend.with_list(&values.to_host()?, |values| Inner::set(self, values))
+                backend.with_list(&values.to_host()?, |values| Inner::set(self, New::There(values)))
             }
         })
+    }
+
+    fn step(
+        &mut self,
+        weights: &mut Numbers,
+        gradient: &Numbers,
+        [mean, square]: [&mut Numbers; 2],
+        how: &dyn Fn(&Parameter) -> AdamW,
+    ) -> Result<()> {
+        let lengths = [weights.len(), gradient.len(), mean.len(), square.len()];
+        assert_eq!(lengths, [self.parameters.len(); 4], "numbers of a step");
+        let steps = self.parameters.list().iter().map(|parameter| (parameter.range.clone(), Some(how(parameter))));
+        let stepped = Stepped {
+            weights: B::list_mut(weights).ok_or_else(elsewhere)?,
+            gradient: B::list(gradient).ok_or_else(elsewhere)?,
+            means: [B::list_mut(mean).ok_or_else(elsewhere)?, B::list_mut(square).ok_or_else(elsewhere)?],
+            steps: steps.collect(),
+        };
+        B::run(|| Inner::set(self, New::Stepped(stepped)))
     }
 
     fn parameters(&self) -> &Parameters {
@@ -187,7 +234,7 @@ struct Inner<B: Gradients> {
     /// With checkpointing, the residual stream before each layer.
     inputs: Vec<B::Array<f32>>,
     /// q, k and v in the decoder's order, and their biases, where a checkpoint has another.
-    ordered: [B::Array<f32>; 2],
+    ordered: B::Array<f32>,
     scratch: Scratch<B>,
 }
 
@@ -224,11 +271,11 @@ impl<B: Gradients> Inner<B> {
             used: None,
             tapes: Vec::new(),
             inputs: Vec::new(),
-            ordered: [backend.array(), backend.array()],
+            ordered: backend.array(),
             scratch: Scratch::new(&backend),
             stack,
         };
-        backend.with_list(values, |values| inner.set(values))?;
+        backend.with_list(values, |values| inner.set(New::There(values)))?;
         Ok(inner)
     }
 
@@ -377,7 +424,7 @@ impl<B: Gradients> Inner<B> {
             + self.pages * B::page_bytes(&self.stack.config)
             + self.buffers.bytes()
             + self.tapes.iter().map(Kepts::bytes).sum::<usize>()
-            + self.inputs.iter().chain(&self.ordered).map(B::bytes).sum::<usize>()
+            + self.inputs.iter().chain([&self.ordered]).map(B::bytes).sum::<usize>()
             + self.scratch.bytes()
     }
 }
