@@ -240,10 +240,13 @@ where
             let mut d_head = gpu.upload(&before).unwrap();
             let slopes = Slopes { weights: &row_weights, d_x: d_x.all_mut(), d_head: d_head.all_mut() };
             let of = if taught { Targets::Teachers(&teachers) } else { Targets::Tokens(&targets) };
-            let found = kernel.run(&head, softcap, gpu_x.all(), of, Some(slopes)).unwrap();
+            let mut found = gpu.zeros(rows).unwrap();
+            kernel.run(&head, softcap, gpu_x.all(), of, found.all_mut(), Some(slopes)).unwrap();
+            let found = found.to_vec().unwrap();
             assert_within(&found, &expected, 1e-4, &what);
-            let forward = kernel.run(&head, softcap, gpu_x.all(), of, None).unwrap();
-            assert_eq!(forward, found, "{what}");
+            let mut forward = gpu.zeros(rows).unwrap();
+            kernel.run(&head, softcap, gpu_x.all(), of, forward.all_mut(), None).unwrap();
+            assert_eq!(forward.to_vec().unwrap(), found, "{what}");
 
             let (mut expected_x, mut expected_head) = (vec![0.0; x.len()], before);
             for (row, d) in d.chunks_exact(tokens).enumerate() {
@@ -265,6 +268,22 @@ fn losses_on_a_vocabulary_are_those_of_the_cpu() {
     on_each(|gpu| {
         losses::<f32>(gpu);
         losses::<bf16>(gpu);
+    });
+}
+
+#[test]
+fn pairs_have_the_slopes_of_the_cpu() {
+    on_each(|gpu| {
+        let mut rewards: Vec<f32> = numbers(600, 1).iter().map(|r| 10.0 * r).collect();
+        rewards.extend([300.0, -300.0, -300.0, 300.0, 2.0, 2.0, f32::NAN, 1.0]);
+        let mut expected = vec![0.0; rewards.len()];
+        gradient::pair_slopes(&rewards, 0.125, &mut expected);
+        let mut slopes = gpu.zeros::<f32>(rewards.len()).unwrap();
+        gpu.pair_slopes(gpu.upload(&rewards).unwrap().all(), 0.125, slopes.all_mut()).unwrap();
+        let found = gpu.read(slopes.all()).unwrap();
+        let numbers = rewards.len() - 2;
+        assert_close(&found[..numbers], &expected[..numbers], "slopes");
+        assert!(found[numbers..].iter().chain(&expected[numbers..]).all(|slope| slope.is_nan()));
     });
 }
 

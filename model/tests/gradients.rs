@@ -29,12 +29,6 @@ fn softplus(x: f32) -> f32 {
     x.exp().ln_1p()
 }
 
-/// The slopes of `softplus(rejected - chosen)`.
-fn pair_slopes(rewards: &[f32]) -> Vec<f32> {
-    let d = 1.0 / (1.0 + (rewards[0] - rewards[1]).exp());
-    vec![-d, d]
-}
-
 /// Chosen and rejected.
 struct Pair([Vec<u32>; 2]);
 
@@ -67,8 +61,8 @@ impl Pair {
 
 fn gradient(model: &mut Trainable, groups: &[Group<'_>], device: &Device) -> (Vec<Outcome>, Vec<f32>) {
     let mut gradient = Numbers::new(vec![0.0; model.parameters().len()], device).unwrap();
-    let outcomes = model.gradient(groups, &mut pair_slopes, &mut gradient).unwrap();
-    (outcomes, gradient.to_host().unwrap().into_owned())
+    model.gradient(groups, 1.0, &mut gradient).unwrap();
+    (model.outcomes().unwrap(), gradient.to_host().unwrap().into_owned())
 }
 
 fn norm(values: &[f32]) -> f64 {
@@ -294,6 +288,10 @@ fn what_does_not_fit_is_refused() {
     check(&[5; 65], Language::Nothing, "65");
     check(&[280], Language::Nothing, "vocabulary");
     check(&[5; 4], Language::Next { rows: 0..2, weight: 1.0 }, "vocabulary head");
+    let lonely = Group { sequences: vec![Sequence { tokens: &[5; 4], reward: true, language: Language::Nothing }] };
+    let mut gradient = Numbers::new(vec![0.0; values.len()], &Device::Cpu).unwrap();
+    let error = model.gradient(&[lonely], 1.0, &mut gradient).unwrap_err();
+    assert!(error.to_string().contains("1 rewards are not of pairs"), "{error}");
     assert!(Trainable::new(&config, &values[1..], DType::F32, 64, PLAIN, &Device::Cpu).is_err());
 }
 
@@ -306,7 +304,7 @@ fn a_gradient_elsewhere_is_refused() {
     for (device, other) in [(&cpu, &gpu), (&gpu, &cpu)] {
         let mut model = Trainable::new(&config, &values, DType::F32, 64, PLAIN, device).unwrap();
         let mut gradient = Numbers::new(vec![0.0; values.len()], other).unwrap();
-        let refused = model.gradient(&pair.groups(true, true), &mut pair_slopes, &mut gradient).unwrap_err();
+        let refused = model.gradient(&pair.groups(true, true), 1.0, &mut gradient).unwrap_err();
         assert!(refused.to_string().contains("not on the device"), "{refused}");
         let mut weights = Numbers::new(values.clone(), device).unwrap();
         let [mut mean, mut square] = [(); 2].map(|()| weights.zeros().unwrap());

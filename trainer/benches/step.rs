@@ -65,11 +65,7 @@ fn step(c: &mut Criterion) {
                 pool.install(|| {
                     number += 1;
                     gradient.clear().unwrap();
-                    let mut slopes = |rewards: &[f32]| {
-                        let slope = |pair: &[f32]| 0.25 / (1.0 + (pair[0] - pair[1]).exp());
-                        rewards.chunks_exact(2).map(slope).flat_map(|d| [-d, d]).collect()
-                    };
-                    let outcomes = model.gradient(groups, &mut slopes, &mut gradient);
+                    model.gradient(groups, 0.25, &mut gradient).unwrap();
                     let how = |_: &Parameter| AdamW {
                         lr: 1e-5,
                         beta1: 0.9,
@@ -80,7 +76,7 @@ fn step(c: &mut Criterion) {
                         scale: 1.0,
                     };
                     model.step(&mut values, &gradient, [&mut mean, &mut square], &how).unwrap();
-                    outcomes
+                    model.outcomes().unwrap()
                 })
             });
         });

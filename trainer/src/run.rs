@@ -5,7 +5,8 @@
 //! processes, of which the first writes all files.
 //!
 //! On a GPU, weights, gradient and the optimiser's memory stay there from step to step. They come to the process where it
-//! saves a state, where gradients of several shards are added up, and where an adapter's are made of them.
+//! saves a state, where gradients of several shards are added up, and where an adapter's are made of them. Rewards and
+//! losses come once a shard, when all of its parts have been asked for.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -219,15 +220,19 @@ impl<'a> Run<'a> {
         let weights = Weights::new(recipe, &batch);
         let trained = &mut self.draft.trained;
         let sums = self.shards.gradient(&batch, gradient, |shard, gradient| {
-            let mut sums = Sums::default();
+            let mut groups = Vec::new();
             trained.gradient(&self.state.weights, gradient, |gradient| {
                 for part in micro_batches(&shard, recipe.micro_batch_tokens) {
-                    let groups: Vec<Group<'_>> = part.iter().map(|i| weights.group(shard[*i])).collect();
-                    let outcomes = self.model.gradient(&groups, &mut |rewards| weights.slopes(rewards), gradient)?;
-                    sums.add(recipe.objective, &groups, &outcomes);
+                    let before = groups.len();
+                    groups.extend(part.iter().map(|i| weights.group(shard[*i])));
+                    self.model.gradient(&groups[before..], weights.pair, gradient)?;
                 }
-                Ok(sums)
-            })
+                Ok(())
+            })?;
+            // Of all parts at once: a GPU has not been waited for until now.
+            let mut sums = Sums::default();
+            sums.add(recipe.objective, &groups, &self.model.outcomes()?);
+            Ok(sums)
         })?;
         let measures = sums.means(recipe);
         let norm = gradient.sum_of_squares()?.sqrt();

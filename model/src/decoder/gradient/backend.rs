@@ -219,18 +219,21 @@ pub(in super::super) trait Gradients: Backend {
 
     // ---- what the decoder ends in; `rows` of the residual stream ----
 
-    /// Adds the gradients of rewards, given how the loss changes with each.
-    fn rewards_back(
+    /// The reward of each row into `rewards`, and, where they are wanted, the gradients of `weight * softplus(rejected -
+    /// chosen)` of rows in pairs, chosen before rejected.
+    #[expect(clippy::too_many_arguments, reason = "what it reads, and what it writes")]
+    fn pairs(
         &self,
         from: Stream<'_, Self>,
         rows: &[u32],
-        weight: &Self::Array<f32>,
-        slopes: &[f32],
-        sums: Sums<'_, Self>,
+        head: RewardHead<'_, Self>,
+        weight: f32,
+        rewards: Self::PartMut<'_, f32>,
+        sums: Option<Sums<'_, Self>>,
         room: &mut Self::Room,
     ) -> Result<()>;
 
-    /// The loss of each row, in nats, and their gradients, times `weights`, where they are wanted.
+    /// The loss of each row, in nats, into `losses`, and their gradients, times `weights`, where they are wanted.
     #[expect(clippy::too_many_arguments, reason = "what it reads, and what it writes")]
     fn losses(
         &self,
@@ -239,9 +242,10 @@ pub(in super::super) trait Gradients: Backend {
         head: VocabularyBack<'_, Self>,
         targets: &Targets<'_>,
         weights: &[f32],
+        losses: Self::PartMut<'_, f32>,
         sums: Option<Sums<'_, Self>>,
         room: &mut Self::Room,
-    ) -> Result<Vec<f32>>;
+    ) -> Result<()>;
 }
 
 /// What attention read, and what it made of it.
@@ -254,6 +258,12 @@ pub(in super::super) struct Attended<'a, B: Backend> {
     /// Nothing, unless [`Gradients::LOG_SUMS`].
     #[cfg_attr(not(feature = "gpu"), expect(dead_code, reason = "the CPU goes over the keys again"))]
     pub(in super::super) log_sums: B::Part<'a, f32>,
+}
+
+/// A reward head, `weight . x + bias`.
+pub(in super::super) struct RewardHead<'a, B: Backend> {
+    pub(in super::super) weight: &'a B::Array<f32>,
+    pub(in super::super) bias: f32,
 }
 
 /// A language head, and the way back through it.

@@ -5,6 +5,7 @@ use std::ops::Range;
 use plumb_kernels::attention::{KvPages, Rule, Span};
 use plumb_kernels::element::round_all;
 use plumb_kernels::gradient::{self, AdamW, Keys, Outer};
+use plumb_kernels::head::dot;
 use plumb_kernels::linear::{Activated, Kept, Linear, Store};
 use plumb_kernels::norm::Norm;
 
@@ -12,7 +13,7 @@ use super::super::Device;
 use super::super::backend::{Backend, How, Number, Stream};
 use super::super::build::Load;
 use super::super::cpu::{Cpu, resize};
-use super::backend::{Attended, Gradients, Sums, Targets, VocabularyBack};
+use super::backend::{Attended, Gradients, RewardHead, Sums, Targets, VocabularyBack};
 use super::numbers::{Numbers, Place};
 use super::parameters::LayerRanges;
 use super::set::New;
@@ -380,22 +381,27 @@ impl<E: Load + Number> Gradients for Cpu<E> {
         Ok(())
     }
 
-    fn rewards_back(
+    fn pairs(
         &self,
         from: Stream<'_, Self>,
         rows: &[u32],
-        weight: &Vec<f32>,
-        slopes: &[f32],
-        sums: Sums<'_, Self>,
+        RewardHead { weight, bias }: RewardHead<'_, Self>,
+        pair_weight: f32,
+        rewards: &mut [f32],
+        sums: Option<Sums<'_, Self>>,
         room: &mut Room<E>,
     ) -> Result<()> {
         room.gather(&from, rows);
-        let len = rows.len() * from.width;
+        let (width, len) = (from.width, rows.len() * from.width);
         let mut normed = vec![0.0f32; len];
         from.norm.forward(&room.x[..len], &mut normed);
+        let normed = || normed.chunks_exact(width);
+        rewards.iter_mut().zip(normed()).for_each(|(reward, row)| *reward = dot(weight, row) + bias);
+        let Some(sums) = sums else { return Ok(()) };
+        let mut slopes = vec![0.0; rows.len()];
+        gradient::pair_slopes(rewards, pair_weight, &mut slopes);
         let d_normed = resize(&mut room.d_normed, len);
-        let each = slopes.iter().zip(normed.chunks_exact(from.width)).zip(d_normed.chunks_exact_mut(from.width));
-        for ((d, normed), d_normed) in each {
+        for ((d, normed), d_normed) in slopes.iter().zip(normed()).zip(d_normed.chunks_exact_mut(width)) {
             d_normed.iter_mut().zip(weight).for_each(|(to, w)| *to = d * w);
             let score = &mut sums.gradient[sums.ranges.score.clone()];
             score.iter_mut().zip(normed).for_each(|(sum, x)| *sum += d * x);
@@ -412,9 +418,10 @@ impl<E: Load + Number> Gradients for Cpu<E> {
         head: VocabularyBack<'_, Self>,
         targets: &Targets<'_>,
         weights: &[f32],
+        losses: &mut [f32],
         sums: Option<Sums<'_, Self>>,
         room: &mut Room<E>,
-    ) -> Result<Vec<f32>> {
+    ) -> Result<()> {
         let VocabularyBack { logits: logits_of, back, softcap, size } = head;
         room.gather(&from, rows);
         let len = rows.len() * from.width;
@@ -422,13 +429,12 @@ impl<E: Load + Number> Gradients for Cpu<E> {
         from.norm.forward(&room.x[..len], normed);
         let logits = resize(&mut room.logits, rows.len() * size);
         logits_of.forward(normed, logits, Store::Set);
-        let mut losses = vec![0.0; rows.len()];
         let d_logits = resize(&mut room.d_logits, logits.len());
         match targets {
-            Targets::Tokens(ids) => gradient::cross_entropy(logits, softcap, ids, weights, &mut losses, d_logits),
-            Targets::Teachers(top) => gradient::distillation(logits, softcap, top, weights, &mut losses, d_logits),
+            Targets::Tokens(ids) => gradient::cross_entropy(logits, softcap, ids, weights, losses, d_logits),
+            Targets::Teachers(top) => gradient::distillation(logits, softcap, top, weights, losses, d_logits),
         }
-        let Some(sums) = sums else { return Ok(losses) };
+        let Some(sums) = sums else { return Ok(()) };
         let d_normed = resize(&mut room.d_normed, len);
         // The inner loop takes pairs: an odd vocabulary has one more, which counts nothing.
         if back.inputs() == size {
@@ -441,6 +447,6 @@ impl<E: Load + Number> Gradients for Cpu<E> {
         room.outer.take(normed, from.width);
         room.outer.add(d_logits, &mut sums.gradient[sums.ranges.language_head.clone()]);
         room.scatter(&from, rows, sums);
-        Ok(losses)
+        Ok(())
     }
 }

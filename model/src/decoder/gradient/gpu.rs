@@ -11,7 +11,7 @@ use super::super::Device;
 use super::super::backend::{Backend, How, Number, Stream};
 use super::super::build::Load;
 use super::super::gpu::{Activated, OnGpu};
-use super::backend::{Attended, Gradients, Sums, Targets, VocabularyBack};
+use super::backend::{Attended, Gradients, RewardHead, Sums, Targets, VocabularyBack};
 use super::numbers::{Numbers, Place};
 use super::parameters::LayerRanges;
 use super::set::New;
@@ -138,9 +138,7 @@ where
     }
 
     fn read(&self, part: View<'_, f32>) -> Result<Vec<f32>> {
-        let mut values = self.gpu.zeros::<f32>(part.len())?;
-        self.gpu.copy(part, values.all_mut())?;
-        Ok(values.to_vec()?)
+        Ok(self.gpu.read(part)?)
     }
 
     fn copy(&self, from: View<'_, f32>, to: ViewMut<'_, f32>) -> Result<()> {
@@ -361,27 +359,29 @@ where
         Ok(room.attention.unprepare(dqkv, before, dim, how.into(), d_q_norm, d_k_norm, qkv)?)
     }
 
-    fn rewards_back(
+    fn pairs(
         &self,
         from: Stream<'_, Self>,
         rows: &[u32],
-        weight: &Buffer<f32>,
-        slopes: &[f32],
-        sums: Sums<'_, Self>,
+        RewardHead { weight, bias }: RewardHead<'_, Self>,
+        pair_weight: f32,
+        mut rewards: ViewMut<'_, f32>,
+        sums: Option<Sums<'_, Self>>,
         room: &mut Room<E>,
     ) -> Result<()> {
         let len = rows.len() * from.width;
         room.set_rows(rows)?;
-        room.slopes.grow(rows.len())?;
-        room.slopes.write(0, slopes)?;
         let wide = self.resize(&mut room.wide, len)?;
         from.norm.forward(&self.gpu, from.x, Some(room.rows.view(0..rows.len())), wide)?;
-        room.d_normed.grow(len)?;
-        let (x, d, d_x) = (room.wide.view(0..len), room.slopes.view(0..rows.len()), room.d_normed.view_mut(0..len));
+        let x = room.wide.view(0..len);
+        self.gpu.rewards(x, weight.all(), bias, rewards.reborrow())?;
+        let Some(sums) = sums else { return Ok(()) };
+        self.gpu.pair_slopes(rewards.as_view(), pair_weight, self.resize(&mut room.slopes, rows.len())?)?;
+        let d_x = self.resize(&mut room.d_normed, len)?;
         // The bias stands behind the weight.
-        let (score, bias) = (&sums.ranges.score, &sums.ranges.score_bias);
-        let d_head = sums.gradient.view_mut(score.start..score.end + bias.len());
-        self.gpu.rewards_backward(x, weight.all(), d, d_x, d_head)?;
+        let (score, score_bias) = (&sums.ranges.score, &sums.ranges.score_bias);
+        let d_head = sums.gradient.view_mut(score.start..score.end + score_bias.len());
+        self.gpu.rewards_backward(x, weight.all(), room.slopes.view(0..rows.len()), d_x, d_head)?;
         self.scatter(&from, rows, sums, room)
     }
 
@@ -392,9 +392,10 @@ where
         head: VocabularyBack<'_, Self>,
         targets: &Targets<'_>,
         weights: &[f32],
+        losses: ViewMut<'_, f32>,
         mut sums: Option<Sums<'_, Self>>,
         room: &mut Room<E>,
-    ) -> Result<Vec<f32>> {
+    ) -> Result<()> {
         let len = rows.len() * from.width;
         room.set_rows(rows)?;
         let normed = self.resize(&mut room.normed, len)?;
@@ -409,11 +410,8 @@ where
             d_x: room.d_normed.view_mut(0..len),
             d_head: sums.gradient.view_mut(sums.ranges.language_head.clone()),
         });
-        let losses = room.losses.run(head.logits, head.softcap, room.normed.view(0..len), targets, slopes)?;
-        if let Some(sums) = sums {
-            self.scatter(&from, rows, sums, room)?;
-        }
-        Ok(losses)
+        room.losses.run(head.logits, head.softcap, room.normed.view(0..len), targets, losses, slopes)?;
+        sums.map_or(Ok(()), |sums| self.scatter(&from, rows, sums, room))
     }
 }
 

@@ -39,6 +39,7 @@ use crate::{Error, Result};
 use backend::Gradients;
 use backward::{Backs, Backward, Scratch};
 use batch::Plan;
+use heads::Results;
 use numbers::elsewhere;
 use parameters::LayerRanges;
 use set::{New, Stepped};
@@ -57,9 +58,6 @@ pub struct TrainOptions {
     /// memory.
     pub checkpointing: bool,
 }
-
-/// Tells how the loss changes with each reward, in the order of the sequences that want one.
-pub type RewardSlopes<'a> = dyn FnMut(&[f32]) -> Vec<f32> + Send + 'a;
 
 impl Trainable {
     /// A decoder with the weights `values`, in the order of its [`Parameters`], for sequences of up to `positions` tokens.
@@ -116,24 +114,31 @@ impl Trainable {
     /// # Errors
     /// If a sequence does not fit the model, or a GPU has failed.
     pub fn evaluate(&mut self, groups: &[Group<'_>]) -> Result<Vec<Outcome>> {
-        self.0.run(groups, None)
+        self.0.evaluate(groups)
     }
 
-    /// As [`Trainable::evaluate`], and adds to `gradient`, in the order of the weights, how the sum of all losses changes
-    /// with each weight: the rows' losses by their weights, and a loss on the rewards whose slopes `rewards` tells.
+    /// Adds to `gradient`, in the order of the weights, how the sum of all losses changes with each weight: the rows'
+    /// losses by their weights, and by `pair_weight` `softplus(r_rejected - r_chosen)` (Askell et al. 2021, equation 3.1)
+    /// of the sequences with a reward, which are pairs in their order, chosen before rejected. A GPU is not waited for;
+    /// [`Trainable::outcomes`] tells what came of the sequences.
     ///
     /// # Errors
-    /// If a sequence does not fit the model, the gradient is on another device, or a GPU has failed.
+    /// If a sequence does not fit the model, one of a pair is missing, the gradient is on another device, or a GPU has
+    /// failed.
     ///
     /// # Panics
-    /// If `gradient` is not as long as the list of weights, or there is not one slope for each reward.
-    pub fn gradient(
-        &mut self,
-        groups: &[Group<'_>],
-        rewards: &mut RewardSlopes<'_>,
-        gradient: &mut Numbers,
-    ) -> Result<Vec<Outcome>> {
-        self.0.run(groups, Some((rewards, gradient)))
+    /// If `gradient` is not as long as the list of weights.
+    pub fn gradient(&mut self, groups: &[Group<'_>], pair_weight: f32, gradient: &mut Numbers) -> Result<()> {
+        self.0.gradient(groups, pair_weight, gradient)
+    }
+
+    /// The rewards and losses of all sequences of all gradients since it was asked last, in their order, once they are
+    /// computed.
+    ///
+    /// # Errors
+    /// If a GPU has failed.
+    pub fn outcomes(&mut self) -> Result<Vec<Outcome>> {
+        self.0.outcomes()
     }
 
     /// Bytes that the copies of the weights, the tape and all buffers take.
@@ -153,11 +158,9 @@ trait Trains: Debug + Send {
         how: &dyn Fn(&Parameter) -> AdamW,
     ) -> Result<()>;
     fn parameters(&self) -> &Parameters;
-    fn run(
-        &mut self,
-        groups: &[Group<'_>],
-        gradient: Option<(&mut RewardSlopes<'_>, &mut Numbers)>,
-    ) -> Result<Vec<Outcome>>;
+    fn evaluate(&mut self, groups: &[Group<'_>]) -> Result<Vec<Outcome>>;
+    fn gradient(&mut self, groups: &[Group<'_>], pair_weight: f32, gradient: &mut Numbers) -> Result<()>;
+    fn outcomes(&mut self) -> Result<Vec<Outcome>>;
     fn bytes(&self) -> usize;
 }
 
@@ -196,16 +199,25 @@ impl<B: Gradients> Trains for Inner<B> {
         &self.parameters
     }
 
-    fn run(
-        &mut self,
-        groups: &[Group<'_>],
-        gradient: Option<(&mut RewardSlopes<'_>, &mut Numbers)>,
-    ) -> Result<Vec<Outcome>> {
-        let gradient = match gradient {
-            Some((slopes, numbers)) => Some((slopes, B::list_mut(numbers).ok_or_else(elsewhere)?)),
-            None => None,
-        };
-        B::run(|| Inner::run(self, groups, gradient))
+    fn evaluate(&mut self, groups: &[Group<'_>]) -> Result<Vec<Outcome>> {
+        B::run(|| {
+            let results = Inner::run(self, groups, None)?;
+            self.read(results)
+        })
+    }
+
+    fn gradient(&mut self, groups: &[Group<'_>], pair_weight: f32, gradient: &mut Numbers) -> Result<()> {
+        let gradient = B::list_mut(gradient).ok_or_else(elsewhere)?;
+        B::run(|| {
+            let results = Inner::run(self, groups, Some((pair_weight, gradient)))?;
+            self.unread.extend(results);
+            Ok(())
+        })
+    }
+
+    fn outcomes(&mut self) -> Result<Vec<Outcome>> {
+        let unread = std::mem::take(&mut self.unread);
+        self.read(unread)
     }
 
     fn bytes(&self) -> usize {
@@ -236,6 +248,10 @@ struct Inner<B: Gradients> {
     /// q, k and v in the decoder's order, and their biases, where a checkpoint has another.
     ordered: B::Array<f32>,
     scratch: Scratch<B>,
+    /// Of gradients.
+    unread: Vec<Results<B>>,
+    /// For results.
+    spare: Vec<B::Array<f32>>,
 }
 
 impl<B: Gradients> Inner<B> {
@@ -273,24 +289,26 @@ impl<B: Gradients> Inner<B> {
             inputs: Vec::new(),
             ordered: backend.array(),
             scratch: Scratch::new(&backend),
+            unread: Vec::new(),
+            spare: Vec::new(),
             stack,
         };
         backend.with_list(values, |values| inner.set(New::There(values)))?;
         Ok(inner)
     }
 
-    /// Forwards, and backwards if a gradient is wanted.
-    fn run(
-        &mut self,
-        groups: &[Group<'_>],
-        gradient: Option<(&mut RewardSlopes<'_>, &mut B::Array<f32>)>,
-    ) -> Result<Vec<Outcome>> {
+    /// Forwards, and backwards if a gradient is wanted, in which pairs count so much. Nothing comes of no sequences.
+    fn run(&mut self, groups: &[Group<'_>], gradient: Option<(f32, &mut B::Array<f32>)>) -> Result<Option<Results<B>>> {
         let plan = Plan::new(groups);
         let step = plan.step();
         step.sequences.iter().try_for_each(|sequence| self.stack.check(sequence))?;
         self.check(&plan)?;
+        let rewards = plan.sequences().iter().filter(|placed| placed.sequence.reward).count();
+        if gradient.is_some() && !rewards.is_multiple_of(2) {
+            return Err(Error::InvalidInput(format!("{rewards} rewards are not of pairs")));
+        }
         if plan.rows() == 0 {
-            return Ok(Vec::new());
+            return Ok(None);
         }
         let config = &self.stack.config;
         if self.pages < plan.pages() {
@@ -301,12 +319,22 @@ impl<B: Gradients> Inner<B> {
         }
         let cut = self.stack.backend.cut(config, &step, self.used.take())?;
         self.forward(&step, &cut, gradient.is_some())?;
-        let outcomes = match gradient {
+        let results = match gradient {
             None => self.heads(&plan, None),
-            Some((slopes, gradient)) => self.backward(&plan, &step, &cut, slopes, gradient),
+            Some((pair_weight, gradient)) => self.backward(&plan, &step, &cut, pair_weight, gradient),
         };
         self.used = Some(B::used(cut));
-        outcomes
+        results.map(Some)
+    }
+
+    fn read(&mut self, results: impl IntoIterator<Item = Results<B>>) -> Result<Vec<Outcome>> {
+        let mut all = Vec::new();
+        for results in results {
+            let (outcomes, numbers) = results.read(&self.stack.backend)?;
+            all.extend(outcomes);
+            self.spare.push(numbers);
+        }
+        Ok(all)
     }
 
     /// All layers; on tapes, or with what these can be made of again, if there is to be a way back.
@@ -338,15 +366,15 @@ impl<B: Gradients> Inner<B> {
         plan: &Plan<'_>,
         step: &Step<'_>,
         cut: &B::Cut<'_>,
-        slopes: &mut RewardSlopes<'_>,
+        pair_weight: f32,
         gradient: &mut B::Array<f32>,
-    ) -> Result<Vec<Outcome>> {
+    ) -> Result<Results<B>> {
         let backend = self.stack.backend.clone();
         let Config { hidden_size: hidden, num_layers: layers, num_heads, num_kv_heads, .. } = self.stack.config;
         let rows = plan.rows();
         let dx = backend.resize(&mut self.scratch.dx, rows * hidden)?;
         backend.clear(dx)?;
-        let outcomes = self.heads(plan, Some((slopes, &mut *gradient)))?;
+        let results = self.heads(plan, Some((pair_weight, &mut *gradient)))?;
         let spans = spans(step);
         let keys = backend.keys(&spans, num_heads / num_kv_heads, &mut self.scratch.room)?;
         let len = self.len(cut);
@@ -375,7 +403,7 @@ impl<B: Gradients> Inner<B> {
         let d_embedding = B::part_mut(gradient, self.parameters.embedding.clone());
         let dx = B::part(&self.scratch.dx, 0..rows * hidden);
         backend.add_rows(dx, &ids, scale, d_embedding, hidden, &mut self.scratch.room)?;
-        Ok(outcomes)
+        Ok(results)
     }
 
     /// Numbers in the residual stream of a step, to which a device may have added rows that are of no token.
@@ -424,7 +452,7 @@ impl<B: Gradients> Inner<B> {
             + self.pages * B::page_bytes(&self.stack.config)
             + self.buffers.bytes()
             + self.tapes.iter().map(Kepts::bytes).sum::<usize>()
-            + self.inputs.iter().chain([&self.ordered]).map(B::bytes).sum::<usize>()
+            + self.inputs.iter().chain([&self.ordered]).chain(&self.spare).map(B::bytes).sum::<usize>()
             + self.scratch.bytes()
     }
 }
