@@ -10,7 +10,7 @@ use common::{assert_close, assert_within, numbers, on_each, rounded, widened};
 use half::bf16;
 use plumb_kernels::activation::Activation;
 use plumb_kernels::gpu::gradient::{Columns, Losses, Scatter, Slopes, Targets};
-use plumb_kernels::gpu::{self, Gpu, Output};
+use plumb_kernels::gpu::{self, Gpu, Output, Peers};
 use plumb_kernels::gradient::{self, AdamW, TopK};
 use plumb_kernels::norm::Norm;
 use plumb_kernels::{Element, reference};
@@ -370,4 +370,59 @@ fn copies_are_rounded() {
         assert_eq!(wide.to_vec().unwrap(), values);
         assert_eq!(narrow.to_vec().unwrap(), rounded::<bf16>(&values));
     });
+}
+
+/// Processes whose GPUs add up two lists each, of so many numbers: in one order, and again for another sum.
+fn sums_of_peers(peers: Vec<(Gpu, Peers)>, len: usize) {
+    let count = peers.len();
+    // In f32 the order shows: large numbers swallow small ones.
+    let list = |rank: usize, round: usize| -> Vec<f32> {
+        let large = [1.0, 1e7, -1e7][(rank + round) % 3];
+        numbers(len, 7 * round + rank).iter().map(|x| x * large).collect()
+    };
+    let expected = |first: usize| {
+        let mut sum = list(0, first);
+        let rest = (0..2 * count).skip(1).map(|i| list(i % count, first + i / count));
+        rest.for_each(|list| gradient::add(&list, &mut sum));
+        sum
+    };
+    std::thread::scope(|scope| {
+        for (rank, (gpu, mut peers)) in peers.into_iter().enumerate() {
+            scope.spawn(move || {
+                for first in [0, 2] {
+                    for round in 0..2 {
+                        let own = gpu.upload(&list(rank, first + round)).unwrap();
+                        peers.add(own.all(), round == 0).unwrap();
+                    }
+                    let mut whole = gpu.upload(&vec![f32::NAN; len]).unwrap();
+                    peers.collect(whole.all_mut()).unwrap();
+                    assert!(whole.to_vec().unwrap() == expected(first), "{len} numbers of {rank} among {count}");
+                }
+            });
+        }
+    });
+}
+
+#[test]
+fn gpus_of_several_processes_add_up_in_the_order_of_the_processes() {
+    on_each(|gpu| sums_of_peers(vec![(gpu.clone(), gpu.alone())], 1001));
+    #[cfg(feature = "emulated")]
+    for (count, len, piece) in [(1, 5, 2), (2, 1001, 4096), (3, 1001, 100), (4, 1002, 83), (4, 3, 2)] {
+        sums_of_peers(Peers::emulated(count, piece), len);
+    }
+    #[cfg(feature = "cuda")]
+    {
+        let gpus: Vec<Gpu> = (0..16).map_while(|number| Gpu::cuda(number).ok()).collect();
+        match gpus.first().map(Gpu::meeting_id) {
+            Some(Ok(id)) => {
+                let meet = |(rank, gpu): (usize, &Gpu)| (gpu.clone(), gpu.meet(&id, rank, gpus.len()).unwrap());
+                let peers = std::thread::scope(|scope| {
+                    let met: Vec<_> = gpus.iter().enumerate().map(|one| scope.spawn(move || meet(one))).collect();
+                    met.into_iter().map(|met| met.join().unwrap()).collect()
+                });
+                sums_of_peers(peers, 10_000_019);
+            }
+            other => eprintln!("skipped: {other:?}"),
+        }
+    }
 }

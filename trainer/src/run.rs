@@ -5,8 +5,8 @@
 //! processes, of which the first writes all files.
 //!
 //! On a GPU, weights, gradient and the optimiser's memory stay there from step to step. They come to the process where it
-//! saves a state, where gradients of several shards are added up, and where an adapter's are made of them. Rewards and
-//! losses come once a shard, when all of its parts have been asked for.
+//! saves a state, where gradients of several processes are added up whose GPUs cannot meet, and where an adapter's are made
+//! of them. Rewards and losses come once a shard, when all of its parts have been asked for.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -67,8 +67,9 @@ fn run_with(recipe: &Recipe, processes: &Processes) -> Result<Finished> {
     let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build();
     let pool = pool.map_err(|error| Error::Recipe(format!("{threads} threads: {error}")))?;
     pool.install(|| {
-        let run = processes.agree(Run::begin(recipe, processes))?;
+        let mut run = processes.agree(Run::begin(recipe, processes))?;
         run.compare()?;
+        run.shards.meet(&run.state.weights);
         run.finish()
     })
 }

@@ -14,6 +14,7 @@ mod gpu;
 mod heads;
 mod numbers;
 mod parameters;
+mod peers;
 mod set;
 mod tape;
 
@@ -28,6 +29,7 @@ use plumb_kernels::linear::{Matrix, Rows};
 pub use batch::{Group, Language, Outcome, Sequence};
 pub use numbers::Numbers;
 pub use parameters::{Parameter, Parameters};
+pub use peers::{MeetingId, Peers};
 
 use super::backend::Tape;
 use super::forward::{Buffers, spans};
