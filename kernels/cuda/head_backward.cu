@@ -4,6 +4,16 @@
 
 constexpr unsigned THREADS = 256;
 
+// How weight * softplus(rejected - chosen) of each pair of rewards[pairs, 2], chosen before rejected, changes with them.
+// An exponential that is infinite makes a slope of 0, as it should.
+KERNEL(pair_slopes, const float* rewards, float weight, float* slopes, unsigned pairs) {
+    const unsigned pair = blockIdx.x * blockDim.x + threadIdx.x;
+    if (pair >= pairs) return;
+    const float d = weight / (1.0f + expf(rewards[2 * pair] - rewards[2 * pair + 1]));
+    slopes[2 * pair] = -d;
+    slopes[2 * pair + 1] = d;
+}
+
 // From the gradients d of the rewards weight[width] . x[rows, width] + bias: d_x[rows, width], and what is added to
 // d_head, the weight's and behind it, where `biased`, the bias's. A thread for each column.
 KERNEL(reward_backward, const float* x, const float* weight, const float* d, unsigned rows, unsigned width,

@@ -16,17 +16,30 @@ struct AdamW {
     float scale;
 };
 
-// Changes weights by their gradient and its running means.
-KERNEL(adamw, AdamW how, float* weights, const float* gradient, float* mean, float* square, uint64_t count) {
+// Changes weights by their gradient and its running means, and rounds them into `rounded`, unless that is null.
+template <class E>
+__device__ __forceinline__ void adamw(const AdamW& how, float* weights, const float* gradient, float* mean,
+                                      float* square, E* rounded, uint64_t count) {
     for (uint64_t i = uint64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < count;
          i += uint64_t(gridDim.x) * blockDim.x) {
         const float g = gradient[i] * how.scale;
         const float m = mean[i] + (g - mean[i]) * (1.0f - how.beta1);
         const float s = square[i] * how.beta2 + g * g * (1.0f - how.beta2);
-        weights[i] = weights[i] * how.keep - how.rate * m / (sqrtf(s) / how.second + how.eps);
+        const float w = weights[i] * how.keep - how.rate * m / (sqrtf(s) / how.second + how.eps);
+        weights[i] = w;
         mean[i] = m;
         square[i] = s;
+        if (rounded) rounded[i] = narrow<E>(w);
     }
+}
+
+KERNEL(adamw_f32, AdamW how, float* weights, const float* gradient, float* mean, float* square, float* rounded,
+       uint64_t count) {
+    adamw(how, weights, gradient, mean, square, rounded, count);
+}
+KERNEL(adamw_bf16, AdamW how, float* weights, const float* gradient, float* mean, float* square, bf16* rounded,
+       uint64_t count) {
+    adamw(how, weights, gradient, mean, square, rounded, count);
 }
 
 // The sum over a block of whole warps, for its first thread.

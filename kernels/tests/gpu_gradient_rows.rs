@@ -10,7 +10,7 @@ use common::{assert_close, assert_within, numbers, on_each, rounded, widened};
 use half::bf16;
 use plumb_kernels::activation::Activation;
 use plumb_kernels::gpu::gradient::{Columns, Losses, Scatter, Slopes, Targets};
-use plumb_kernels::gpu::{self, Gpu, Output};
+use plumb_kernels::gpu::{self, Gpu, Output, Peers};
 use plumb_kernels::gradient::{self, AdamW, TopK};
 use plumb_kernels::norm::Norm;
 use plumb_kernels::{Element, reference};
@@ -171,7 +171,7 @@ where
     let (x, before, after) = (numbers(inputs, 1), numbers(inputs * outputs, 2), numbers(inputs * 8, 3));
     let (bias, new_bias) = (numbers(outputs, 4), numbers(8, 5));
     let mut layer = gpu::Linear::<E>::new(gpu, &rounded(&before), Some(&bias), inputs).unwrap();
-    layer.set(gpu, 8, gpu.upload(&after).unwrap().all()).unwrap();
+    gpu.round(gpu.upload(&after).unwrap().all(), layer.weights_mut(8, 8).unwrap()).unwrap();
     layer.set_bias(gpu, 8, gpu.upload(&new_bias).unwrap().all()).unwrap();
     let weights: Vec<E> = rounded(&[&before[..8 * inputs], &after].concat());
     let x: Vec<E> = rounded(&x);
@@ -240,10 +240,13 @@ where
             let mut d_head = gpu.upload(&before).unwrap();
             let slopes = Slopes { weights: &row_weights, d_x: d_x.all_mut(), d_head: d_head.all_mut() };
             let of = if taught { Targets::Teachers(&teachers) } else { Targets::Tokens(&targets) };
-            let found = kernel.run(&head, softcap, gpu_x.all(), of, Some(slopes)).unwrap();
+            let mut found = gpu.zeros(rows).unwrap();
+            kernel.run(&head, softcap, gpu_x.all(), of, found.all_mut(), Some(slopes)).unwrap();
+            let found = found.to_vec().unwrap();
             assert_within(&found, &expected, 1e-4, &what);
-            let forward = kernel.run(&head, softcap, gpu_x.all(), of, None).unwrap();
-            assert_eq!(forward, found, "{what}");
+            let mut forward = gpu.zeros(rows).unwrap();
+            kernel.run(&head, softcap, gpu_x.all(), of, forward.all_mut(), None).unwrap();
+            assert_eq!(forward.to_vec().unwrap(), found, "{what}");
 
             let (mut expected_x, mut expected_head) = (vec![0.0; x.len()], before);
             for (row, d) in d.chunks_exact(tokens).enumerate() {
@@ -265,6 +268,22 @@ fn losses_on_a_vocabulary_are_those_of_the_cpu() {
     on_each(|gpu| {
         losses::<f32>(gpu);
         losses::<bf16>(gpu);
+    });
+}
+
+#[test]
+fn pairs_have_the_slopes_of_the_cpu() {
+    on_each(|gpu| {
+        let mut rewards: Vec<f32> = numbers(600, 1).iter().map(|r| 10.0 * r).collect();
+        rewards.extend([300.0, -300.0, -300.0, 300.0, 2.0, 2.0, f32::NAN, 1.0]);
+        let mut expected = vec![0.0; rewards.len()];
+        gradient::pair_slopes(&rewards, 0.125, &mut expected);
+        let mut slopes = gpu.zeros::<f32>(rewards.len()).unwrap();
+        gpu.pair_slopes(gpu.upload(&rewards).unwrap().all(), 0.125, slopes.all_mut()).unwrap();
+        let found = gpu.read(slopes.all()).unwrap();
+        let numbers = rewards.len() - 2;
+        assert_close(&found[..numbers], &expected[..numbers], "slopes");
+        assert!(found[numbers..].iter().chain(&expected[numbers..]).all(|slope| slope.is_nan()));
     });
 }
 
@@ -292,24 +311,32 @@ fn rewards_go_back() {
     });
 }
 
+fn steps<E: Element>(gpu: &Gpu) {
+    let len = 1000;
+    let (mut weights, mut mean, mut square) = (numbers(len, 1), vec![0.0; len], vec![0.0; len]);
+    let [mut gpu_weights, mut gpu_mean, mut gpu_square] = [&weights, &mean, &square].map(|v| gpu.upload(v).unwrap());
+    let mut copy = gpu.zeros::<E>(len).unwrap();
+    for step in 1..=3 {
+        let how = AdamW { lr: 0.1, beta1: 0.9, beta2: 0.99, eps: 1e-8, weight_decay: 0.1, step, scale: 0.5 };
+        let gradient = numbers(len, 1 + step as usize);
+        how.update(&mut weights, &gradient, &mut mean, &mut square);
+        let gradient = gpu.upload(&gradient).unwrap();
+        let means = [gpu_mean.all_mut(), gpu_square.all_mut()];
+        let to = (step > 1).then(|| copy.all_mut());
+        how.update_on(gpu, gpu_weights.all_mut(), gradient.all(), means, to).unwrap();
+        let expected = if step > 1 { gpu_weights.to_vec().unwrap() } else { vec![0.0; len] };
+        assert!(copy.to_vec().unwrap() == rounded::<E>(&expected), "the decoder's copy after step {step}");
+    }
+    assert_within(&gpu_weights.to_vec().unwrap(), &weights, 2e-5, "weights");
+    assert_close(&gpu_mean.to_vec().unwrap(), &mean, "mean");
+    assert_close(&gpu_square.to_vec().unwrap(), &square, "square");
+}
+
 #[test]
 fn steps_are_those_of_the_cpu() {
     on_each(|gpu| {
-        let len = 1000;
-        let (mut weights, mut mean, mut square) = (numbers(len, 1), vec![0.0; len], vec![0.0; len]);
-        let [mut gpu_weights, mut gpu_mean, mut gpu_square] =
-            [&weights, &mean, &square].map(|v| gpu.upload(v).unwrap());
-        for step in 1..=3 {
-            let how = AdamW { lr: 0.1, beta1: 0.9, beta2: 0.99, eps: 1e-8, weight_decay: 0.1, step, scale: 0.5 };
-            let gradient = numbers(len, 1 + step as usize);
-            how.update(&mut weights, &gradient, &mut mean, &mut square);
-            let gradient = gpu.upload(&gradient).unwrap();
-            let means = [gpu_mean.all_mut(), gpu_square.all_mut()];
-            how.update_on(gpu, gpu_weights.all_mut(), gradient.all(), means).unwrap();
-        }
-        assert_within(&gpu_weights.to_vec().unwrap(), &weights, 2e-5, "weights");
-        assert_close(&gpu_mean.to_vec().unwrap(), &mean, "mean");
-        assert_close(&gpu_square.to_vec().unwrap(), &square, "square");
+        steps::<f32>(gpu);
+        steps::<bf16>(gpu);
     });
 }
 
@@ -343,4 +370,59 @@ fn copies_are_rounded() {
         assert_eq!(wide.to_vec().unwrap(), values);
         assert_eq!(narrow.to_vec().unwrap(), rounded::<bf16>(&values));
     });
+}
+
+/// Processes whose GPUs add up two lists each, of so many numbers: in one order, and again for another sum.
+fn sums_of_peers(peers: Vec<(Gpu, Peers)>, len: usize) {
+    let count = peers.len();
+    // In f32 the order shows: large numbers swallow small ones.
+    let list = |rank: usize, round: usize| -> Vec<f32> {
+        let large = [1.0, 1e7, -1e7][(rank + round) % 3];
+        numbers(len, 7 * round + rank).iter().map(|x| x * large).collect()
+    };
+    let expected = |first: usize| {
+        let mut sum = list(0, first);
+        let rest = (0..2 * count).skip(1).map(|i| list(i % count, first + i / count));
+        rest.for_each(|list| gradient::add(&list, &mut sum));
+        sum
+    };
+    std::thread::scope(|scope| {
+        for (rank, (gpu, mut peers)) in peers.into_iter().enumerate() {
+            scope.spawn(move || {
+                for first in [0, 2] {
+                    for round in 0..2 {
+                        let own = gpu.upload(&list(rank, first + round)).unwrap();
+                        peers.add(own.all(), round == 0).unwrap();
+                    }
+                    let mut whole = gpu.upload(&vec![f32::NAN; len]).unwrap();
+                    peers.collect(whole.all_mut()).unwrap();
+                    assert!(whole.to_vec().unwrap() == expected(first), "{len} numbers of {rank} among {count}");
+                }
+            });
+        }
+    });
+}
+
+#[test]
+fn gpus_of_several_processes_add_up_in_the_order_of_the_processes() {
+    on_each(|gpu| sums_of_peers(vec![(gpu.clone(), gpu.alone())], 1001));
+    #[cfg(feature = "emulated")]
+    for (count, len, piece) in [(1, 5, 2), (2, 1001, 4096), (3, 1001, 100), (4, 1002, 83), (4, 3, 2)] {
+        sums_of_peers(Peers::emulated(count, piece), len);
+    }
+    #[cfg(feature = "cuda")]
+    {
+        let gpus: Vec<Gpu> = (0..16).map_while(|number| Gpu::cuda(number).ok()).collect();
+        match gpus.first().map(Gpu::meeting_id) {
+            Some(Ok(id)) => {
+                let meet = |(rank, gpu): (usize, &Gpu)| (gpu.clone(), gpu.meet(&id, rank, gpus.len()).unwrap());
+                let peers = std::thread::scope(|scope| {
+                    let met: Vec<_> = gpus.iter().enumerate().map(|one| scope.spawn(move || meet(one))).collect();
+                    met.into_iter().map(|met| met.join().unwrap()).collect()
+                });
+                sums_of_peers(peers, 10_000_019);
+            }
+            other => eprintln!("skipped: {other:?}"),
+        }
+    }
 }

@@ -9,7 +9,7 @@ use plumb_kernels::gradient::AdamW;
 use plumb_model::checkpoint::{Checkpoint, Source};
 use plumb_model::config::{Activation, Config, Head, RewardHead};
 use plumb_model::decoder::gradient::{
-    Group, Language, Numbers, Outcome, Parameters, Sequence, TrainOptions, Trainable,
+    Group, Language, Numbers, Outcome, Parameter, Parameters, Sequence, TrainOptions, Trainable,
 };
 use plumb_model::decoder::{DType, Device};
 use serde_json::Value;
@@ -27,12 +27,6 @@ fn read(name: &str) -> (Config, Parameters, Vec<f32>) {
 
 fn softplus(x: f32) -> f32 {
     x.exp().ln_1p()
-}
-
-/// The slopes of `softplus(rejected - chosen)`.
-fn pair_slopes(rewards: &[f32]) -> Vec<f32> {
-    let d = 1.0 / (1.0 + (rewards[0] - rewards[1]).exp());
-    vec![-d, d]
 }
 
 /// Chosen and rejected.
@@ -67,8 +61,8 @@ impl Pair {
 
 fn gradient(model: &mut Trainable, groups: &[Group<'_>], device: &Device) -> (Vec<Outcome>, Vec<f32>) {
     let mut gradient = Numbers::new(vec![0.0; model.parameters().len()], device).unwrap();
-    let outcomes = model.gradient(groups, &mut pair_slopes, &mut gradient).unwrap();
-    (outcomes, gradient.to_host().unwrap().into_owned())
+    model.gradient(groups, 1.0, &mut gradient).unwrap();
+    (model.outcomes().unwrap(), gradient.to_host().unwrap().into_owned())
 }
 
 fn norm(values: &[f32]) -> f64 {
@@ -224,27 +218,60 @@ fn a_gelu_by_tanh_without_a_gate_has_a_gradient() {
     }
 }
 
-/// An optimiser's step where the weights are is the one on the CPU.
+const STEP: AdamW = AdamW { lr: 0.01, beta1: 0.9, beta2: 0.99, eps: 1e-8, weight_decay: 0.1, step: 1, scale: 0.5 };
+
+/// A step changes weights as on the CPU, and the decoder has those that are left by it, in its type.
+fn check_step(name: &str, language_head: bool, dtype: DType, device: &Device) {
+    let (mut config, _, _) = read(name);
+    if language_head {
+        config.head = Head::Reward(RewardHead { weight: "score.weight".into(), bias: None, normalization: None });
+    }
+    let parameters = Parameters::new(&config, language_head);
+    let len = parameters.len();
+    let list = |seed: usize| -> Vec<f32> { (0..len).map(|i| ((i * 7919 + seed) % 1009) as f32 / 5e3 - 0.1).collect() };
+    let how = |parameter: &Parameter| AdamW {
+        weight_decay: if parameter.shape.len() > 1 { STEP.weight_decay } else { 0.0 },
+        ..STEP
+    };
+    let (mut expected, slopes) = (list(1), list(2));
+    for parameter in parameters.list() {
+        let [mut mean, mut square] = [(); 2].map(|()| vec![0.0; parameter.range.len()]);
+        let range = || parameter.range.clone();
+        how(parameter).update(&mut expected[range()], &slopes[range()], &mut mean, &mut square);
+    }
+    let name = format!("{name} in {dtype:?} on {}", device.name());
+    let options = TrainOptions { language_head, ..PLAIN };
+    let mut model = Trainable::new(&config, &list(1), dtype, 64, options, device).unwrap();
+    let mut weights = Numbers::new(list(1), device).unwrap();
+    let gradient = Numbers::new(slopes, device).unwrap();
+    let [mut mean, mut square] = [(); 2].map(|()| weights.zeros().unwrap());
+    model.step(&mut weights, &gradient, [&mut mean, &mut square], &how).unwrap();
+    let found = weights.to_host().unwrap();
+    assert!(found.iter().zip(&expected).all(|(found, expected)| (found - expected).abs() < 1e-5), "{name}");
+    let (sum, expected) = (weights.sum_of_squares().unwrap(), norm(&found).powi(2));
+    assert!((sum - expected).abs() < 1e-5 * expected, "{name}: {sum} {expected}");
+
+    let tokens: Vec<u32> = (0..40).map(|i| 4 + i * 3 % 200).collect();
+    let reward = config.head != Head::Language;
+    let language = match reward && !language_head {
+        true => Language::Nothing,
+        false => Language::Next { rows: 0..39, weight: 1.0 },
+    };
+    let groups = [Group { sequences: vec![Sequence { tokens: &tokens, reward, language }] }];
+    let mut fresh = Trainable::new(&config, &found, dtype, 64, options, device).unwrap();
+    assert_eq!(model.evaluate(&groups).unwrap(), fresh.evaluate(&groups).unwrap(), "{name}");
+}
+
 #[test]
 fn steps_are_taken_where_the_weights_are() {
-    let list =
-        |seed: usize| -> Vec<f32> { (0..1000).map(|i| ((i * 7919 + seed) % 1009) as f32 / 504.0 - 1.0).collect() };
-    let how = AdamW { lr: 0.1, beta1: 0.9, beta2: 0.99, eps: 1e-8, weight_decay: 0.1, step: 1, scale: 0.5 };
-    let step = |device: &Device| {
-        let [mut weights, gradient] = [1, 2].map(|seed| Numbers::new(list(seed), device).unwrap());
-        let [mut mean, mut square] = [(); 2].map(|()| weights.zeros().unwrap());
-        weights.step(&gradient, [&mut mean, &mut square], 100..900, &how).unwrap();
-        let sum = weights.sum_of_squares().unwrap();
-        // There and back.
-        let weights = weights.on(&Device::Cpu).unwrap();
-        (weights.to_host().unwrap().into_owned(), sum)
-    };
-    let (expected, sum) = step(&Device::Cpu);
-    assert_eq!((&expected[..100], &expected[900..]), (&list(1)[..100], &list(1)[900..]));
-    for device in devices() {
-        let (found, found_sum) = step(&device);
-        assert!(distance(&found, &expected) < 1e-5 * norm(&expected), "{}", device.name());
-        assert!((found_sum - sum).abs() < 1e-5 * sum, "{}", device.name());
+    // Separate and tied heads, one gate and none, biases, q, k and v among one another, and all of a reward model's heads.
+    for (name, language_head) in
+        [("llama-lm", false), ("qwen2-pm", false), ("gemma2-lm", true), ("neox-lm", false), ("neox-pm", true)]
+    {
+        for device in devices() {
+            check_step(name, language_head, DType::F32, &device);
+            check_step(name, language_head, DType::Bf16, &device);
+        }
     }
 }
 
@@ -261,6 +288,10 @@ fn what_does_not_fit_is_refused() {
     check(&[5; 65], Language::Nothing, "65");
     check(&[280], Language::Nothing, "vocabulary");
     check(&[5; 4], Language::Next { rows: 0..2, weight: 1.0 }, "vocabulary head");
+    let lonely = Group { sequences: vec![Sequence { tokens: &[5; 4], reward: true, language: Language::Nothing }] };
+    let mut gradient = Numbers::new(vec![0.0; values.len()], &Device::Cpu).unwrap();
+    let error = model.gradient(&[lonely], 1.0, &mut gradient).unwrap_err();
+    assert!(error.to_string().contains("1 rewards are not of pairs"), "{error}");
     assert!(Trainable::new(&config, &values[1..], DType::F32, 64, PLAIN, &Device::Cpu).is_err());
 }
 
@@ -273,11 +304,10 @@ fn a_gradient_elsewhere_is_refused() {
     for (device, other) in [(&cpu, &gpu), (&gpu, &cpu)] {
         let mut model = Trainable::new(&config, &values, DType::F32, 64, PLAIN, device).unwrap();
         let mut gradient = Numbers::new(vec![0.0; values.len()], other).unwrap();
-        let refused = model.gradient(&pair.groups(true, true), &mut pair_slopes, &mut gradient).unwrap_err();
+        let refused = model.gradient(&pair.groups(true, true), 1.0, &mut gradient).unwrap_err();
         assert!(refused.to_string().contains("not on the device"), "{refused}");
         let mut weights = Numbers::new(values.clone(), device).unwrap();
         let [mut mean, mut square] = [(); 2].map(|()| weights.zeros().unwrap());
-        let how = AdamW { lr: 0.1, beta1: 0.9, beta2: 0.99, eps: 1e-8, weight_decay: 0.1, step: 1, scale: 0.5 };
-        assert!(weights.step(&gradient, [&mut mean, &mut square], 0..4, &how).is_err());
+        assert!(model.step(&mut weights, &gradient, [&mut mean, &mut square], &|_| STEP).is_err());
     }
 }

@@ -12,7 +12,9 @@ use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use plumb_kernels::gradient::AdamW;
 use plumb_model::checkpoint::{Checkpoint, Source};
 use plumb_model::config::{Head, RewardHead};
-use plumb_model::decoder::gradient::{Group, Language, Numbers, Parameters, Sequence, TrainOptions, Trainable};
+use plumb_model::decoder::gradient::{
+    Group, Language, Numbers, Parameter, Parameters, Sequence, TrainOptions, Trainable,
+};
 use plumb_model::decoder::{DType, Device};
 
 const PAIRS: usize = 4;
@@ -63,12 +65,8 @@ fn step(c: &mut Criterion) {
                 pool.install(|| {
                     number += 1;
                     gradient.clear().unwrap();
-                    let mut slopes = |rewards: &[f32]| {
-                        let slope = |pair: &[f32]| 0.25 / (1.0 + (pair[0] - pair[1]).exp());
-                        rewards.chunks_exact(2).map(slope).flat_map(|d| [-d, d]).collect()
-                    };
-                    let outcomes = model.gradient(groups, &mut slopes, &mut gradient);
-                    let how = AdamW {
+                    model.gradient(groups, 0.25, &mut gradient).unwrap();
+                    let how = |_: &Parameter| AdamW {
                         lr: 1e-5,
                         beta1: 0.9,
                         beta2: 0.95,
@@ -77,10 +75,8 @@ fn step(c: &mut Criterion) {
                         step: number,
                         scale: 1.0,
                     };
-                    let all = 0..values.len();
-                    values.step(&gradient, [&mut mean, &mut square], all, &how).unwrap();
-                    model.set(&values).unwrap();
-                    outcomes
+                    model.step(&mut values, &gradient, [&mut mean, &mut square], &how).unwrap();
+                    model.outcomes().unwrap()
                 })
             });
         });

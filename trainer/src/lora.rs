@@ -8,10 +8,10 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 use std::path::Path;
 
-use plumb_kernels::gradient::Outer;
+use plumb_kernels::gradient::{AdamW, Outer};
 use plumb_kernels::linear::{Linear, Matrix, Rows, Store};
 use plumb_model::decoder::Device;
-use plumb_model::decoder::gradient::{Numbers, Parameter, Parameters};
+use plumb_model::decoder::gradient::{Numbers, Parameter, Parameters, Trainable};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use serde_json::{Value, json};
@@ -189,6 +189,27 @@ impl Trained {
         let answer = fill(&mut lora.gradient)?;
         lora.contract(&trained.to_host()?, gradient)?;
         Ok(answer)
+    }
+
+    /// Takes an optimiser's step with the trained numbers, by their gradient and its running means, as `how` says for each
+    /// tensor; then the decoder has the new ones.
+    pub(crate) fn step(
+        &mut self,
+        model: &mut Trainable,
+        weights: &mut Numbers,
+        gradient: &Numbers,
+        [mean, square]: [&mut Numbers; 2],
+        how: impl Fn(&Parameter) -> AdamW,
+    ) -> Result<()> {
+        let Some(lora) = &mut self.lora else { return Ok(model.step(weights, gradient, [mean, square], &how)?) };
+        let (values, mean, square) = (in_process(weights)?, in_process(mean)?, in_process(square)?);
+        let gradient = gradient.to_host()?;
+        for parameter in &self.list {
+            let at = || parameter.range.clone();
+            how(parameter).update(&mut values[at()], &gradient[at()], &mut mean[at()], &mut square[at()]);
+        }
+        lora.merge(values)?;
+        Ok(model.set(&lora.merged)?)
     }
 
     /// `adapter_config.json` as PEFT reads it, for an adapter.

@@ -12,7 +12,7 @@ use crate::record::Pair;
 pub(crate) struct Weights {
     objective: Objective,
     /// Of a pair's preference loss: lambda over the number of pairs.
-    pair: f32,
+    pub(crate) pair: f32,
     /// Of a token's loss: mu, or 1, over the number of tokens that count in the batch.
     token: f32,
 }
@@ -99,15 +99,6 @@ impl Weights {
             group.sequences.push(Sequence { tokens: &rejected.tokens, reward: false, language });
         }
         group
-    }
-
-    /// How the loss changes with rewards, which come in pairs.
-    pub(crate) fn slopes(&self, rewards: &[f32]) -> Vec<f32> {
-        let slope = |pair: &[f32]| {
-            let d = self.pair / (1.0 + (pair[0] - pair[1]).exp());
-            [-d, d]
-        };
-        rewards.chunks_exact(2).flat_map(slope).collect()
     }
 }
 

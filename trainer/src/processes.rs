@@ -10,6 +10,7 @@ mod mpi;
 use std::env;
 use std::ops::Range;
 
+use plumb_model::decoder::gradient::{Numbers, Peers};
 use sha2::{Digest as _, Sha256};
 
 use crate::examples::Examples;
@@ -165,6 +166,15 @@ impl Processes {
             Self::Alone => whole.copy_from_slice(share),
             #[cfg(feature = "mpi")]
             Self::Several(world) => world.collect(share, whole),
+        }
+    }
+
+    /// The GPUs of all processes, if these numbers lie on GPUs, and they can meet. All have to call it.
+    pub(crate) fn peers(&self, numbers: &Numbers) -> Option<Peers> {
+        match self {
+            Self::Alone => Peers::alone(numbers),
+            #[cfg(feature = "mpi")]
+            Self::Several(world) => world.peers(numbers),
         }
     }
 

@@ -5,7 +5,8 @@
 //! processes, of which the first writes all files.
 //!
 //! On a GPU, weights, gradient and the optimiser's memory stay there from step to step. They come to the process where it
-//! saves a state, where gradients of several shards are added up, and where an adapter's are made of them.
+//! saves a state, where gradients of several processes are added up whose GPUs cannot meet, and where an adapter's are made
+//! of them. Rewards and losses come once a shard, when all of its parts have been asked for.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -13,7 +14,7 @@ use std::time::{Duration, Instant};
 
 use indicatif::{HumanCount, ProgressBar, ProgressDrawTarget, ProgressStyle};
 use plumb_kernels::gradient::AdamW;
-use plumb_model::decoder::gradient::{Group, Numbers, TrainOptions, Trainable};
+use plumb_model::decoder::gradient::{Group, Numbers, Parameter, TrainOptions, Trainable};
 use plumb_model::decoder::{DType, Device, DeviceChoice};
 use serde_json::json;
 
@@ -66,8 +67,9 @@ fn run_with(recipe: &Recipe, processes: &Processes) -> Result<Finished> {
     let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build();
     let pool = pool.map_err(|error| Error::Recipe(format!("{threads} threads: {error}")))?;
     pool.install(|| {
-        let run = processes.agree(Run::begin(recipe, processes))?;
+        let mut run = processes.agree(Run::begin(recipe, processes))?;
         run.compare()?;
+        run.shards.meet(&run.state.weights);
         run.finish()
     })
 }
@@ -219,15 +221,19 @@ impl<'a> Run<'a> {
         let weights = Weights::new(recipe, &batch);
         let trained = &mut self.draft.trained;
         let sums = self.shards.gradient(&batch, gradient, |shard, gradient| {
-            let mut sums = Sums::default();
+            let mut groups = Vec::new();
             trained.gradient(&self.state.weights, gradient, |gradient| {
                 for part in micro_batches(&shard, recipe.micro_batch_tokens) {
-                    let groups: Vec<Group<'_>> = part.iter().map(|i| weights.group(shard[*i])).collect();
-                    let outcomes = self.model.gradient(&groups, &mut |rewards| weights.slopes(rewards), gradient)?;
-                    sums.add(recipe.objective, &groups, &outcomes);
+                    let before = groups.len();
+                    groups.extend(part.iter().map(|i| weights.group(shard[*i])));
+                    self.model.gradient(&groups[before..], weights.pair, gradient)?;
                 }
-                Ok(sums)
-            })
+                Ok(())
+            })?;
+            // Of all parts at once: a GPU has not been waited for until now.
+            let mut sums = Sums::default();
+            sums.add(recipe.objective, &groups, &self.model.outcomes()?);
+            Ok(sums)
         })?;
         let measures = sums.means(recipe);
         let norm = gradient.sum_of_squares()?.sqrt();
@@ -240,23 +246,18 @@ impl<'a> Run<'a> {
         }
         let clip = f64::from(recipe.clip);
         let lr = recipe.lr_at(step, total);
-        let how = AdamW {
+        let how = |parameter: &Parameter| AdamW {
             lr,
             beta1: recipe.beta1,
             beta2: recipe.beta2,
             eps: recipe.eps,
-            weight_decay: 0.0,
+            // Norms and biases are not drawn to zero.
+            weight_decay: if parameter.shape.len() > 1 { recipe.weight_decay } else { 0.0 },
             step: step as u32,
             scale: if clip > 0.0 && norm > clip { (clip / norm) as f32 } else { 1.0 },
         };
         let State { weights, mean, square, .. } = &mut self.state;
-        for parameter in self.draft.trained.list() {
-            // Norms and biases are not drawn to zero.
-            let weight_decay = if parameter.shape.len() > 1 { recipe.weight_decay } else { 0.0 };
-            let how = AdamW { weight_decay, ..how };
-            weights.step(gradient, [mean, square], parameter.range.clone(), &how)?;
-        }
-        self.model.set(self.draft.trained.weights(weights)?)?;
+        self.draft.trained.step(&mut self.model, weights, gradient, [mean, square], how)?;
         self.state.step = step;
 
         let (seconds, tokens) = (start.elapsed().as_secs_f64(), sums.tokens);

@@ -4,7 +4,7 @@
 //! order, whether one process computes all shards or several their share, and the sum of those before is all that has
 //! to be kept of them.
 
-use plumb_model::decoder::gradient::Numbers;
+use plumb_model::decoder::gradient::{Numbers, Peers};
 
 use crate::examples::Example;
 use crate::objective::Sums;
@@ -18,6 +18,8 @@ pub(crate) struct Shards<'a> {
     count: usize,
     /// This process's share of the gradients' sum, where there is more than one.
     sum: Vec<f32>,
+    /// The GPUs of all processes, if it is they who keep it.
+    peers: Option<Peers>,
 }
 
 impl<'a> Shards<'a> {
@@ -37,7 +39,18 @@ impl<'a> Shards<'a> {
     /// For gradients of so many weights.
     pub(crate) fn new(processes: &'a Processes, count: usize, weights: usize) -> Self {
         let sum = if count > 1 { vec![0.0; processes.share(weights)] } else { Vec::new() };
-        Self { processes, count, sum }
+        Self { processes, count, sum, peers: None }
+    }
+
+    /// Lets the GPUs of all processes add the gradients up, where they can: those of these weights, which lie where they
+    /// do. All processes have to call it.
+    pub(crate) fn meet(&mut self, weights: &Numbers) {
+        if self.count > 1 {
+            self.peers = self.processes.peers(weights);
+        }
+        if self.peers.is_some() {
+            self.sum = Vec::new();
+        }
     }
 
     /// Sums over all examples, and what pairs got, in their order. All processes have to call it.
@@ -72,12 +85,16 @@ impl<'a> Shards<'a> {
             gradient.clear()?;
             let own = self.processes.agree(compute(cut(batch, shard, self.count), gradient))?;
             sums.add_all(&self.processes.gather(own.to_numbers()));
-            if self.count > 1 {
+            if let Some(peers) = &mut self.peers {
+                peers.add(gradient, round == 0)?;
+            } else if self.count > 1 {
                 let own = self.processes.agree(gradient.to_host().map_err(Error::from))?;
                 self.processes.add(&own, &mut self.sum, round == 0);
             }
         }
-        if self.count > 1 {
+        if let Some(peers) = &self.peers {
+            peers.collect(gradient)?;
+        } else if self.count > 1 {
             gradient.replace(|whole| self.processes.collect(&self.sum, whole))?;
         }
         Ok(sums)

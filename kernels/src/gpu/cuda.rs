@@ -12,10 +12,10 @@ use cudarc::cublaslt::sys as blas_sys;
 use cudarc::driver::result::{self, DriverError};
 use cudarc::driver::{CudaContext, sys};
 
-use super::driver::{Argument, Collective, Driver, Product, Recording, all_of};
-use super::nccl::Communicators;
+use super::driver::{Argument, Collective, Driver, Exchange, Number, Order, Product, Recording, all_of};
+use super::nccl::{self, Communicator, Communicators};
 use super::recording::{Allocations, Validity};
-use super::{Gpu, GpuError, Memory, Result};
+use super::{Gpu, GpuError, MeetingId, Memory, Result};
 use products::Products;
 use staging::Staging;
 
@@ -309,6 +309,20 @@ impl Driver for Cuda {
 
     fn group(&self, gpus: &[Gpu]) -> Result<Arc<dyn Collective>> {
         Ok(Arc::new(Communicators::new(all_of(gpus)?)?))
+    }
+
+    fn check_peers(&self) -> Result<()> {
+        nccl::check()
+    }
+
+    fn meeting_id(&self) -> Result<MeetingId> {
+        nccl::meeting_id()
+    }
+
+    fn meet(&self, gpu: &Gpu, id: &MeetingId, rank: usize, count: usize) -> Result<Box<dyn Exchange>> {
+        self.bind()?;
+        let gpu = all_of(std::slice::from_ref(gpu))?.remove(0);
+        Ok(Box::new(Communicator::new(gpu, id, rank, count)?))
     }
 }
 

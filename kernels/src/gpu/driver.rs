@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use half::bf16;
 
-use super::{Gpu, GpuError, Memory, Result};
+use super::{Gpu, GpuError, MeetingId, Memory, Result};
 
 /// A device. Addresses are the device's own.
 pub(super) trait Driver: Any + Send + Sync {
@@ -91,6 +91,25 @@ pub(super) trait Driver: Any + Send + Sync {
 
     /// A group of these, which are all devices of this kind.
     fn group(&self, gpus: &[Gpu]) -> Result<Arc<dyn Collective>>;
+
+    /// Whether it could meet devices of other processes.
+    fn check_peers(&self) -> Result<()>;
+
+    /// By which devices of several processes meet once.
+    fn meeting_id(&self) -> Result<MeetingId>;
+
+    /// Meets the others; `gpu` is this device.
+    fn meet(&self, gpu: &Gpu, id: &MeetingId, rank: usize, count: usize) -> Result<Box<dyn Exchange>>;
+}
+
+/// A device that has met those of other processes.
+pub(super) trait Exchange: Send {
+    /// Sends f32 to each device, itself among them, and receives some from each, in the order of the processes: addresses
+    /// of this device, and how many. It is not recorded.
+    ///
+    /// # Safety
+    /// So many are allocated there; those that are received are nobody else's, and as many as are sent.
+    unsafe fn exchange(&self, send: &[(u64, usize)], receive: &[(u64, usize)]) -> Result<()>;
 }
 
 /// What the devices of a group do together.

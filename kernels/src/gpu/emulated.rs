@@ -4,13 +4,13 @@ use std::alloc::{Layout, alloc, dealloc};
 use std::any::Any;
 use std::collections::HashMap;
 use std::ffi::{CStr, CString, c_char, c_void};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Barrier, Mutex, MutexGuard, PoisonError};
 
 use half::bf16;
 
-use super::driver::{Argument, Collective, Driver, Number, Order, Product, Recording, all_of};
+use super::driver::{Argument, Collective, Driver, Exchange, Number, Order, Product, Recording, all_of};
 use super::recording::{Allocations, Validity};
-use super::{Gpu, GpuError, Memory, Result};
+use super::{Gpu, GpuError, MeetingId, Memory, Result};
 use crate::fp8;
 
 unsafe extern "C" {
@@ -241,6 +241,57 @@ impl Driver for Emulated {
 
     fn group(&self, gpus: &[Gpu]) -> Result<Arc<dyn Collective>> {
         Ok(Arc::new(EmulatedGroup(all_of(gpus)?)))
+    }
+
+    fn check_peers(&self) -> Result<()> {
+        Err(no_peers())
+    }
+
+    fn meeting_id(&self) -> Result<MeetingId> {
+        Err(no_peers())
+    }
+
+    fn meet(&self, _: &Gpu, _: &MeetingId, _: usize, _: usize) -> Result<Box<dyn Exchange>> {
+        Err(no_peers())
+    }
+}
+
+fn no_peers() -> GpuError {
+    GpuError::Missing("emulated GPUs of several processes have no memory in common".to_owned())
+}
+
+/// Devices of so many threads of this process, which meet at every exchange.
+pub(super) fn exchanges(count: usize) -> Vec<Box<dyn Exchange>> {
+    let meeting = Arc::new(Meeting { sent: Mutex::new(vec![Vec::new(); count]), all: Barrier::new(count) });
+    let exchange = |rank| -> Box<dyn Exchange> { Box::new(EmulatedExchange { meeting: meeting.clone(), rank }) };
+    (0..count).map(exchange).collect()
+}
+
+struct Meeting {
+    /// What each sends, to each.
+    sent: Mutex<Vec<Vec<(u64, usize)>>>,
+    all: Barrier,
+}
+
+struct EmulatedExchange {
+    meeting: Arc<Meeting>,
+    rank: usize,
+}
+
+impl Exchange for EmulatedExchange {
+    unsafe fn exchange(&self, send: &[(u64, usize)], receive: &[(u64, usize)]) -> Result<()> {
+        let Meeting { sent, all } = &*self.meeting;
+        sent.lock().unwrap_or_else(PoisonError::into_inner)[self.rank] = send.to_vec();
+        all.wait();
+        let sent_here: Vec<(u64, usize)> =
+            sent.lock().unwrap_or_else(PoisonError::into_inner).iter().map(|sent| sent[self.rank]).collect();
+        for ((from, sent), (to, received)) in sent_here.iter().zip(receive) {
+            assert_eq!(sent, received, "numbers that are sent, and received");
+            // SAFETY: so many are at both places; nobody changes what is sent before all have it.
+            unsafe { std::ptr::copy_nonoverlapping(pointer::<f32>(*from), pointer::<f32>(*to), *sent) };
+        }
+        all.wait();
+        Ok(())
     }
 }
 

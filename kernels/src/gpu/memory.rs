@@ -80,6 +80,17 @@ impl Gpu {
         // SAFETY: views are inside of their arrays, and what is borrowed to be written is nobody else's.
         unsafe { self.driver.copy(from.address, to.address, from.len * size_of::<T>()) }
     }
+
+    /// The elements of a view, once everything that was asked for is done.
+    ///
+    /// # Errors
+    /// If the GPU failed, now or before.
+    pub fn read<T: Pod>(&self, from: View<'_, T>) -> Result<Vec<T>> {
+        let mut values = vec![T::zeroed(); from.len];
+        // SAFETY: a view is inside of its array.
+        unsafe { self.driver.read(from.address, bytemuck::cast_slice_mut(&mut values))? };
+        Ok(values)
+    }
 }
 
 impl<'a, T> View<'a, T> {

@@ -21,6 +21,7 @@ mod linear;
 mod memory;
 #[cfg(feature = "cuda")]
 mod nccl;
+mod peers;
 mod pieces;
 mod quantised;
 mod recording;
@@ -36,6 +37,7 @@ pub use group::Group;
 pub use head::{MAX_TOP, Vocabulary};
 pub use linear::{Linear, Output, Room, stacked_bytes};
 pub use memory::{Buffer, View, ViewMut};
+pub use peers::{MeetingId, Peers};
 pub use pieces::{CutRule, PARTIAL_BYTES, Partials, Pieces};
 pub use rows::Norm;
 pub use sample::Sampler;

@@ -1,4 +1,4 @@
-//! NCCL: sums over several GPUs.
+//! NCCL: sums over several GPUs, and exchanges between those of several processes.
 //!
 //! Its library is loaded by the name that its packages give it, which cudarc does not look for.
 
@@ -8,8 +8,8 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use libloading::Library;
 
 use super::cuda::Cuda;
-use super::driver::{Collective, Driver as _};
-use super::{GpuError, Result};
+use super::driver::{Collective, Driver as _, Exchange};
+use super::{GpuError, MeetingId, Result};
 
 /// As its packages call it, with and without what it takes to compile against it.
 const NAMES: [&str; 2] = ["libnccl.so.2", "libnccl.so"];
@@ -23,13 +23,22 @@ type Handle = *mut c_void;
 /// `ncclResult_t`; 0 is success.
 type Code = c_int;
 
+/// `ncclUniqueId`, which is given by value.
+#[derive(Clone, Copy)]
+#[repr(C)]
+struct UniqueId(MeetingId);
+
 /// What is used of it.
 struct Nccl {
     comm_init_all: unsafe extern "C" fn(*mut Handle, c_int, *const c_int) -> Code,
+    get_unique_id: unsafe extern "C" fn(*mut UniqueId) -> Code,
+    comm_init_rank: unsafe extern "C" fn(*mut Handle, c_int, UniqueId, c_int) -> Code,
     comm_destroy: unsafe extern "C" fn(Handle) -> Code,
     group_start: unsafe extern "C" fn() -> Code,
     group_end: unsafe extern "C" fn() -> Code,
     all_reduce: unsafe extern "C" fn(*const c_void, *mut c_void, usize, c_int, c_int, Handle, *mut c_void) -> Code,
+    send: unsafe extern "C" fn(*const c_void, usize, c_int, c_int, Handle, *mut c_void) -> Code,
+    recv: unsafe extern "C" fn(*mut c_void, usize, c_int, c_int, Handle, *mut c_void) -> Code,
     error_string: unsafe extern "C" fn(Code) -> *const c_char,
     _library: Library,
 }
@@ -58,10 +67,14 @@ impl Nccl {
         }
         Ok(Self {
             comm_init_all: function!(c"ncclCommInitAll"),
+            get_unique_id: function!(c"ncclGetUniqueId"),
+            comm_init_rank: function!(c"ncclCommInitRank"),
             comm_destroy: function!(c"ncclCommDestroy"),
             group_start: function!(c"ncclGroupStart"),
             group_end: function!(c"ncclGroupEnd"),
             all_reduce: function!(c"ncclAllReduce"),
+            send: function!(c"ncclSend"),
+            recv: function!(c"ncclRecv"),
             error_string: function!(c"ncclGetErrorString"),
             _library: library,
         })
@@ -81,7 +94,7 @@ impl Nccl {
 /// for one another, if one is first on one GPU and second on the other.
 static TURN: Mutex<()> = Mutex::new(());
 
-/// A communicator for each GPU of a group.
+/// A communicator for each GPU of a group that this process has.
 pub(super) struct Communicators {
     nccl: &'static Nccl,
     members: Vec<(Arc<Cuda>, Handle)>,
@@ -101,6 +114,59 @@ impl Communicators {
         // SAFETY: there are as many places as numbers.
         nccl.check(unsafe { (nccl.comm_init_all)(handles.as_mut_ptr(), numbers.len() as c_int, numbers.as_ptr()) })?;
         Ok(Self { nccl, members: gpus.into_iter().zip(handles).collect() })
+    }
+}
+
+/// Whether it is there.
+pub(super) fn check() -> Result<()> {
+    nccl().map(|_| ())
+}
+
+/// By which processes meet.
+pub(super) fn meeting_id() -> Result<MeetingId> {
+    let (nccl, mut id) = (nccl()?, UniqueId([0; _]));
+    // SAFETY: there is a place for it.
+    nccl.check(unsafe { (nccl.get_unique_id)(&raw mut id) })?;
+    Ok(id.0)
+}
+
+/// That of this process's GPU with those of others.
+pub(super) struct Communicator(Communicators);
+
+impl Communicator {
+    /// Of a GPU whose context is current; waits for the others.
+    pub(super) fn new(gpu: Arc<Cuda>, id: &MeetingId, rank: usize, count: usize) -> Result<Self> {
+        let (nccl, mut handle) = (nccl()?, std::ptr::null_mut());
+        // SAFETY: there is a place for it, and its GPU's context is current.
+        let code = unsafe { (nccl.comm_init_rank)(&raw mut handle, count as c_int, UniqueId(*id), rank as c_int) };
+        nccl.check(code)?;
+        Ok(Self(Communicators { nccl, members: vec![(gpu, handle)] }))
+    }
+}
+
+impl Exchange for Communicator {
+    unsafe fn exchange(&self, send: &[(u64, usize)], receive: &[(u64, usize)]) -> Result<()> {
+        let Communicators { nccl, members } = &self.0;
+        let (gpu, handle) = &members[0];
+        let stream = gpu.running_stream()?;
+        let at = |address: u64| std::ptr::without_provenance_mut::<c_void>(address as usize);
+        // SAFETY: nothing is asked for between the two but copies of numbers that are there, on the GPU's own stream.
+        unsafe {
+            nccl.check((nccl.group_start)())?;
+            let mut peers = send.iter().zip(receive).enumerate();
+            let asked = peers.try_for_each(|(peer, ((from, sent), (to, received)))| {
+                let peer = peer as c_int;
+                if *sent > 0 {
+                    nccl.check((nccl.send)(at(*from), *sent, FLOAT32, peer, *handle, stream))?;
+                }
+                if *received > 0 {
+                    nccl.check((nccl.recv)(at(*to), *received, FLOAT32, peer, *handle, stream))?;
+                }
+                Ok(())
+            });
+            let ended = nccl.check((nccl.group_end)());
+            asked.and(ended)
+        }
     }
 }
 

@@ -1,4 +1,4 @@
-//! Losses on vocabulary logits, and their gradients.
+//! Losses on rewards and on vocabulary logits, and their gradients.
 
 use crate::element::{Element, scale};
 use crate::head::{log_sum_exp, soft_cap};
@@ -13,6 +13,21 @@ pub struct TopK<'a> {
     pub ids: &'a [u32],
     /// Their log-probabilities in nats.
     pub log_probs: &'a [f32],
+}
+
+/// How `weight * softplus(rejected - chosen)` (Askell et al. 2021, equation 3.1) of each pair of `rewards[pairs, 2]`, chosen
+/// before rejected, changes with them, into `slopes[pairs, 2]`.
+///
+/// # Panics
+/// If the lengths differ or are odd.
+pub fn pair_slopes(rewards: &[f32], weight: f32, slopes: &mut [f32]) {
+    let ((pairs, rest), (slopes, _)) = (rewards.as_chunks::<2>(), slopes.as_chunks_mut::<2>());
+    assert!(rest.is_empty() && pairs.len() == slopes.len(), "rewards of pairs");
+    for ([chosen, rejected], slopes) in pairs.iter().zip(slopes) {
+        // An exponential that is infinite makes a slope of 0, as it should.
+        let d = weight / (1.0 + (chosen - rejected).exp());
+        *slopes = [-d, d];
+    }
 }
 
 /// For every row of `logits[rows, vocabulary]` the loss `-log softmax(logits)[target]` in nats, into `losses`, and the
@@ -154,6 +169,20 @@ mod tests {
                 let found = f64::from(d[row * vocabulary + i]);
                 assert!((found - expected).abs() < 1e-5 * (1.0 + row as f64), "{row} {i}: {found} {expected}");
             }
+        }
+    }
+
+    #[test]
+    fn slopes_of_pairs() {
+        let softplus = |x: f64| x.max(0.0) + (-x.abs()).exp().ln_1p();
+        for (chosen, rejected) in [(0.5f32, -1.0f32), (0.0, 0.0), (-3.0, 2.0), (200.0, -200.0), (-200.0, 200.0)] {
+            let mut slopes = [f32::NAN; 4];
+            pair_slopes(&[1.0, 1.0, chosen, rejected], 0.25, &mut slopes);
+            let at = |step: f64| 0.25 * softplus(f64::from(rejected) - f64::from(chosen) - step);
+            let expected = (at(1e-4) - at(-1e-4)) / 2e-4;
+            let [equal @ .., found, opposite] = slopes;
+            assert_eq!((equal, opposite), ([-0.125, 0.125], -found));
+            assert!((f64::from(found) - expected).abs() < 1e-6, "{chosen} {rejected}: {found} {expected}");
         }
     }
 

@@ -13,6 +13,6 @@ mod optimiser;
 pub use attention::{Keys, attention, unprepare};
 #[cfg(feature = "gpu")]
 pub(crate) use attention::{Tree, TreeSpan};
-pub use head::{TopK, cross_entropy, distillation};
+pub use head::{TopK, cross_entropy, distillation, pair_slopes};
 pub use linear::{Outer, add_rows, column_sums};
 pub use optimiser::{AdamW, add, sum_of_squares};

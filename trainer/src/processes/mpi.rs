@@ -9,6 +9,7 @@ use mpi::datatype::{Partition, PartitionMut};
 use mpi::environment::{Threading, Universe, initialize_with_threading, processor_name};
 use mpi::topology::SimpleCommunicator;
 use mpi::traits::{Communicator as _, CommunicatorCollectives as _};
+use plumb_model::decoder::gradient::{MeetingId, Numbers, Peers};
 
 use super::{Digest, Processes, SIZES, add_to, part};
 use crate::{Error, Result};
@@ -144,6 +145,33 @@ impl World {
             let mut receive = PartitionMut::new(block, &parts.counts[..], &parts.starts[..]);
             self.all().all_gather_varcount_into(own, &mut receive);
         }
+    }
+
+    pub(super) fn peers(&self, numbers: &Numbers) -> Option<Peers> {
+        // They lie alike in all processes.
+        Peers::alone(numbers)?;
+        let tell = |error: &plumb_model::Error| {
+            if self.rank == 0 {
+                eprintln!("gradients are added up by the hosts: {error}");
+            }
+        };
+        let id = match self.rank {
+            0 => Peers::meeting_id(numbers),
+            _ => Peers::check(numbers).map(|()| [0; _]),
+        };
+        let id: MeetingId = self.if_all(id.inspect_err(tell).ok())?;
+        let mut ids = vec![0; id.len() * self.count];
+        self.all().all_gather_into(&id[..], &mut ids[..]);
+        let (ids, _) = ids.as_chunks();
+        // Each waits for the others. What keeps one from them, such as a GPU that two have, NCCL tells all.
+        let peers = Peers::meet(numbers, &ids[0], self.rank, self.count);
+        self.if_all(peers.inspect_err(tell).ok())
+    }
+
+    /// What every process has, if every one has it.
+    fn if_all<T>(&self, own: Option<T>) -> Option<T> {
+        let all = self.gather([f64::from(u8::from(own.is_some()))]);
+        own.filter(|_| all.iter().all(|[has]| *has == 1.0))
     }
 
     pub(super) fn leave<T>(self, result: Result<T>) -> Result<T> {

@@ -32,7 +32,6 @@ pub struct Slopes<'a> {
 pub struct Losses<E> {
     sweep: Vocabulary,
     weights: Buffer<f32>,
-    losses: Buffer<f32>,
     /// Gradient of a tile's logits.
     d: Buffer<E>,
     /// A teacher's tokens at all rows and their log-probabilities, where those of a row begin, and the model's logits.
@@ -53,7 +52,6 @@ where
         Self {
             sweep: Vocabulary::new(gpu),
             weights: gpu.empty(),
-            losses: gpu.empty(),
             d: gpu.empty(),
             ids: gpu.empty(),
             taught: gpu.empty(),
@@ -65,13 +63,13 @@ where
 
     /// Bytes that it takes now.
     pub fn bytes(&self) -> usize {
-        let Self { sweep, weights, losses, d, ids, taught, starts, logits, factors } = self;
-        let floats = [weights, losses, taught, logits, factors].map(Buffer::bytes).iter().sum::<usize>();
+        let Self { sweep, weights, d, ids, taught, starts, logits, factors } = self;
+        let floats = [weights, taught, logits, factors].map(Buffer::bytes).iter().sum::<usize>();
         sweep.bytes() + d.bytes() + ids.bytes() + starts.bytes() + floats
     }
 
-    /// The loss of every row of `x[rows, inputs]`, in nats, and the gradients where they are wanted. The logits of a tile
-    /// are computed once more for these.
+    /// The loss of every row of `x[rows, inputs]`, in nats, into `losses`, and the gradients where they are wanted. The
+    /// logits of a tile are computed once more for these.
     ///
     /// # Errors
     /// If the GPU refuses, or has no memory for a tile of logits.
@@ -84,19 +82,19 @@ where
         softcap: Option<f32>,
         x: View<'_, E>,
         targets: Targets<'_>,
+        mut losses: ViewMut<'_, f32>,
         mut slopes: Option<Slopes<'_>>,
-    ) -> Result<Vec<f32>> {
+    ) -> Result<()> {
         let inputs = head.inputs();
         let rows = match targets {
             Targets::Tokens(tokens) => tokens.len(),
             Targets::Teachers(teachers) => teachers.len(),
         };
-        assert_eq!(x.len, rows * inputs, "shapes of a loss");
+        assert_eq!((x.len, losses.len), (rows * inputs, rows), "shapes of a loss");
         if let Some(Slopes { weights, d_x, d_head }) = &slopes {
             assert_eq!((weights.len(), d_x.len), (rows, x.len), "shapes of a loss");
             assert_eq!(d_head.len, head.outputs() * inputs, "shapes of a loss");
         }
-        let mut losses = Vec::with_capacity(rows);
         for first in (0..rows).step_by(ROWS) {
             let part = first..rows.min(first + ROWS);
             let within = part.start * inputs..part.end * inputs;
@@ -109,9 +107,9 @@ where
                 d_x: d_x.part(within.clone()),
                 d_head: d_head.reborrow(),
             });
-            losses.extend(self.part(head, softcap, x.part(within), part.len(), targets, slopes)?);
+            self.part(head, softcap, x.part(within), targets, losses.part(part), slopes)?;
         }
-        Ok(losses)
+        Ok(())
     }
 
     /// The same for at most [`ROWS`] rows.
@@ -120,24 +118,25 @@ where
         head: &Linear<E>,
         softcap: Option<f32>,
         x: View<'_, E>,
-        rows: usize,
         targets: Targets<'_>,
+        losses: ViewMut<'_, f32>,
         slopes: Option<Slopes<'_>>,
-    ) -> Result<Vec<f32>> {
-        self.losses.grow(rows)?;
+    ) -> Result<()> {
         match targets {
-            Targets::Tokens(tokens) => self.cross_entropy(head, softcap, x, tokens)?,
-            Targets::Teachers(teachers) => self.distil(head, softcap, x, teachers)?,
+            Targets::Tokens(tokens) => self.cross_entropy(head, softcap, x, tokens, losses)?,
+            Targets::Teachers(teachers) => self.distil(head, softcap, x, teachers, losses)?,
         }
-        if let Some(slopes) = slopes {
-            self.backward(head, softcap, x, targets, slopes)?;
-        }
-        let mut losses = vec![0.0; rows];
-        self.losses.read(0, &mut losses)?;
-        Ok(losses)
+        slopes.map_or(Ok(()), |slopes| self.backward(head, softcap, x, targets, slopes))
     }
 
-    fn cross_entropy(&mut self, head: &Linear<E>, softcap: Option<f32>, x: View<'_, E>, tokens: &[u32]) -> Result<()> {
+    fn cross_entropy(
+        &mut self,
+        head: &Linear<E>,
+        softcap: Option<f32>,
+        x: View<'_, E>,
+        tokens: &[u32],
+        losses: ViewMut<'_, f32>,
+    ) -> Result<()> {
         assert!(tokens.iter().all(|id| (*id as usize) < head.outputs()), "a token that the vocabulary does not have");
         let sweep = &mut self.sweep;
         sweep.targets.grow(tokens.len())?;
@@ -147,7 +146,7 @@ where
             Address(sweep.chosen.all().address),
             Address(sweep.largest.all().address),
             Address(sweep.sums.all().address),
-            Address(self.losses.all_mut().address),
+            Address(losses.address),
             U32(tokens.len() as u32),
         ];
         let blocks = tokens.len().div_ceil(THREADS);
@@ -155,7 +154,14 @@ where
         unsafe { sweep.gpu.launch("token_losses", [blocks, 1, 1], THREADS, 0, &arguments) }
     }
 
-    fn distil(&mut self, head: &Linear<E>, softcap: Option<f32>, x: View<'_, E>, teachers: &[TopK<'_>]) -> Result<()> {
+    fn distil(
+        &mut self,
+        head: &Linear<E>,
+        softcap: Option<f32>,
+        x: View<'_, E>,
+        teachers: &[TopK<'_>],
+        losses: ViewMut<'_, f32>,
+    ) -> Result<()> {
         let (mut ids, mut log_probs, mut starts) = (Vec::new(), Vec::new(), vec![0]);
         for top in teachers {
             assert_eq!(top.ids.len(), top.log_probs.len(), "a log-probability for each token");
@@ -194,7 +200,7 @@ where
             logits,
             Address(self.sweep.largest.all().address),
             Address(self.sweep.sums.all().address),
-            Address(self.losses.all_mut().address),
+            Address(losses.address),
             Address(self.factors.all_mut().address),
         ];
         // SAFETY: as in `cuda/head_backward.cu`.
@@ -251,6 +257,21 @@ where
 }
 
 impl Gpu {
+    /// As [`gradient::pair_slopes`](crate::gradient::pair_slopes).
+    ///
+    /// # Errors
+    /// If the GPU refuses.
+    ///
+    /// # Panics
+    /// If the lengths differ or are odd.
+    pub fn pair_slopes(&self, rewards: View<'_, f32>, weight: f32, slopes: ViewMut<'_, f32>) -> Result<()> {
+        assert!(rewards.len == slopes.len && rewards.len.is_multiple_of(2), "rewards of pairs");
+        let pairs = rewards.len / 2;
+        let arguments = [Address(rewards.address), F32(weight), Address(slopes.address), U32(pairs as u32)];
+        // SAFETY: as in `cuda/head_backward.cu`.
+        unsafe { self.launch("pair_slopes", [pairs.div_ceil(THREADS), 1, 1], THREADS, 0, &arguments) }
+    }
+
     /// From the gradients `d[rows]` of [`Gpu::rewards`], those of `x[rows, width]` into `d_x`; those of the weight and, behind
     /// it where there is one, of the bias are added to `d_head`.
     ///

@@ -99,17 +99,16 @@ where
         unsafe { gpu.driver.multiply(&product) }
     }
 
-    /// Takes new weights for the outputs from `first` on.
+    /// The weights of so many outputs from `first` on, `[count, inputs]`, to be replaced.
     ///
     /// # Errors
-    /// If the GPU refuses.
+    /// If they are held another way than one number of the type each.
     ///
     /// # Panics
-    /// If rows are not whole, or there are fewer.
-    pub fn set(&mut self, gpu: &Gpu, first: usize, rows: View<'_, f32>) -> Result<()> {
-        let start = first * self.inputs();
-        assert!(rows.len.is_multiple_of(self.inputs()), "rows of a linear layer");
-        gpu.round(rows, self.plain_mut()?.view_mut(start..start + rows.len))
+    /// If there are fewer.
+    pub fn weights_mut(&mut self, first: usize, count: usize) -> Result<ViewMut<'_, E>> {
+        let inputs = self.inputs();
+        Ok(self.plain_mut()?.view_mut(first * inputs..(first + count) * inputs))
     }
 
     /// Takes new biases for the outputs from `first` on.

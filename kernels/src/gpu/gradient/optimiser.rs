@@ -6,6 +6,7 @@ use super::super::driver::Argument::{Address, Bytes, U64};
 use super::super::rows::THREADS;
 use super::super::{Buffer, Gpu, Result, View, ViewMut};
 use super::blocks;
+use crate::Element;
 use crate::gradient::AdamW;
 
 /// Numbers whose squares a block sums up; as in `cuda/optimiser.cu`.
@@ -25,22 +26,25 @@ struct KernelAdamW {
 }
 
 impl AdamW {
-    /// As [`AdamW::update`], on a GPU.
+    /// As [`AdamW::update`], on a GPU. The new weights are rounded to `rounded` too, if that is given, without being read
+    /// again.
     ///
     /// # Errors
     /// If the GPU refuses.
     ///
     /// # Panics
     /// If the lengths differ.
-    pub fn update_on(
+    pub fn update_on<E: Element>(
         &self,
         gpu: &Gpu,
         weights: ViewMut<'_, f32>,
         gradient: View<'_, f32>,
         [mean, square]: [ViewMut<'_, f32>; 2],
+        rounded: Option<ViewMut<'_, E>>,
     ) -> Result<()> {
         let len = weights.len;
-        assert!([gradient.len, mean.len, square.len] == [len; 3], "shapes of a step");
+        let rounded_len = rounded.as_ref().map_or(len, |rounded| rounded.len);
+        assert!([gradient.len, mean.len, square.len, rounded_len] == [len; 4], "shapes of a step");
         let [first, second] = self.corrections();
         let how = KernelAdamW {
             rate: self.lr / first,
@@ -57,10 +61,11 @@ impl AdamW {
             Address(gradient.address),
             Address(mean.address),
             Address(square.address),
+            Address(rounded.map_or(0, |rounded| rounded.address)),
             U64(len as u64),
         ];
         // SAFETY: as in `cuda/optimiser.cu`.
-        unsafe { gpu.launch("adamw", [blocks(len), 1, 1], THREADS, 0, &arguments) }
+        unsafe { gpu.launch(&format!("adamw_{}", E::NAME), [blocks(len), 1, 1], THREADS, 0, &arguments) }
     }
 }
 

@@ -184,7 +184,7 @@ impl Gpu {
     }
 
     /// Adds the parts `[count, columns]` to `sums[columns]`.
-    fn add_parts(&self, parts: Argument<'_>, count: usize, sums: ViewMut<'_, f32>) -> Result<()> {
+    pub(in super::super) fn add_parts(&self, parts: Argument<'_>, count: usize, sums: ViewMut<'_, f32>) -> Result<()> {
         let arguments = [parts, U32(count as u32), U32(sums.len as u32), Address(sums.address)];
         // SAFETY: as in `cuda/sums.cu`; so many parts are there.
         unsafe { self.launch("add_parts", [sums.len.div_ceil(THREADS), 1, 1], THREADS, 0, &arguments) }

@@ -6,12 +6,13 @@ use std::fmt::Debug;
 use std::ops::Range;
 
 use plumb_kernels::attention::{Rule, Span};
-use plumb_kernels::gradient::TopK;
+use plumb_kernels::gradient::{AdamW, TopK};
 
 use super::super::Device;
 use super::super::backend::{Backend, How, Number, Stream};
 use super::numbers::Numbers;
 use super::parameters::{LayerRanges, Parameters};
+use super::set::New;
 use crate::Result;
 
 /// A device on which gradients are computed.
@@ -45,8 +46,9 @@ pub(in super::super) trait Gradients: Backend {
     fn list_mut(numbers: &mut Numbers) -> Option<&mut Self::Array<f32>>;
 
     /// A list of numbers of the process, where this computes.
-    fn with_list<R>(&self, values: &[f32], f: impl FnOnce(Self::Part<'_, f32>) -> Result<R>) -> Result<R>;
+    fn with_list<R>(&self, values: &[f32], f: impl FnOnce(&Self::Array<f32>) -> Result<R>) -> Result<R>;
     fn within<'a>(part: Self::Part<'a, f32>, range: Range<usize>) -> Self::Part<'a, f32>;
+    fn within_mut<'a, T: Number>(part: &'a mut Self::PartMut<'_, T>, range: Range<usize>) -> Self::PartMut<'a, T>;
     fn len<T: Number>(part: Self::Part<'_, T>) -> usize;
     /// Numbers for the process.
     fn read(&self, part: Self::Part<'_, f32>) -> Result<Vec<f32>>;
@@ -56,6 +58,15 @@ pub(in super::super) trait Gradients: Backend {
     fn clear(&self, x: Self::PartMut<'_, f32>) -> Result<()>;
     /// `sum += x`.
     fn accumulate(&self, x: Self::Part<'_, f32>, sum: Self::PartMut<'_, f32>) -> Result<()>;
+    /// An optimiser's step; the new weights are rounded to `rounded` too, if that is given.
+    fn update(
+        &self,
+        how: &AdamW,
+        weights: Self::PartMut<'_, f32>,
+        gradient: Self::Part<'_, f32>,
+        means: [Self::PartMut<'_, f32>; 2],
+        rounded: Option<Self::PartMut<'_, Self::Element>>,
+    ) -> Result<()>;
 
     // ---- what a model is made of ----
 
@@ -78,13 +89,14 @@ pub(in super::super) trait Gradients: Backend {
         gated: bool,
     ) -> Result<Self::Kept<'a>>;
 
-    /// Takes new weights, and biases where there are some.
+    /// Takes new weights `[outputs, inputs]`, and biases where there are some: ranges of the list.
     fn set_linear(
         &self,
         linear: &mut Self::Linear,
         back: &mut Self::Back,
         inputs: usize,
-        values: Values<'_, Self>,
+        new: &mut New<'_, Self>,
+        ranges: [&Range<usize>; 2],
     ) -> Result<()>;
     /// The same for up and gate.
     fn set_activated(
@@ -92,8 +104,8 @@ pub(in super::super) trait Gradients: Backend {
         activated: &mut Self::Activated,
         back: &mut Self::ActivatedBack,
         inputs: usize,
-        up: Values<'_, Self>,
-        gate: Option<Values<'_, Self>>,
+        new: &mut New<'_, Self>,
+        ranges: &LayerRanges,
     ) -> Result<()>;
     /// Takes new weights, to which `offset` is added, and the biases behind them where there are some.
     fn set_norm(&self, norm: &mut Self::Norm, values: Self::Part<'_, f32>, offset: f32) -> Result<()>;
@@ -207,18 +219,21 @@ pub(in super::super) trait Gradients: Backend {
 
     // ---- what the decoder ends in; `rows` of the residual stream ----
 
-    /// Adds the gradients of rewards, given how the loss changes with each.
-    fn rewards_back(
+    /// The reward of each row into `rewards`, and, where they are wanted, the gradients of `weight * softplus(rejected -
+    /// chosen)` of rows in pairs, chosen before rejected.
+    #[expect(clippy::too_many_arguments, reason = "what it reads, and what it writes")]
+    fn pairs(
         &self,
         from: Stream<'_, Self>,
         rows: &[u32],
-        weight: &Self::Array<f32>,
-        slopes: &[f32],
-        sums: Sums<'_, Self>,
+        head: RewardHead<'_, Self>,
+        weight: f32,
+        rewards: Self::PartMut<'_, f32>,
+        sums: Option<Sums<'_, Self>>,
         room: &mut Self::Room,
     ) -> Result<()>;
 
-    /// The loss of each row, in nats, and their gradients, times `weights`, where they are wanted.
+    /// The loss of each row, in nats, into `losses`, and their gradients, times `weights`, where they are wanted.
     #[expect(clippy::too_many_arguments, reason = "what it reads, and what it writes")]
     fn losses(
         &self,
@@ -227,15 +242,10 @@ pub(in super::super) trait Gradients: Backend {
         head: VocabularyBack<'_, Self>,
         targets: &Targets<'_>,
         weights: &[f32],
+        losses: Self::PartMut<'_, f32>,
         sums: Option<Sums<'_, Self>>,
         room: &mut Self::Room,
-    ) -> Result<Vec<f32>>;
-}
-
-/// New weights `[outputs, inputs]` and biases of a linear layer.
-pub(in super::super) struct Values<'a, B: Backend> {
-    pub(in super::super) rows: B::Part<'a, f32>,
-    pub(in super::super) bias: Option<B::Part<'a, f32>>,
+    ) -> Result<()>;
 }
 
 /// What attention read, and what it made of it.
@@ -248,6 +258,12 @@ pub(in super::super) struct Attended<'a, B: Backend> {
     /// Nothing, unless [`Gradients::LOG_SUMS`].
     #[cfg_attr(not(feature = "gpu"), expect(dead_code, reason = "the CPU goes over the keys again"))]
     pub(in super::super) log_sums: B::Part<'a, f32>,
+}
+
+/// A reward head, `weight . x + bias`.
+pub(in super::super) struct RewardHead<'a, B: Backend> {
+    pub(in super::super) weight: &'a B::Array<f32>,
+    pub(in super::super) bias: f32,
 }
 
 /// A language head, and the way back through it.

@@ -4,7 +4,8 @@ use std::ops::Range;
 
 use plumb_kernels::attention::{KvPages, Rule, Span};
 use plumb_kernels::element::round_all;
-use plumb_kernels::gradient::{self, Keys, Outer};
+use plumb_kernels::gradient::{self, AdamW, Keys, Outer};
+use plumb_kernels::head::dot;
 use plumb_kernels::linear::{Activated, Kept, Linear, Store};
 use plumb_kernels::norm::Norm;
 
@@ -12,9 +13,10 @@ use super::super::Device;
 use super::super::backend::{Backend, How, Number, Stream};
 use super::super::build::Load;
 use super::super::cpu::{Cpu, resize};
-use super::backend::{Attended, Gradients, Sums, Targets, Values, VocabularyBack};
+use super::backend::{Attended, Gradients, RewardHead, Sums, Targets, VocabularyBack};
 use super::numbers::{Numbers, Place};
 use super::parameters::LayerRanges;
+use super::set::New;
 use crate::Result;
 
 /// Up and gate, the other way round.
@@ -113,12 +115,16 @@ impl<E: Load + Number> Gradients for Cpu<E> {
         }
     }
 
-    fn with_list<R>(&self, values: &[f32], f: impl FnOnce(&[f32]) -> Result<R>) -> Result<R> {
-        f(values)
+    fn with_list<R>(&self, values: &[f32], f: impl FnOnce(&Vec<f32>) -> Result<R>) -> Result<R> {
+        f(&values.to_vec())
     }
 
     fn within<'a>(part: Self::Part<'a, f32>, range: Range<usize>) -> Self::Part<'a, f32> {
         &part[range]
+    }
+
+    fn within_mut<'a, T: Number>(part: &'a mut &mut [T], range: Range<usize>) -> &'a mut [T] {
+        &mut part[range]
     }
 
     fn len<T: Number>(part: &[T]) -> usize {
@@ -151,6 +157,18 @@ impl<E: Load + Number> Gradients for Cpu<E> {
     fn accumulate(&self, x: &[f32], sum: &mut [f32]) -> Result<()> {
         sum.iter_mut().zip(x).for_each(|(sum, x)| *sum += x);
         Ok(())
+    }
+
+    fn update(
+        &self,
+        how: &AdamW,
+        weights: &mut [f32],
+        gradient: &[f32],
+        [mean, square]: [&mut [f32]; 2],
+        rounded: Option<&mut [E]>,
+    ) -> Result<()> {
+        how.update(weights, gradient, mean, square);
+        rounded.map_or(Ok(()), |rounded| self.round(weights, rounded))
     }
 
     fn back(&self) -> Linear<E> {
@@ -196,12 +214,14 @@ impl<E: Load + Number> Gradients for Cpu<E> {
         linear: &mut Linear<E>,
         back: &mut Linear<E>,
         inputs: usize,
-        Values { rows, bias }: Values<'_, Self>,
+        new: &mut New<'_, Self>,
+        [rows, bias]: [&Range<usize>; 2],
     ) -> Result<()> {
+        let rows = new.take(self, rows)?;
         linear.refill(0, rows);
         back.fill_transposed_f32(rows, inputs);
-        if let Some(bias) = bias {
-            linear.refill_bias(bias);
+        if !bias.is_empty() {
+            linear.refill_bias(new.take(self, bias)?);
         }
         Ok(())
     }
@@ -211,16 +231,21 @@ impl<E: Load + Number> Gradients for Cpu<E> {
         activated: &mut Activated<E>,
         back: &mut ActivatedBack<E>,
         inputs: usize,
-        up: Values<'_, Self>,
-        gate: Option<Values<'_, Self>>,
+        new: &mut New<'_, Self>,
+        LayerRanges { gate, gate_bias, up, up_bias, .. }: &LayerRanges,
     ) -> Result<()> {
-        activated.refill(up.rows, gate.as_ref().map(|gate| gate.rows));
-        back.up.fill_transposed_f32(up.rows, inputs);
-        if let Some(gate) = &gate {
-            back.gate.get_or_insert_with(Linear::empty).fill_transposed_f32(gate.rows, inputs);
+        for range in [gate, gate_bias, up, up_bias] {
+            new.take(self, range)?;
         }
-        if let Some(bias) = up.bias {
-            activated.refill_bias(bias, gate.and_then(|gate| gate.bias));
+        let some = |range: &Range<usize>| (!range.is_empty()).then(|| new.part(range));
+        let (up, gate) = (new.part(up), some(gate));
+        activated.refill(up, gate);
+        back.up.fill_transposed_f32(up, inputs);
+        if let Some(gate) = gate {
+            back.gate.get_or_insert_with(Linear::empty).fill_transposed_f32(gate, inputs);
+        }
+        if let Some(bias) = some(up_bias) {
+            activated.refill_bias(bias, some(gate_bias));
         }
         Ok(())
     }
@@ -356,22 +381,27 @@ impl<E: Load + Number> Gradients for Cpu<E> {
         Ok(())
     }
 
-    fn rewards_back(
+    fn pairs(
         &self,
         from: Stream<'_, Self>,
         rows: &[u32],
-        weight: &Vec<f32>,
-        slopes: &[f32],
-        sums: Sums<'_, Self>,
+        RewardHead { weight, bias }: RewardHead<'_, Self>,
+        pair_weight: f32,
+        rewards: &mut [f32],
+        sums: Option<Sums<'_, Self>>,
         room: &mut Room<E>,
     ) -> Result<()> {
         room.gather(&from, rows);
-        let len = rows.len() * from.width;
+        let (width, len) = (from.width, rows.len() * from.width);
         let mut normed = vec![0.0f32; len];
         from.norm.forward(&room.x[..len], &mut normed);
+        let normed = || normed.chunks_exact(width);
+        rewards.iter_mut().zip(normed()).for_each(|(reward, row)| *reward = dot(weight, row) + bias);
+        let Some(sums) = sums else { return Ok(()) };
+        let mut slopes = vec![0.0; rows.len()];
+        gradient::pair_slopes(rewards, pair_weight, &mut slopes);
         let d_normed = resize(&mut room.d_normed, len);
-        let each = slopes.iter().zip(normed.chunks_exact(from.width)).zip(d_normed.chunks_exact_mut(from.width));
-        for ((d, normed), d_normed) in each {
+        for ((d, normed), d_normed) in slopes.iter().zip(normed()).zip(d_normed.chunks_exact_mut(width)) {
             d_normed.iter_mut().zip(weight).for_each(|(to, w)| *to = d * w);
             let score = &mut sums.gradient[sums.ranges.score.clone()];
             score.iter_mut().zip(normed).for_each(|(sum, x)| *sum += d * x);
@@ -388,9 +418,10 @@ impl<E: Load + Number> Gradients for Cpu<E> {
         head: VocabularyBack<'_, Self>,
         targets: &Targets<'_>,
         weights: &[f32],
+        losses: &mut [f32],
         sums: Option<Sums<'_, Self>>,
         room: &mut Room<E>,
-    ) -> Result<Vec<f32>> {
+    ) -> Result<()> {
         let VocabularyBack { logits: logits_of, back, softcap, size } = head;
         room.gather(&from, rows);
         let len = rows.len() * from.width;
@@ -398,13 +429,12 @@ impl<E: Load + Number> Gradients for Cpu<E> {
         from.norm.forward(&room.x[..len], normed);
         let logits = resize(&mut room.logits, rows.len() * size);
         logits_of.forward(normed, logits, Store::Set);
-        let mut losses = vec![0.0; rows.len()];
         let d_logits = resize(&mut room.d_logits, logits.len());
         match targets {
-            Targets::Tokens(ids) => gradient::cross_entropy(logits, softcap, ids, weights, &mut losses, d_logits),
-            Targets::Teachers(top) => gradient::distillation(logits, softcap, top, weights, &mut losses, d_logits),
+            Targets::Tokens(ids) => gradient::cross_entropy(logits, softcap, ids, weights, losses, d_logits),
+            Targets::Teachers(top) => gradient::distillation(logits, softcap, top, weights, losses, d_logits),
         }
-        let Some(sums) = sums else { return Ok(losses) };
+        let Some(sums) = sums else { return Ok(()) };
         let d_normed = resize(&mut room.d_normed, len);
         // The inner loop takes pairs: an odd vocabulary has one more, which counts nothing.
         if back.inputs() == size {
@@ -417,6 +447,6 @@ impl<E: Load + Number> Gradients for Cpu<E> {
         room.outer.take(normed, from.width);
         room.outer.add(d_logits, &mut sums.gradient[sums.ranges.language_head.clone()]);
         room.scatter(&from, rows, sums);
-        Ok(losses)
+        Ok(())
     }
 }

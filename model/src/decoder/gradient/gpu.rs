@@ -5,15 +5,16 @@ use std::ops::Range;
 use plumb_kernels::attention::{Rule, Span};
 use plumb_kernels::gpu::gradient::{self, Columns, Losses, Scatter, Slopes};
 use plumb_kernels::gpu::{Buffer, Linear, Norm, Output, View, ViewMut};
-use plumb_kernels::gradient::Keys;
+use plumb_kernels::gradient::{AdamW, Keys};
 
 use super::super::Device;
 use super::super::backend::{Backend, How, Number, Stream};
 use super::super::build::Load;
 use super::super::gpu::{Activated, OnGpu};
-use super::backend::{Attended, Gradients, Sums, Targets, Values, VocabularyBack};
+use super::backend::{Attended, Gradients, RewardHead, Sums, Targets, VocabularyBack};
 use super::numbers::{Numbers, Place};
 use super::parameters::LayerRanges;
+use super::set::New;
 use crate::Result;
 
 /// What is needed on the way.
@@ -120,11 +121,15 @@ where
         }
     }
 
-    fn with_list<R>(&self, values: &[f32], f: impl FnOnce(View<'_, f32>) -> Result<R>) -> Result<R> {
-        f(self.gpu.upload(values)?.all())
+    fn with_list<R>(&self, values: &[f32], f: impl FnOnce(&Buffer<f32>) -> Result<R>) -> Result<R> {
+        f(&self.gpu.upload(values)?)
     }
 
     fn within<'a>(part: Self::Part<'a, f32>, range: Range<usize>) -> Self::Part<'a, f32> {
+        part.part(range)
+    }
+
+    fn within_mut<'a, T: Number>(part: &'a mut ViewMut<'_, T>, range: Range<usize>) -> ViewMut<'a, T> {
         part.part(range)
     }
 
@@ -133,9 +138,7 @@ where
     }
 
     fn read(&self, part: View<'_, f32>) -> Result<Vec<f32>> {
-        let mut values = self.gpu.zeros::<f32>(part.len())?;
-        self.gpu.copy(part, values.all_mut())?;
-        Ok(values.to_vec()?)
+        Ok(self.gpu.read(part)?)
     }
 
     fn copy(&self, from: View<'_, f32>, to: ViewMut<'_, f32>) -> Result<()> {
@@ -156,6 +159,17 @@ where
 
     fn accumulate(&self, x: View<'_, f32>, sum: ViewMut<'_, f32>) -> Result<()> {
         Ok(self.gpu.add(x, sum)?)
+    }
+
+    fn update(
+        &self,
+        how: &AdamW,
+        weights: ViewMut<'_, f32>,
+        gradient: View<'_, f32>,
+        means: [ViewMut<'_, f32>; 2],
+        rounded: Option<ViewMut<'_, E>>,
+    ) -> Result<()> {
+        Ok(how.update_on(&self.gpu, weights, gradient, means, rounded)?)
     }
 
     fn back(&self) {}
@@ -196,33 +210,32 @@ where
         linear: &mut Linear<E>,
         (): &mut (),
         _: usize,
-        Values { rows, bias }: Values<'_, Self>,
+        new: &mut New<'_, Self>,
+        [rows, bias]: [&Range<usize>; 2],
     ) -> Result<()> {
-        linear.set(&self.gpu, 0, rows)?;
-        if let Some(bias) = bias {
-            linear.set_bias(&self.gpu, 0, bias)?;
+        new.round(self, rows, linear.weights_mut(0, linear.outputs())?)?;
+        if !bias.is_empty() {
+            linear.set_bias(&self.gpu, 0, new.take(self, bias)?)?;
         }
         Ok(())
     }
 
     fn set_activated(
         &self,
-        Activated { linear, .. }: &mut Activated<E>,
+        Activated { linear, gated, .. }: &mut Activated<E>,
         (): &mut (),
-        inputs: usize,
-        up: Values<'_, Self>,
-        gate: Option<Values<'_, Self>>,
+        _: usize,
+        new: &mut New<'_, Self>,
+        ranges: &LayerRanges,
     ) -> Result<()> {
-        let mut set = |first: usize, Values { rows, bias }: Values<'_, Self>| {
-            linear.set(&self.gpu, first, rows)?;
-            bias.map_or(Ok(()), |bias| linear.set_bias(&self.gpu, first, bias))
-        };
-        let mut first_up = 0;
-        if let Some(gate) = gate {
-            first_up = gate.rows.len() / inputs;
-            set(0, gate)?;
+        let width = if *gated { linear.outputs() / 2 } else { linear.outputs() };
+        for (first, rows, bias) in activated_parts(linear.outputs(), width, ranges) {
+            new.round(self, rows, linear.weights_mut(first, width)?)?;
+            if !bias.is_empty() {
+                linear.set_bias(&self.gpu, first, new.take(self, bias)?)?;
+            }
         }
-        Ok(set(first_up, up)?)
+        Ok(())
     }
 
     fn set_norm(&self, norm: &mut Norm, values: View<'_, f32>, offset: f32) -> Result<()> {
@@ -263,8 +276,7 @@ where
     ) -> Result<()> {
         let (all, inputs) = (linear.outputs(), linear.inputs());
         let width = if *gated { all / 2 } else { all };
-        let parts = [(all - width, &ranges.up, &ranges.up_bias), (0, &ranges.gate, &ranges.gate_bias)];
-        for (first, weights, bias) in parts.into_iter().filter(|(_, weights, _)| !weights.is_empty()) {
+        for (first, weights, bias) in activated_parts(all, width, ranges) {
             let d = Columns::part(activations.view(0..rows * all), all, first, width);
             self.gpu.add_outer(x, inputs, d, gradient.view_mut(weights.clone()))?;
             if !bias.is_empty() {
@@ -347,27 +359,29 @@ where
         Ok(room.attention.unprepare(dqkv, before, dim, how.into(), d_q_norm, d_k_norm, qkv)?)
     }
 
-    fn rewards_back(
+    fn pairs(
         &self,
         from: Stream<'_, Self>,
         rows: &[u32],
-        weight: &Buffer<f32>,
-        slopes: &[f32],
-        sums: Sums<'_, Self>,
+        RewardHead { weight, bias }: RewardHead<'_, Self>,
+        pair_weight: f32,
+        mut rewards: ViewMut<'_, f32>,
+        sums: Option<Sums<'_, Self>>,
         room: &mut Room<E>,
     ) -> Result<()> {
         let len = rows.len() * from.width;
         room.set_rows(rows)?;
-        room.slopes.grow(rows.len())?;
-        room.slopes.write(0, slopes)?;
         let wide = self.resize(&mut room.wide, len)?;
         from.norm.forward(&self.gpu, from.x, Some(room.rows.view(0..rows.len())), wide)?;
-        room.d_normed.grow(len)?;
-        let (x, d, d_x) = (room.wide.view(0..len), room.slopes.view(0..rows.len()), room.d_normed.view_mut(0..len));
+        let x = room.wide.view(0..len);
+        self.gpu.rewards(x, weight.all(), bias, rewards.reborrow())?;
+        let Some(sums) = sums else { return Ok(()) };
+        self.gpu.pair_slopes(rewards.as_view(), pair_weight, self.resize(&mut room.slopes, rows.len())?)?;
+        let d_x = self.resize(&mut room.d_normed, len)?;
         // The bias stands behind the weight.
-        let (score, bias) = (&sums.ranges.score, &sums.ranges.score_bias);
-        let d_head = sums.gradient.view_mut(score.start..score.end + bias.len());
-        self.gpu.rewards_backward(x, weight.all(), d, d_x, d_head)?;
+        let (score, score_bias) = (&sums.ranges.score, &sums.ranges.score_bias);
+        let d_head = sums.gradient.view_mut(score.start..score.end + score_bias.len());
+        self.gpu.rewards_backward(x, weight.all(), room.slopes.view(0..rows.len()), d_x, d_head)?;
         self.scatter(&from, rows, sums, room)
     }
 
@@ -378,9 +392,10 @@ where
         head: VocabularyBack<'_, Self>,
         targets: &Targets<'_>,
         weights: &[f32],
+        losses: ViewMut<'_, f32>,
         mut sums: Option<Sums<'_, Self>>,
         room: &mut Room<E>,
-    ) -> Result<Vec<f32>> {
+    ) -> Result<()> {
         let len = rows.len() * from.width;
         room.set_rows(rows)?;
         let normed = self.resize(&mut room.normed, len)?;
@@ -395,10 +410,17 @@ where
             d_x: room.d_normed.view_mut(0..len),
             d_head: sums.gradient.view_mut(sums.ranges.language_head.clone()),
         });
-        let losses = room.losses.run(head.logits, head.softcap, room.normed.view(0..len), targets, slopes)?;
-        if let Some(sums) = sums {
-            self.scatter(&from, rows, sums, room)?;
-        }
-        Ok(losses)
+        room.losses.run(head.logits, head.softcap, room.normed.view(0..len), targets, losses, slopes)?;
+        sums.map_or(Ok(()), |sums| self.scatter(&from, rows, sums, room))
     }
+}
+
+/// Up, and gate where there is one: the first of their outputs of so many, and their weights and biases in the list.
+fn activated_parts(
+    all: usize,
+    width: usize,
+    ranges: &LayerRanges,
+) -> impl Iterator<Item = (usize, &Range<usize>, &Range<usize>)> {
+    let parts = [(all - width, &ranges.up, &ranges.up_bias), (0, &ranges.gate, &ranges.gate_bias)];
+    parts.into_iter().filter(|(_, weights, _)| !weights.is_empty())
 }

@@ -3,9 +3,9 @@
 use plumb_kernels::gradient::TopK;
 
 use super::super::backend::Stream;
-use super::backend::{Gradients, Sums, Targets, VocabularyBack};
+use super::backend::{Gradients, RewardHead, Sums, Targets, VocabularyBack};
 use super::batch::Plan;
-use super::{Head, Inner, Language, Outcome, RewardSlopes};
+use super::{Head, Inner, Language, Outcome};
 use crate::Result;
 
 /// A row whose log-probabilities are compared with something.
@@ -22,53 +22,78 @@ enum Target<'a> {
     Teacher(TopK<'a>),
 }
 
+/// What came of a step's sequences, as it lies where it was computed.
+#[derive(Debug)]
+pub(super) struct Results<B: Gradients> {
+    sequences: usize,
+    /// Of whom the numbers are: first rewards, then losses of rows.
+    rewards: Vec<usize>,
+    losses: Vec<usize>,
+    numbers: B::Array<f32>,
+}
+
+impl<B: Gradients> Results<B> {
+    /// Once it is computed; and the array, to be used again.
+    pub(super) fn read(self, backend: &B) -> Result<(Vec<Outcome>, B::Array<f32>)> {
+        let mut outcomes = vec![Outcome::default(); self.sequences];
+        let numbers = backend.read(B::part(&self.numbers, 0..self.rewards.len() + self.losses.len()))?;
+        let (rewards, losses) = numbers.split_at(self.rewards.len());
+        for (i, reward) in self.rewards.iter().zip(rewards) {
+            outcomes[*i].reward = *reward;
+        }
+        for (i, loss) in self.losses.iter().zip(losses) {
+            outcomes[*i].loss += f64::from(*loss);
+            outcomes[*i].rows += 1;
+        }
+        Ok((outcomes, self.numbers))
+    }
+}
+
 impl<B: Gradients> Inner<B> {
     /// Rewards and losses, from the residual stream in `buffers.x`; their gradients go to `scratch.dx` and to the list.
-    pub(super) fn heads(
-        &mut self,
-        plan: &Plan<'_>,
-        gradient: Option<(&mut RewardSlopes<'_>, &mut B::Array<f32>)>,
-    ) -> Result<Vec<Outcome>> {
-        let mut outcomes = vec![Outcome::default(); plan.sequences().len()];
-        let mut gradient = gradient;
-        let of_rewards = gradient.as_mut().map(|(slopes, gradient)| (&mut **slopes, &mut **gradient));
-        self.rewards(plan, of_rewards, &mut outcomes)?;
-        let mut gradient = gradient.map(|(_, gradient)| gradient);
+    /// That of pairs counts as much as is said.
+    pub(super) fn heads(&mut self, plan: &Plan<'_>, gradient: Option<(f32, &mut B::Array<f32>)>) -> Result<Results<B>> {
+        let rewarded = plan.sequences().iter().enumerate().filter(|(_, placed)| placed.sequence.reward);
+        let (rewards, last_rows): (Vec<usize>, Vec<u32>) =
+            rewarded.map(|(i, placed)| (i, placed.row(placed.sequence.tokens.len() - 1) as u32)).unzip();
         // Rows of one kind together.
         let (tokens, teachers): (Vec<_>, Vec<_>) =
             language_rows(plan).into_iter().partition(|row| matches!(row.target, Target::Token(_)));
+        let mut numbers = self.spare.pop().unwrap_or_else(|| self.stack.backend.array());
+        self.stack.backend.resize(&mut numbers, rewards.len() + tokens.len() + teachers.len())?;
+
+        let (weight, mut gradient) = gradient.map_or((0.0, None), |(weight, gradient)| (weight, Some(gradient)));
+        let of_rewards = B::part_mut(&mut numbers, 0..rewards.len());
+        self.rewards(plan, &last_rows, of_rewards, weight, gradient.as_deref_mut())?;
+        let mut at = rewards.len();
         for rows in tokens.chunks(B::LANGUAGE_ROWS).chain(teachers.chunks(B::LANGUAGE_ROWS)) {
-            self.language(plan, rows, gradient.as_deref_mut(), &mut outcomes)?;
+            let losses = B::part_mut(&mut numbers, at..at + rows.len());
+            self.language(plan, rows, losses, gradient.as_deref_mut())?;
+            at += rows.len();
         }
-        Ok(outcomes)
+        let losses = tokens.iter().chain(&teachers).map(|row| row.sequence).collect();
+        Ok(Results { sequences: plan.sequences().len(), rewards, losses, numbers })
     }
 
     fn rewards(
         &mut self,
         plan: &Plan<'_>,
-        gradient: Option<(&mut RewardSlopes<'_>, &mut B::Array<f32>)>,
-        outcomes: &mut [Outcome],
+        rows: &[u32],
+        rewards: B::PartMut<'_, f32>,
+        pair_weight: f32,
+        gradient: Option<&mut B::Array<f32>>,
     ) -> Result<()> {
         let Head::Reward { weight, bias, .. } = &self.stack.head else { return Ok(()) };
-        let (backend, hidden) = (&self.stack.backend, self.stack.config.hidden_size);
-        let len = plan.rows() * hidden;
-        let sequences = plan.sequences().iter().enumerate().filter(|(_, placed)| placed.sequence.reward);
-        let (wanted, rows): (Vec<usize>, Vec<u32>) =
-            sequences.map(|(i, placed)| (i, placed.row(placed.sequence.tokens.len() - 1) as u32)).unzip();
         if rows.is_empty() {
             return Ok(());
         }
-        let stream = || Stream { x: B::part(&self.buffers.x, 0..len), width: hidden, norm: &self.stack.final_norm };
-        let rewards = backend.rewards(stream(), &rows, weight, *bias, &mut self.buffers.scratch)?;
-        for (i, reward) in wanted.iter().zip(&rewards) {
-            outcomes[*i].reward = *reward;
-        }
-        let Some((slopes, gradient)) = gradient else { return Ok(()) };
-        // A few numbers: what the loss is, the caller knows.
-        let slopes = slopes(&rewards);
-        assert_eq!(slopes.len(), rewards.len(), "one slope for each reward");
-        let sums = Sums { dx: B::part_mut(&mut self.scratch.dx, 0..len), gradient, ranges: &self.parameters };
-        backend.rewards_back(stream(), &rows, weight, &slopes, sums, &mut self.scratch.room)
+        let hidden = self.stack.config.hidden_size;
+        let len = plan.rows() * hidden;
+        let stream = Stream { x: B::part(&self.buffers.x, 0..len), width: hidden, norm: &self.stack.final_norm };
+        let dx = &mut self.scratch.dx;
+        let sums = gradient.map(|gradient| Sums { dx: B::part_mut(dx, 0..len), gradient, ranges: &self.parameters });
+        let head = RewardHead { weight, bias: *bias };
+        self.stack.backend.pairs(stream, rows, head, pair_weight, rewards, sums, &mut self.scratch.room)
     }
 
     /// A chunk of rows of one kind.
@@ -76,8 +101,8 @@ impl<B: Gradients> Inner<B> {
         &mut self,
         plan: &Plan<'_>,
         rows: &[Row<'a>],
+        losses: B::PartMut<'_, f32>,
         gradient: Option<&mut B::Array<f32>>,
-        outcomes: &mut [Outcome],
     ) -> Result<()> {
         let (logits, softcap) = match (&self.stack.head, &self.language_head) {
             (Head::Language { logits, softcap }, _) => (logits, *softcap),
@@ -103,12 +128,7 @@ impl<B: Gradients> Inner<B> {
         let weights: Vec<f32> = rows.iter().map(|row| row.weight).collect();
         let dx = &mut self.scratch.dx;
         let sums = gradient.map(|gradient| Sums { dx: B::part_mut(dx, 0..len), gradient, ranges: &self.parameters });
-        let losses = backend.losses(stream, &numbers, head, &targets, &weights, sums, &mut self.scratch.room)?;
-        for (row, loss) in rows.iter().zip(&losses) {
-            outcomes[row.sequence].loss += f64::from(*loss);
-            outcomes[row.sequence].rows += 1;
-        }
-        Ok(())
+        backend.losses(stream, &numbers, head, &targets, &weights, losses, sums, &mut self.scratch.room)
     }
 }
 

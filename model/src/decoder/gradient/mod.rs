@@ -14,6 +14,7 @@ mod gpu;
 mod heads;
 mod numbers;
 mod parameters;
+mod peers;
 mod set;
 mod tape;
 
@@ -22,11 +23,13 @@ use std::fmt::Debug;
 
 use candle_core::Tensor;
 use plumb_kernels::Element;
+use plumb_kernels::gradient::AdamW;
 use plumb_kernels::linear::{Matrix, Rows};
 
 pub use batch::{Group, Language, Outcome, Sequence};
 pub use numbers::Numbers;
 pub use parameters::{Parameter, Parameters};
+pub use peers::{MeetingId, Peers};
 
 use super::backend::Tape;
 use super::forward::{Buffers, spans};
@@ -38,8 +41,10 @@ use crate::{Error, Result};
 use backend::Gradients;
 use backward::{Backs, Backward, Scratch};
 use batch::Plan;
+use heads::Results;
 use numbers::elsewhere;
 use parameters::LayerRanges;
+use set::{New, Stepped};
 use tape::Kepts;
 
 /// A decoder whose weights change.
@@ -55,9 +60,6 @@ pub struct TrainOptions {
     /// memory.
     pub checkpointing: bool,
 }
-
-/// Tells how the loss changes with each reward, in the order of the sequences that want one.
-pub type RewardSlopes<'a> = dyn FnMut(&[f32]) -> Vec<f32> + Send + 'a;
 
 impl Trainable {
     /// A decoder with the weights `values`, in the order of its [`Parameters`], for sequences of up to `positions` tokens.
@@ -86,6 +88,24 @@ impl Trainable {
         self.0.set(values)
     }
 
+    /// Takes an optimiser's step: changes weights by their gradient and its running means `[mean, square]`, tensor by tensor
+    /// as `how` says, and takes them as they are made.
+    ///
+    /// # Errors
+    /// If the numbers are on another device, or a GPU has failed.
+    ///
+    /// # Panics
+    /// If there are more or fewer than weights.
+    pub fn step(
+        &mut self,
+        weights: &mut Numbers,
+        gradient: &Numbers,
+        means: [&mut Numbers; 2],
+        how: &dyn Fn(&Parameter) -> AdamW,
+    ) -> Result<()> {
+        self.0.step(weights, gradient, means, how)
+    }
+
     /// Where the weights are in their list.
     pub fn parameters(&self) -> &Parameters {
         self.0.parameters()
@@ -96,24 +116,31 @@ impl Trainable {
     /// # Errors
     /// If a sequence does not fit the model, or a GPU has failed.
     pub fn evaluate(&mut self, groups: &[Group<'_>]) -> Result<Vec<Outcome>> {
-        self.0.run(groups, None)
+        self.0.evaluate(groups)
     }
 
-    /// As [`Trainable::evaluate`], and adds to `gradient`, in the order of the weights, how the sum of all losses changes
-    /// with each weight: the rows' losses by their weights, and a loss on the rewards whose slopes `rewards` tells.
+    /// Adds to `gradient`, in the order of the weights, how the sum of all losses changes with each weight: the rows'
+    /// losses by their weights, and by `pair_weight` `softplus(r_rejected - r_chosen)` (Askell et al. 2021, equation 3.1)
+    /// of the sequences with a reward, which are pairs in their order, chosen before rejected. A GPU is not waited for;
+    /// [`Trainable::outcomes`] tells what came of the sequences.
     ///
     /// # Errors
-    /// If a sequence does not fit the model, the gradient is on another device, or a GPU has failed.
+    /// If a sequence does not fit the model, one of a pair is missing, the gradient is on another device, or a GPU has
+    /// failed.
     ///
     /// # Panics
-    /// If `gradient` is not as long as the list of weights, or there is not one slope for each reward.
-    pub fn gradient(
-        &mut self,
-        groups: &[Group<'_>],
-        rewards: &mut RewardSlopes<'_>,
-        gradient: &mut Numbers,
-    ) -> Result<Vec<Outcome>> {
-        self.0.run(groups, Some((rewards, gradient)))
+    /// If `gradient` is not as long as the list of weights.
+    pub fn gradient(&mut self, groups: &[Group<'_>], pair_weight: f32, gradient: &mut Numbers) -> Result<()> {
+        self.0.gradient(groups, pair_weight, gradient)
+    }
+
+    /// The rewards and losses of all sequences of all gradients since it was asked last, in their order, once they are
+    /// computed.
+    ///
+    /// # Errors
+    /// If a GPU has failed.
+    pub fn outcomes(&mut self) -> Result<Vec<Outcome>> {
+        self.0.outcomes()
     }
 
     /// Bytes that the copies of the weights, the tape and all buffers take.
@@ -125,40 +152,74 @@ impl Trainable {
 /// A decoder, whatever it computes on and in.
 trait Trains: Debug + Send {
     fn set(&mut self, values: &Numbers) -> Result<()>;
-    fn parameters(&self) -> &Parameters;
-    fn run(
+    fn step(
         &mut self,
-        groups: &[Group<'_>],
-        gradient: Option<(&mut RewardSlopes<'_>, &mut Numbers)>,
-    ) -> Result<Vec<Outcome>>;
+        weights: &mut Numbers,
+        gradient: &Numbers,
+        means: [&mut Numbers; 2],
+        how: &dyn Fn(&Parameter) -> AdamW,
+    ) -> Result<()>;
+    fn parameters(&self) -> &Parameters;
+    fn evaluate(&mut self, groups: &[Group<'_>]) -> Result<Vec<Outcome>>;
+    fn gradient(&mut self, groups: &[Group<'_>], pair_weight: f32, gradient: &mut Numbers) -> Result<()>;
+    fn outcomes(&mut self) -> Result<Vec<Outcome>>;
     fn bytes(&self) -> usize;
 }
 
 impl<B: Gradients> Trains for Inner<B> {
     fn set(&mut self, values: &Numbers) -> Result<()> {
+        assert_eq!(values.len(), self.parameters.len(), "as many weights as before");
         B::run(|| match B::list(values) {
-            Some(list) => Inner::set(self, B::part(list, 0..values.len())),
+            Some(list) => Inner::set(self, New::There(list)),
             None => {
                 let backend = self.stack.backend.clone();
-                backend.with_list(&values.to_host()?, |values| Inner::set(self, values))
+                backend.with_list(&values.to_host()?, |values| Inner::set(self, New::There(values)))
             }
         })
+    }
+
+    fn step(
+        &mut self,
+        weights: &mut Numbers,
+        gradient: &Numbers,
+        [mean, square]: [&mut Numbers; 2],
+        how: &dyn Fn(&Parameter) -> AdamW,
+    ) -> Result<()> {
+        let lengths = [weights.len(), gradient.len(), mean.len(), square.len()];
+        assert_eq!(lengths, [self.parameters.len(); 4], "numbers of a step");
+        let steps = self.parameters.list().iter().map(|parameter| (parameter.range.clone(), Some(how(parameter))));
+        let stepped = Stepped {
+            weights: B::list_mut(weights).ok_or_else(elsewhere)?,
+            gradient: B::list(gradient).ok_or_else(elsewhere)?,
+            means: [B::list_mut(mean).ok_or_else(elsewhere)?, B::list_mut(square).ok_or_else(elsewhere)?],
+            steps: steps.collect(),
+        };
+        B::run(|| Inner::set(self, New::Stepped(stepped)))
     }
 
     fn parameters(&self) -> &Parameters {
         &self.parameters
     }
 
-    fn run(
-        &mut self,
-        groups: &[Group<'_>],
-        gradient: Option<(&mut RewardSlopes<'_>, &mut Numbers)>,
-    ) -> Result<Vec<Outcome>> {
-        let gradient = match gradient {
-            Some((slopes, numbers)) => Some((slopes, B::list_mut(numbers).ok_or_else(elsewhere)?)),
-            None => None,
-        };
-        B::run(|| Inner::run(self, groups, gradient))
+    fn evaluate(&mut self, groups: &[Group<'_>]) -> Result<Vec<Outcome>> {
+        B::run(|| {
+            let results = Inner::run(self, groups, None)?;
+            self.read(results)
+        })
+    }
+
+    fn gradient(&mut self, groups: &[Group<'_>], pair_weight: f32, gradient: &mut Numbers) -> Result<()> {
+        let gradient = B::list_mut(gradient).ok_or_else(elsewhere)?;
+        B::run(|| {
+            let results = Inner::run(self, groups, Some((pair_weight, gradient)))?;
+            self.unread.extend(results);
+            Ok(())
+        })
+    }
+
+    fn outcomes(&mut self) -> Result<Vec<Outcome>> {
+        let unread = std::mem::take(&mut self.unread);
+        self.read(unread)
     }
 
     fn bytes(&self) -> usize {
@@ -187,8 +248,12 @@ struct Inner<B: Gradients> {
     /// With checkpointing, the residual stream before each layer.
     inputs: Vec<B::Array<f32>>,
     /// q, k and v in the decoder's order, and their biases, where a checkpoint has another.
-    ordered: [B::Array<f32>; 2],
+    ordered: B::Array<f32>,
     scratch: Scratch<B>,
+    /// Of gradients.
+    unread: Vec<Results<B>>,
+    /// For results.
+    spare: Vec<B::Array<f32>>,
 }
 
 impl<B: Gradients> Inner<B> {
@@ -224,26 +289,28 @@ impl<B: Gradients> Inner<B> {
             used: None,
             tapes: Vec::new(),
             inputs: Vec::new(),
-            ordered: [backend.array(), backend.array()],
+            ordered: backend.array(),
             scratch: Scratch::new(&backend),
+            unread: Vec::new(),
+            spare: Vec::new(),
             stack,
         };
-        backend.with_list(values, |values| inner.set(values))?;
+        backend.with_list(values, |values| inner.set(New::There(values)))?;
         Ok(inner)
     }
 
-    /// Forwards, and backwards if a gradient is wanted.
-    fn run(
-        &mut self,
-        groups: &[Group<'_>],
-        gradient: Option<(&mut RewardSlopes<'_>, &mut B::Array<f32>)>,
-    ) -> Result<Vec<Outcome>> {
+    /// Forwards, and backwards if a gradient is wanted, in which pairs count so much. Nothing comes of no sequences.
+    fn run(&mut self, groups: &[Group<'_>], gradient: Option<(f32, &mut B::Array<f32>)>) -> Result<Option<Results<B>>> {
         let plan = Plan::new(groups);
         let step = plan.step();
         step.sequences.iter().try_for_each(|sequence| self.stack.check(sequence))?;
         self.check(&plan)?;
+        let rewards = plan.sequences().iter().filter(|placed| placed.sequence.reward).count();
+        if gradient.is_some() && !rewards.is_multiple_of(2) {
+            return Err(Error::InvalidInput(format!("{rewards} rewards are not of pairs")));
+        }
         if plan.rows() == 0 {
-            return Ok(Vec::new());
+            return Ok(None);
         }
         let config = &self.stack.config;
         if self.pages < plan.pages() {
@@ -254,12 +321,22 @@ impl<B: Gradients> Inner<B> {
         }
         let cut = self.stack.backend.cut(config, &step, self.used.take())?;
         self.forward(&step, &cut, gradient.is_some())?;
-        let outcomes = match gradient {
+        let results = match gradient {
             None => self.heads(&plan, None),
-            Some((slopes, gradient)) => self.backward(&plan, &step, &cut, slopes, gradient),
+            Some((pair_weight, gradient)) => self.backward(&plan, &step, &cut, pair_weight, gradient),
         };
         self.used = Some(B::used(cut));
-        outcomes
+        results.map(Some)
+    }
+
+    fn read(&mut self, results: impl IntoIterator<Item = Results<B>>) -> Result<Vec<Outcome>> {
+        let mut all = Vec::new();
+        for results in results {
+            let (outcomes, numbers) = results.read(&self.stack.backend)?;
+            all.extend(outcomes);
+            self.spare.push(numbers);
+        }
+        Ok(all)
     }
 
     /// All layers; on tapes, or with what these can be made of again, if there is to be a way back.
@@ -291,15 +368,15 @@ impl<B: Gradients> Inner<B> {
         plan: &Plan<'_>,
         step: &Step<'_>,
         cut: &B::Cut<'_>,
-        slopes: &mut RewardSlopes<'_>,
+        pair_weight: f32,
         gradient: &mut B::Array<f32>,
-    ) -> Result<Vec<Outcome>> {
+    ) -> Result<Results<B>> {
         let backend = self.stack.backend.clone();
         let Config { hidden_size: hidden, num_layers: layers, num_heads, num_kv_heads, .. } = self.stack.config;
         let rows = plan.rows();
         let dx = backend.resize(&mut self.scratch.dx, rows * hidden)?;
         backend.clear(dx)?;
-        let outcomes = self.heads(plan, Some((slopes, &mut *gradient)))?;
+        let results = self.heads(plan, Some((pair_weight, &mut *gradient)))?;
         let spans = spans(step);
         let keys = backend.keys(&spans, num_heads / num_kv_heads, &mut self.scratch.room)?;
         let len = self.len(cut);
@@ -328,7 +405,7 @@ impl<B: Gradients> Inner<B> {
         let d_embedding = B::part_mut(gradient, self.parameters.embedding.clone());
         let dx = B::part(&self.scratch.dx, 0..rows * hidden);
         backend.add_rows(dx, &ids, scale, d_embedding, hidden, &mut self.scratch.room)?;
-        Ok(outcomes)
+        Ok(results)
     }
 
     /// Numbers in the residual stream of a step, to which a device may have added rows that are of no token.
@@ -377,7 +454,7 @@ impl<B: Gradients> Inner<B> {
             + self.pages * B::page_bytes(&self.stack.config)
             + self.buffers.bytes()
             + self.tapes.iter().map(Kepts::bytes).sum::<usize>()
-            + self.inputs.iter().chain(&self.ordered).map(B::bytes).sum::<usize>()
+            + self.inputs.iter().chain([&self.ordered]).chain(&self.spare).map(B::bytes).sum::<usize>()
             + self.scratch.bytes()
     }
 }

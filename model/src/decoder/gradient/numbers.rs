@@ -1,11 +1,10 @@
 //! Lists of numbers as long as that of the weights, where a decoder computes.
 
 use std::borrow::Cow;
-use std::ops::Range;
 
 #[cfg(feature = "gpu")]
 use plumb_kernels::gpu::{Buffer, Gpu};
-use plumb_kernels::gradient::{AdamW, sum_of_squares};
+use plumb_kernels::gradient::sum_of_squares;
 
 use super::super::Device;
 use crate::{Error, Result};
@@ -135,36 +134,6 @@ impl Numbers {
             #[cfg(feature = "gpu")]
             Place::Gpu(gpu, values) => gpu.sum_of_squares(values.all())?,
         })
-    }
-
-    /// Takes an optimiser's step with some of these weights, by their gradient and its running means `[mean, square]`.
-    ///
-    /// # Errors
-    /// If they are not all in one place, or a GPU has failed.
-    ///
-    /// # Panics
-    /// If the range is not inside all of them.
-    pub fn step(
-        &mut self,
-        gradient: &Self,
-        [mean, square]: [&mut Self; 2],
-        range: Range<usize>,
-        how: &AdamW,
-    ) -> Result<()> {
-        match (&mut self.0, &gradient.0, &mut mean.0, &mut square.0) {
-            (Place::Host(weights), Place::Host(gradient), Place::Host(mean), Place::Host(square)) => {
-                let [mean, square] = [mean, square].map(|values| &mut values[range.clone()]);
-                how.update(&mut weights[range.clone()], &gradient[range], mean, square);
-                Ok(())
-            }
-            #[cfg(feature = "gpu")]
-            (Place::Gpu(gpu, weights), Place::Gpu(_, gradient), Place::Gpu(_, mean), Place::Gpu(_, square)) => {
-                let means = [mean, square].map(|values| values.view_mut(range.clone()));
-                Ok(how.update_on(gpu, weights.view_mut(range.clone()), gradient.view(range), means)?)
-            }
-            #[cfg(feature = "gpu")]
-            _ => Err(elsewhere()),
-        }
     }
 }
 
