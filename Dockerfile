@@ -63,7 +63,7 @@ RUN apt-get update && apt-get install -y --no-install-recommends libopenmpi-dev 
 RUN cargo build --release --locked --bin plumb-train --features plumb-trainer/cuda,plumb-trainer/mpi
 
 FROM cuda AS train
-USER root
+USER 0
 # Processes on other machines are started over ssh, by the image's user and without a capability, so not on port 22.
 # The MPI Operator brings the keys, and mounts them with modes of its own.
 # hadolint ignore=DL3008
