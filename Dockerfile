@@ -2,6 +2,7 @@
 #
 #   docker build -t plumb .                        for any x86-64 machine; kernels are chosen when it starts
 #   docker build -t plumb:cuda --target cuda .     for NVIDIA GPUs too, with driver 580 or later
+#   docker build -t plumb:train --target train .   that, and training in several processes over MPI
 #
 #   docker run --rm -p 50051:50051 -p 9000:9000 -v plumb-data:/data plumb --model-id org/reward-model
 
@@ -54,6 +55,30 @@ EXPOSE 50051 9000
 HEALTHCHECK --interval=10s --timeout=5s --start-period=10m --retries=3 \
     CMD ["plumb", "--timeout-secs", "4", "health"]
 ENTRYPOINT ["plumb-server"]
+
+# ---- the image for training in several processes ----
+FROM build-cuda AS build-train
+# hadolint ignore=DL3008
+RUN apt-get update && apt-get install -y --no-install-recommends libopenmpi-dev libclang-dev
+RUN cargo build --release --locked --bin plumb-train --features plumb-trainer/cuda,plumb-trainer/mpi
+
+FROM cuda AS train
+USER 0
+# Processes on other machines are started over ssh, by the image's user and without a capability, so not on port 22.
+# The MPI Operator brings the keys, and mounts them with modes of its own.
+# hadolint ignore=DL3008
+RUN apt-get update \
+    && apt-get install -y --no-install-recommends openmpi-bin openssh-client openssh-server \
+    && rm -rf /var/lib/apt/lists/* /etc/ssh/ssh_host_* \
+    && usermod --shell /bin/sh plumb \
+    && printf '%s\n' 'Port 2222' 'HostKey /home/plumb/.ssh/id_rsa' 'PidFile none' 'StrictModes no' \
+        'PasswordAuthentication no' > /etc/ssh/plumb_sshd_config \
+    && printf '%s\n' 'Host *' 'Port 2222' 'StrictHostKeyChecking no' 'UserKnownHostsFile /dev/null' \
+        'LogLevel ERROR' > /etc/ssh/ssh_config.d/plumb.conf
+COPY --from=build-train /src/target/release/plumb-train /usr/local/bin/
+USER 10001
+ENTRYPOINT ["plumb-train"]
+HEALTHCHECK NONE
 
 # ---- the CPU image; the last, so that it is the default ----
 FROM debian:bookworm-slim AS cpu
