@@ -6,7 +6,7 @@ Nothing here knows a network. A method of `Calls` answers a `Call`; the clients 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeAlias, TypeVar
@@ -51,6 +51,10 @@ class Call(Generic[A]):
         }
 
 
+class _NamedOptions(CallOptions, ModelOptions, total=False):
+    """Which model answers, and how the call is made."""
+
+
 class Calls:
     """Every call of the contract, for a client with these options."""
 
@@ -70,6 +74,7 @@ class Calls:
         A candidate is text, or token ids where the prompt is. One that fails has an error in its place.
         """
         _check(options, InputOptions)
+        _no_string("candidates", candidates)
         request = preference_pb2.RankRequest(
             model=self._model(options),
             prompt=inputs.item(prompt, is_prompt=True),
@@ -106,12 +111,11 @@ class Calls:
         return self._call("Generation/Generate", request, answer, lambda message: message, options)
 
     def tokenize(
-        self, texts: Sequence[str], *, add_special_tokens: bool = True, **options: Unpack[_TokenOptions]
+        self, texts: Sequence[str], *, add_special_tokens: bool = True, **options: Unpack[_NamedOptions]
     ) -> Call[list[tuple[Token, ...]]]:
         """The tokens of every text."""
-        _check(options, _TokenOptions)
-        if isinstance(texts, str):
-            raise TypeError("texts is a list of strings, not a string")
+        _check(options, _NamedOptions)
+        _no_string("texts", texts)
         request = tokens_pb2.TokenizeRequest(
             model=self._model(options), texts=list(texts), add_special_tokens=add_special_tokens
         )
@@ -137,9 +141,9 @@ class Calls:
         request, answer = models_pb2.ListModelsRequest(), models_pb2.ListModelsResponse
         return self._call("Models/ListModels", request, answer, _statuses, options)
 
-    def model(self, **options: Unpack[_TokenOptions]) -> Call[ModelStatus]:
+    def model(self, **options: Unpack[_NamedOptions]) -> Call[ModelStatus]:
         """One version; without a name the default model."""
-        _check(options, _TokenOptions)
+        _check(options, _NamedOptions)
         request = models_pb2.GetModelRequest(model=self._model(options))
         return self._call("Models/GetModel", request, models_pb2.GetModelResponse, _status, options)
 
@@ -186,7 +190,9 @@ class Calls:
 
         return self._call("Models/SetLabel", request, models_pb2.SetLabelResponse, convert, options)
 
-    def set_traffic(self, name: str, shares: dict[str, int], **options: Unpack[CallOptions]) -> Call[list[ModelStatus]]:
+    def set_traffic(
+        self, name: str, shares: Mapping[str, int], **options: Unpack[CallOptions]
+    ) -> Call[list[ModelStatus]]:
         """Splits the calls of a model that name neither version nor label between labels, by weight; none ends it."""
         _check(options, CallOptions)
         parts = [models_pb2.TrafficShare(label=label, weight=weight) for label, weight in shares.items()]
@@ -221,6 +227,7 @@ class Calls:
     ) -> Scoring:
         """How `items` are cut into calls, and what becomes of these."""
         _check(options, InputOptions)
+        _no_string("items", items)
         if on_error not in ("raise", "return"):
             raise ValueError(f"on_error is `raise` or `return`, not {on_error!r}")
         template = preference_pb2.ScoreRequest(
@@ -260,10 +267,6 @@ class Calls:
         name = options.get("model")
         name = self._options.model if name is None else name
         return _spec(name, options.get("version"), options.get("label"))
-
-
-class _TokenOptions(CallOptions, ModelOptions, total=False):
-    """Which model's tokens, and how the call is made."""
 
 
 @dataclass(frozen=True)
@@ -325,17 +328,21 @@ class Scoring:
 class Cutter:
     """Cuts a stream of items into batches."""
 
-    size: int
+    scoring: Scoring
     _first: int = 0
     _items: list[common_pb2.Input] = field(default_factory=list)
 
     def push(self, item: Item) -> Batch | None:
         """Takes an item; answers a batch that is full by it."""
         try:
-            self._items.append(inputs.item(item))
+            message = inputs.item(item)
         except TypeError as error:
-            raise TypeError(f"item {self._first + len(self._items)}: {error}") from None
-        return self.rest() if len(self._items) == self.size else None
+            if self.scoring.on_error == "raise":
+                raise TypeError(f"item {self._first + len(self._items)}: {error}") from None
+            # The server says of an empty one what it needs.
+            message = common_pb2.Input()
+        self._items.append(message)
+        return self.rest() if len(self._items) == self.scoring.batch_size else None
 
     def cut(self, items: Iterable[Item]) -> Iterator[Batch]:
         """All batches of what is at hand."""
@@ -372,6 +379,12 @@ def _check(options: Any, known: Any) -> None:
     unknown = options.keys() - known.__annotations__.keys()
     if unknown:
         raise TypeError(f"unexpected keyword argument: {', '.join(sorted(unknown))}")
+
+
+def _no_string(what: str, values: Any) -> None:
+    # It would be taken for a list of its characters.
+    if isinstance(values, str):
+        raise TypeError(f"{what} is a list, not a string")
 
 
 def _given(options: Any, names: Iterable[str]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import grpc.aio
 
 from ._base import Base
 from ._calls import Batch, Call, Calls, Cutter, OnError, Scoring, described
-from .errors import PlumbError, UnavailableError, of_rpc
+from .errors import DeadlineExceededError, PlumbError, UnavailableError, of_rpc
 from .inputs import GenerateOptions, Item, Prompt, ScoreOptions
 from .results import Collector, Generation, Piece, Score
 from .retry import Attempts, Waiting
@@ -105,7 +105,7 @@ class Client(Base):
         while True:
             try:
                 pause = waiting.pause(await self.health(timeout=waiting.remaining()))
-            except UnavailableError as error:
+            except (UnavailableError, DeadlineExceededError) as error:
                 pause = waiting.pause(error)
             if pause is None:
                 return
@@ -172,7 +172,7 @@ class Client(Base):
         """The batches' results in order, with a bounded number of calls in flight."""
         window: deque[asyncio.Task[list[Score | PlumbError]]] = deque()
         try:
-            async for batch in _batches(Cutter(scoring.batch_size), items):
+            async for batch in _batches(Cutter(scoring), items):
                 window.append(asyncio.create_task(self._batch(scoring, batch)))
                 while window and (len(window) >= scoring.concurrency or window[0].done()):
                     yield await window.popleft()

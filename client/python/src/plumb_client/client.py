@@ -14,7 +14,7 @@ import grpc
 
 from ._base import Base
 from ._calls import Batch, Call, Calls, Cutter, OnError, Scoring, described
-from .errors import CallCancelledError, PlumbError, UnavailableError, of_rpc
+from .errors import CallCancelledError, DeadlineExceededError, PlumbError, UnavailableError, of_rpc
 from .inputs import GenerateOptions, Item, Prompt, ScoreOptions
 from .results import Collector, Generation, Piece, Score
 from .retry import Attempts, Waiting
@@ -113,7 +113,7 @@ class Client(Base):
         while True:
             try:
                 pause = waiting.pause(self.health(timeout=waiting.remaining()))
-            except UnavailableError as error:
+            except (UnavailableError, DeadlineExceededError) as error:
                 pause = waiting.pause(error)
             if pause is None:
                 return
@@ -176,7 +176,7 @@ class Client(Base):
 
     def _window(self, scoring: Scoring, items: Iterable[Item]) -> Generator[list[Score | PlumbError], None, None]:
         """The batches' results in order, with a bounded number of calls in flight."""
-        cutter, stop = Cutter(scoring.batch_size), _Stop()
+        cutter, stop = Cutter(scoring), _Stop()
         if scoring.concurrency == 1:
             for batch in cutter.cut(items):
                 yield self._batch(scoring, batch, stop)

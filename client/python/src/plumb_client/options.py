@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 
 import grpc
 
+from ._version import __version__
 from .retry import RetryPolicy
 
 DEFAULT_TARGET = "http://127.0.0.1:50051"
@@ -105,6 +106,7 @@ class Options:
             ("grpc.use_local_subchannel_pool", 1),
             # Servers are asked directly, as by the command.
             ("grpc.enable_http_proxy", 0),
+            ("grpc.primary_user_agent", f"plumb-client/{__version__}"),
             *self.channel_options,
         ]
 

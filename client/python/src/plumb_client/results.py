@@ -110,6 +110,7 @@ class Ranking:
 class FinishReason(str, Enum):
     """Why a sample ended."""
 
+    UNSPECIFIED = "unspecified"
     EOS = "eos"
     STOP_STRING = "stop_string"
     LENGTH = "length"
@@ -344,9 +345,7 @@ def piece(message: generation_pb2.GenerateResponse) -> Piece:
     end = None
     if message.HasField("end"):
         last = message.end
-        reason = FinishReason(
-            generation_pb2.FinishReason.Name(last.finish_reason).removeprefix("FINISH_REASON_").lower()
-        )
+        reason = _enum(FinishReason, generation_pb2.FinishReason, last.finish_reason)
         end = SampleEnd(reason, last.new_tokens, last.sum_log_prob, _optional(last, "reward"))
     return Piece(message.index, message.text, tuple(message.token_ids), end)
 

@@ -53,26 +53,33 @@ class RetryPolicy:
         return delay if remaining is None or delay < remaining else None
 
 
-class Attempts:
+class Deadline:
+    """The end of a wait; None never ends."""
+
+    def __init__(self, timeout: float | None, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._at = None if timeout is None else clock() + timeout
+
+    def remaining(self) -> float | None:
+        """Seconds that are left."""
+        return None if self._at is None else max(0.0, self._at - self._clock())
+
+
+class Attempts(Deadline):
     """The tries of one call: how much time is left, and what follows a failure."""
 
     def __init__(
         self,
         policy: RetryPolicy,
         timeout: float | None,
-        *,
         clock: Callable[[], float] = time.monotonic,
         jitter: Callable[[], float] = random.random,
     ) -> None:
-        self._policy, self._clock, self._jitter = policy, clock, jitter
-        self._deadline = None if timeout is None else clock() + timeout
+        super().__init__(timeout, clock)
+        self._policy, self._jitter = policy, jitter
         self._counted = 0
         self.made = 0
         """Tries so far."""
-
-    def remaining(self) -> float | None:
-        """Seconds to the deadline."""
-        return None if self._deadline is None else max(0.0, self._deadline - self._clock())
 
     def pause(self, failure: PlumbError, may_repeat: bool) -> float:
         """Seconds to wait before the next try; raises the failure if there is to be none."""
@@ -86,18 +93,10 @@ class Attempts:
         return delay
 
 
-class Waiting:
+class Waiting(Deadline):
     """Looks at a server until it serves."""
 
     _PAUSE = 0.1
-
-    def __init__(self, timeout: float | None, *, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
-        self._deadline = None if timeout is None else clock() + timeout
-
-    def remaining(self) -> float | None:
-        """Seconds to the deadline."""
-        return None if self._deadline is None else max(0.0, self._deadline - self._clock())
 
     def pause(self, seen: Health | PlumbError) -> float | None:
         """Seconds to the next look, or None if it serves; raises what was seen when the time is over."""
