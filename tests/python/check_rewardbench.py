@@ -119,6 +119,7 @@ def plumb(program, folder, path):
 
 def main():
     program, folder = sys.argv[1:]
+    torch.set_num_threads(1)
     # The pipeline moves its inputs to a GPU.
     transformers.BatchEncoding.to = lambda self, device: self
     package, rng, differ = Package(folder), random.Random(7), False
