@@ -110,9 +110,12 @@ def transformers(tasks: Path, folder: Path, dtype: str, **options: Any) -> dict[
     return evaluate(tasks, "hf", arguments, **options)
 
 
-def same(found: dict[str, Any], expected: dict[str, Any], tolerance: float) -> None:
-    """The same answers to all requests, and the same numbers from them."""
+def same(found: dict[str, Any], expected: dict[str, Any], dtype: str) -> None:
+    """The same answers to all requests, and the same numbers from them; in bf16 near ones, and texts may part."""
+    tolerance = {"f32": 1e-4, "bf16": 2e-2}[dtype]
     for name, samples in expected["samples"].items():
+        if name == "local_prompts" and dtype == "bf16":
+            continue
         pairs = zip(found["samples"][name], samples, strict=True)
         for ours, theirs in ((a["filtered_resps"], b["filtered_resps"]) for a, b in pairs):
             if name == "local_prompts":
@@ -135,8 +138,8 @@ def test_all_kinds_of_requests(served: tuple[Server, str], tasks: Path, model: s
     if local:
         arguments["tokenizer"] = str(FOLDERS[model])
     found, expected = evaluate(tasks, "plumb", arguments), transformers(tasks, FOLDERS[model], dtype)
-    same(found, expected, {"f32": 1e-4, "bf16": 2e-2}[dtype])
-    assert {**found["config"]}["model_dtype"] == dtype
+    same(found, expected, dtype)
+    assert found["config"]["model_dtype"] == dtype
 
 
 @pytest.mark.parametrize("served", ["f32"], indirect=True)
@@ -145,7 +148,7 @@ def test_chat_templates(served: tuple[Server, str], tasks: Path, model: str) -> 
     server, dtype = served
     arguments = {"target": server.url, "model": model, "max_length": MAX_LENGTH}
     found = evaluate(tasks, "plumb", arguments, apply_chat_template=True)
-    same(found, transformers(tasks, FOLDERS[model], dtype, apply_chat_template=True), 1e-4)
+    same(found, transformers(tasks, FOLDERS[model], dtype, apply_chat_template=True), dtype)
     turns = [{"role": "user", "content": "What is it? "}, {"role": "assistant", "content": "It is a"}]
     ours = PlumbLM(**arguments)
     theirs = PlumbLM(**arguments, tokenizer=str(FOLDERS[model]))
@@ -159,7 +162,8 @@ def test_the_command(served: tuple[Server, str], tasks: Path, tmp_path: Path) ->
     command = [sys.executable, "-m", "plumb_client.lm_eval", "--model", "plumb", "--tasks", "local_choices"]
     arguments = f"target={server.url},model=lm"
     options = ["--model_args", arguments, "--include_path", str(tasks), "--output_path", str(tmp_path)]
-    done = subprocess.run([*command, *options], capture_output=True, text=True, timeout=10 * PATIENCE)
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "client" / "python" / "src")}
+    done = subprocess.run([*command, *options], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     (results,) = tmp_path.rglob("results_*.json")
     assert 0 <= json.loads(results.read_text())["results"]["local_choices"]["acc,none"] <= 1
