@@ -544,7 +544,8 @@ fn of_the_likeliest_tokens_greedy_decoding_takes_the_first() {
             let targets = [0, 299, 300, 301, 8000, 8191, 8192, 8200, 8999];
             let x = gpu.upload(&[1f32, 0.0, 0.0, 0.0].repeat(targets.len())).unwrap();
             let found = gpu::Vocabulary::new(gpu).token_log_probs(&head, None, &x, &targets).unwrap();
-            let greedy = targets.iter().zip(found).filter(|(_, found)| found.greedy).map(|(target, _)| *target as usize);
+            let greedy =
+                targets.iter().zip(found).filter(|(_, found)| found.greedy).map(|(target, _)| *target as usize);
             assert_eq!(greedy.collect::<Vec<_>>(), largest[..1]);
         }
     });

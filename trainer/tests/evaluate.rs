@@ -297,7 +297,8 @@ fn the_best_of_more_samples_scores_more() {
     // Of four, worst first: how often each is the best of one, of two, of three and of all.
     let weights = [[0.25; 4], [0.0, 1.0 / 6.0, 2.0 / 6.0, 3.0 / 6.0], [0.0, 0.0, 0.25, 0.75], [0.0, 0.0, 0.0, 1.0]];
     for (k, weights) in (1..).zip(weights) {
-        let best = |rewards: &Vec<f64>| rewards.iter().zip(weights).map(|(reward, weight)| reward * weight).sum::<f64>();
+        let best =
+            |rewards: &Vec<f64>| rewards.iter().zip(weights).map(|(reward, weight)| reward * weight).sum::<f64>();
         let expected = rewards.iter().map(best).sum::<f64>() / 2.0;
         let measured = result(&found, "samples", &format!("best@{k}"), Some("reward"));
         assert!((value(measured) - expected).abs() < 1e-9, "{measured} {expected}");

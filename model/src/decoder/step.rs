@@ -95,7 +95,9 @@ impl Read<'_> {
             Read::Nothing => 0..0,
             Read::LastReward | Read::Draw | Read::LastLogits => len - 1..len,
             Read::Rewards => 0..len,
-            Read::LogProbs { rows, .. } | Read::GreedyLogProbs { rows, .. } | Read::TopLogProbs { rows, .. } => rows.clone(),
+            Read::LogProbs { rows, .. } | Read::GreedyLogProbs { rows, .. } | Read::TopLogProbs { rows, .. } => {
+                rows.clone()
+            }
         }
     }
 }

@@ -385,14 +385,7 @@ impl Worker {
             Want::LogProbs(_) => entry.into_values().chunks_exact(2).map(|pair| (pair[0], pair[1] == 1.0)).unzip(),
             Want::Reward | Want::TokenRewards => (entry.into_values(), Vec::new()),
         };
-        let output = SequenceOutput {
-            values,
-            greedy,
-            cached_tokens,
-            queued,
-            started,
-            finished: Instant::now(),
-        };
+        let output = SequenceOutput { values, greedy, cached_tokens, queued, started, finished: Instant::now() };
         // Before the answer: who calls again because of it finds the room.
         if let Some(permit) = sequence.meta.permit {
             permit.finish();

@@ -61,11 +61,7 @@ fn observe<'a>(item: &'a Item, value: f64) -> Observation<'a> {
     Observation { category: &item.category, cluster: &item.cluster, value }
 }
 
-fn accuracy(
-    intervals: Intervals,
-    scored: &[Scored<'_>],
-    credit: impl Fn(&[f64], &[bool]) -> f64,
-) -> Vec<Measurement> {
+fn accuracy(intervals: Intervals, scored: &[Scored<'_>], credit: impl Fn(&[f64], &[bool]) -> f64) -> Vec<Measurement> {
     let credits = scored.iter().map(|&(item, scores)| observe(item, credit(scores, &item.right)));
     intervals.means("accuracy", Range::Share, &credits.collect::<Vec<_>>())
 }
