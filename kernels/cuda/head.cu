@@ -31,15 +31,26 @@ __device__ __forceinline__ float block_max(float value, float* scratch) {
 }
 
 // Takes logits[block, tile] of the tokens from `first` on into largest[block] and sums[block], which begin where `first`
-// is 0. The logit of targets[block] goes to chosen[block]; targets may be null.
+// is 0. The logit of targets[block] goes to chosen[block], the largest of the tokens before it to ahead[block]; targets
+// may be null.
 KERNEL(fold_logits, const float* logits, unsigned tile, unsigned first, float softcap, const unsigned* targets,
-       float* largest, float* sums, float* chosen) {
+       float* largest, float* sums, float* chosen, float* ahead) {
     __shared__ float scratch[THREADS / WARP];
     const unsigned row = blockIdx.x;
     logits += uint64_t(row) * tile;
     float most = -INFINITY;
     for (unsigned at = threadIdx.x; at < tile; at += THREADS) most = fmaxf(most, capped(logits[at], softcap));
     const float before = first == 0 ? -INFINITY : largest[row];
+    if (targets && targets[row] >= first && targets[row] - first < tile) {
+        const unsigned target = targets[row] - first;
+        float earlier = -INFINITY;
+        for (unsigned at = threadIdx.x; at < target; at += THREADS) earlier = fmaxf(earlier, capped(logits[at], softcap));
+        earlier = fmaxf(block_max(earlier, scratch), before);
+        if (threadIdx.x == 0) {
+            chosen[row] = capped(logits[target], softcap);
+            ahead[row] = earlier;
+        }
+    }
     most = fmaxf(block_max(most, scratch), before);
     // Where nothing is larger than minus infinity, nothing is subtracted.
     const float base = most == -INFINITY ? 0 : most;
@@ -49,14 +60,16 @@ KERNEL(fold_logits, const float* logits, unsigned tile, unsigned first, float so
     if (threadIdx.x != 0) return;
     sums[row] = sum + (first == 0 ? 0 : sums[row] * expf(before - base));
     largest[row] = most;
-    if (targets && targets[row] >= first && targets[row] - first < tile)
-        chosen[row] = capped(logits[targets[row] - first], softcap);
 }
 
-// log_probs[i] = chosen[i] - log(sum of exp over the vocabulary), in nats.
-KERNEL(log_probs, const float* chosen, const float* largest, const float* sums, float* log_probs, unsigned count) {
+// log_probs[2 i] = chosen[i] - log(sum of exp over the vocabulary), in nats; log_probs[2 i + 1] is 1 where the chosen
+// token is the first of the likeliest, else 0.
+KERNEL(log_probs, const float* chosen, const float* ahead, const float* largest, const float* sums, float* log_probs,
+       unsigned count) {
     unsigned i = blockIdx.x * blockDim.x + threadIdx.x;
-    if (i < count) log_probs[i] = chosen[i] - largest[i] - logf(sums[i]);
+    if (i >= count) return;
+    log_probs[2 * i] = chosen[i] - largest[i] - logf(sums[i]);
+    log_probs[2 * i + 1] = chosen[i] >= largest[i] && chosen[i] > ahead[i];
 }
 
 struct Candidate {

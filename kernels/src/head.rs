@@ -13,18 +13,42 @@ const ROWS: usize = 96;
 /// on how the work is spread.
 const PANELS: usize = 16;
 
-/// `log softmax(W x)[target]` for every row of `x[rows, inputs]`, in nats. Logits live only as one panel at a time.
+/// What a language model says of a given token.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct LogProb {
+    /// Its log-probability in nats.
+    pub value: f32,
+    /// Whether no token is likelier, and none of a lower id as likely: greedy decoding takes it.
+    pub greedy: bool,
+}
+
+/// A row's logits, summed up.
+#[derive(Clone, Copy)]
+struct Sums {
+    max: f32,
+    /// Of exponentials relative to the largest logit.
+    exps: f32,
+    /// The target's logit, and the largest of the tokens before it that were summed up with it; minus infinity where
+    /// the target is not among them.
+    target: f32,
+    before: f32,
+}
+
+const NO_LOGITS: Sums =
+    Sums { max: f32::NEG_INFINITY, exps: 0.0, target: f32::NEG_INFINITY, before: f32::NEG_INFINITY };
+
+/// `log softmax(W x)[target]` for every row of `x[rows, inputs]`. Logits live only as one panel at a time.
 ///
 /// # Panics
 /// If the lengths do not fit or a target is not in the vocabulary.
-pub fn token_log_probs<E: Element>(head: &Linear<E>, softcap: Option<f32>, x: &[f32], targets: &[u32]) -> Vec<f32> {
+pub fn token_log_probs<E: Element>(head: &Linear<E>, softcap: Option<f32>, x: &[f32], targets: &[u32]) -> Vec<LogProb> {
     let (inputs, vocabulary) = (head.inputs(), head.outputs());
     assert_eq!(x.len(), targets.len() * inputs, "shapes of a language head");
     assert!(targets.iter().all(|t| (*t as usize) < vocabulary), "a target outside the vocabulary");
     let groups = vocabulary.div_ceil(PANEL * PANELS);
     let blocks = targets.len().div_ceil(ROWS);
-    // For each row and group: the largest logit, the sum of exponentials relative to it, the target's logit.
-    let mut partial = vec![(f32::NEG_INFINITY, 0.0f32, f32::NEG_INFINITY); targets.len() * groups];
+    // For each row and group.
+    let mut partial = vec![NO_LOGITS; targets.len() * groups];
     let shared = Shared::new(&mut partial);
     for_each_piece(blocks * groups, 1, |piece| {
         let (block, group) = (piece.start / groups, piece.start % groups);
@@ -43,20 +67,22 @@ pub fn token_log_probs<E: Element>(head: &Linear<E>, softcap: Option<f32>, x: &[
                 if let Some(cap) = softcap {
                     soft_cap(logits, cap);
                 }
-                if let Some(logit) = (targets[row] as usize).checked_sub(panel * PANEL).and_then(|t| logits.get(t)) {
-                    partial.2 = *logit;
+                if let Some(target) = (targets[row] as usize).checked_sub(panel * PANEL).filter(|t| *t < columns) {
+                    partial.target = logits[target];
+                    partial.before = logits[..target].iter().copied().fold(partial.max, f32::max);
                 }
                 add_logits(logits, partial);
             }
         }
     });
-    partial.chunks_exact(groups).map(merge).collect()
+    let merge = |(target, sums): (&u32, &[Sums])| merge(sums, *target as usize / (PANEL * PANELS));
+    targets.iter().zip(partial.chunks_exact(groups)).map(merge).collect()
 }
 
 vectorised! {
     /// Takes logits into a running sum of exponentials relative to the largest logit.
-    fn add_logits(logits: &[f32], into: &mut (f32, f32, f32)) {
-        let (max, sum, _) = into;
+    fn add_logits(logits: &[f32], into: &mut Sums) {
+        let Sums { max, exps: sum, .. } = into;
         let mut largest = [*max; LANES];
         for chunk in logits.chunks(LANES) {
             for (lane, logit) in largest.iter_mut().zip(chunk) {
@@ -80,11 +106,13 @@ vectorised! {
     }
 }
 
-fn merge(groups: &[(f32, f32, f32)]) -> f32 {
-    let max = groups.iter().map(|g| g.0).fold(f32::NEG_INFINITY, f32::max);
-    let sum: f32 = groups.iter().map(|g| g.1 * exp(g.0 - max)).sum();
-    let target = groups.iter().map(|g| g.2).fold(f32::NEG_INFINITY, f32::max);
-    target - max - sum.ln()
+/// Puts a row's groups together; the target is in the one at `own`.
+fn merge(groups: &[Sums], own: usize) -> LogProb {
+    let max = groups.iter().map(|g| g.max).fold(f32::NEG_INFINITY, f32::max);
+    let sum: f32 = groups.iter().map(|g| g.exps * exp(g.max - max)).sum();
+    let Sums { target, before, .. } = groups[own];
+    let before = groups[..own].iter().map(|g| g.max).fold(before, f32::max);
+    LogProb { value: target - max - sum.ln(), greedy: target >= max && target > before }
 }
 
 /// The `count` likeliest tokens of every row of `x[rows, inputs]`, the likeliest first: their ids, and their
@@ -134,9 +162,9 @@ pub fn top_log_probs<E: Element>(
 
 /// `ln(sum(e^logit))`; NaN if a logit is.
 pub fn log_sum_exp(logits: &[f32]) -> f32 {
-    let mut sums = (f32::NEG_INFINITY, 0.0, f32::NEG_INFINITY);
+    let mut sums = NO_LOGITS;
     add_logits(logits, &mut sums);
-    sums.0 + sums.1.ln()
+    sums.max + sums.exps.ln()
 }
 
 vectorised! {
@@ -183,9 +211,9 @@ mod tests {
         for r in 0..rows {
             let row = &logits[r * vocabulary..(r + 1) * vocabulary];
             let expected = reference::log_prob(row, targets[r] as usize);
-            assert!((found[r] - expected).abs() < 1e-4, "{} {expected}", found[r]);
+            assert!((found[r].value - expected).abs() < 1e-4, "{:?} {expected}", found[r]);
             let alone = token_log_probs(&head, softcap, &x[r * inputs..(r + 1) * inputs], &targets[r..=r]);
-            assert_eq!(alone[0].to_bits(), found[r].to_bits());
+            assert_eq!(alone[0].value.to_bits(), found[r].value.to_bits());
         }
     }
 
@@ -194,6 +222,22 @@ mod tests {
         check::<f32>(50, 6, 3, None);
         check::<f32>(2300, 34, 130, Some(5.0));
         check::<bf16>(1025, 64, 7, None);
+    }
+
+    #[test]
+    fn of_the_likeliest_tokens_greedy_decoding_takes_the_first() {
+        // Weights of one input are the logits. The largest one stands at every place of each list.
+        for (vocabulary, largest) in
+            [(1, vec![0]), (50, vec![7]), (50, vec![3, 4]), (2300, vec![63, 64]), (2300, vec![1023, 1024, 2299])]
+        {
+            let mut logits: Vec<f32> = (0..vocabulary).map(|i| (i * 37 % 101) as f32 / 10.0).collect();
+            largest.iter().for_each(|at| logits[*at] = 20.0);
+            let head = Linear::new(&[Matrix { weights: Weights::Plain(&logits), bias: None }], 1).unwrap();
+            let targets: Vec<u32> = (0..vocabulary as u32).collect();
+            let found = token_log_probs(&head, None, &vec![1.0; vocabulary], &targets);
+            let greedy: Vec<usize> = (0..vocabulary).filter(|i| found[*i].greedy).collect();
+            assert_eq!(greedy, largest[..1], "{largest:?} of {vocabulary}");
+        }
     }
 
     #[test]

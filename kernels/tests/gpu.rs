@@ -492,7 +492,7 @@ where
         let found = gpu::Vocabulary::new(gpu).token_log_probs(&head, softcap, &gpu_x, &targets).unwrap();
         for ((found, logits), target) in found.iter().zip(&logits).zip(targets) {
             let expected = reference::log_prob(logits, target as usize);
-            assert!((found - expected).abs() < 1e-4, "{found} {expected}");
+            assert!((found.value - expected).abs() < 1e-4, "{found:?} {expected}");
         }
         let (ids, log_probs) = gpu::Vocabulary::new(gpu).top_log_probs(&head, softcap, &gpu_x, rows, count).unwrap();
         for (row, logits) in logits.iter().enumerate() {
@@ -529,7 +529,25 @@ fn of_equally_likely_tokens_the_lower_id_comes_first() {
         assert!(log_probs.iter().all(|log_prob| (log_prob + 9000f32.ln()).abs() < 1e-4), "{log_probs:?}");
         let nothing = gpu.upload(&[f32::NAN; 4]).unwrap();
         let log_probs = gpu::Vocabulary::new(gpu).token_log_probs(&head, None, &nothing, &[7]).unwrap();
-        assert!(log_probs[0].is_nan());
+        assert!(log_probs[0].value.is_nan() && !log_probs[0].greedy);
+    });
+}
+
+#[test]
+fn of_the_likeliest_tokens_greedy_decoding_takes_the_first() {
+    on_each(|gpu| {
+        // Logits are the weights of the first of four inputs.
+        for largest in [vec![0], vec![300, 8000], vec![8191, 8192], vec![8200, 8999]] {
+            let mut weights = numbers(9000 * 4, 1);
+            largest.iter().for_each(|at| weights[4 * at] = 20.0);
+            let head = gpu::Linear::new(gpu, &weights, None, 4).unwrap();
+            let targets = [0, 299, 300, 301, 8000, 8191, 8192, 8200, 8999];
+            let x = gpu.upload(&[1f32, 0.0, 0.0, 0.0].repeat(targets.len())).unwrap();
+            let found = gpu::Vocabulary::new(gpu).token_log_probs(&head, None, &x, &targets).unwrap();
+            let greedy =
+                targets.iter().zip(found).filter(|(_, found)| found.greedy).map(|(target, _)| *target as usize);
+            assert_eq!(greedy.collect::<Vec<_>>(), largest[..1]);
+        }
     });
 }
 

@@ -282,6 +282,51 @@ fn samples_are_ranked_by_problem() {
 }
 
 #[test]
+fn the_best_of_more_samples_scores_more() {
+    let work = Work::new();
+    let sample =
+        |i: usize| json!({"id": i % 2, "prompt": format!("{}: ", i % 2), "response": format!("sample {}", i * i)});
+    work.lines("samples.jsonl", &(0..8).map(sample).collect::<Vec<_>>());
+    let (found, items) = work.evaluate("best-of-n", &["samples.jsonl"], "llama-pm", &["--dtype", "f32"]);
+    let rewards = items.iter().map(|line| {
+        let mut rewards: Vec<f64> = (0..4).map(|i| reward(line, i)).collect();
+        rewards.sort_by(f64::total_cmp);
+        rewards
+    });
+    let rewards: Vec<Vec<f64>> = rewards.collect();
+    // Of four, worst first: how often each is the best of one, of two, of three and of all.
+    let weights = [[0.25; 4], [0.0, 1.0 / 6.0, 2.0 / 6.0, 3.0 / 6.0], [0.0, 0.0, 0.25, 0.75], [0.0, 0.0, 0.0, 1.0]];
+    for (k, weights) in (1..).zip(weights) {
+        let best =
+            |rewards: &Vec<f64>| rewards.iter().zip(weights).map(|(reward, weight)| reward * weight).sum::<f64>();
+        let expected = rewards.iter().map(best).sum::<f64>() / 2.0;
+        let measured = result(&found, "samples", &format!("best@{k}"), Some("reward"));
+        assert!((value(measured) - expected).abs() < 1e-9, "{measured} {expected}");
+        let kl_bound = f64::from(k).ln() - f64::from(k - 1) / f64::from(k);
+        assert!((measured["kl_bound"].as_f64().unwrap() - kl_bound).abs() < 1e-12, "{measured}");
+        assert!(measured["low"].as_f64() <= Some(expected) && measured["high"].as_f64() >= Some(expected - 1e-9));
+    }
+}
+
+#[test]
+fn rewardbench_sums_up_as_its_own_package() {
+    let python = std::env::var("PLUMB_PYTHON").unwrap_or_else(|_| "python3".into());
+    let found = Command::new(&python).args(["-c", "import rewardbench.utils"]).output();
+    if !found.is_ok_and(|output| output.status.success()) {
+        println!("skipped: {python} has no rewardbench; PLUMB_PYTHON names another");
+        return;
+    }
+    let script = fixture("").replace("fixtures", "python/check_rewardbench.py");
+    let output = Command::new(python)
+        .args([&script, env!("CARGO_BIN_EXE_plumb-train"), &fixture("llama-pm")])
+        .env("HF_HUB_OFFLINE", "1")
+        .output()
+        .unwrap();
+    let said = [output.stdout, output.stderr].map(|bytes| String::from_utf8(bytes).unwrap());
+    assert!(output.status.success() && said[0].ends_with("the same\n"), "{}{}", said[0], said[1]);
+}
+
+#[test]
 fn rewardbench_and_rm_bench_sum_up_their_rows() {
     let work = Work::new();
     let row = |subset: &str, i: usize| json!({"prompt": format!("p{i}"), "chosen": "yes", "rejected": "no", "subset": subset, "id": i});

@@ -185,6 +185,7 @@ struct LogProbs {
     response_tokens: u32,
     #[serde(skip_serializing_if = "Option::is_none")]
     unconditional_sum: Option<f32>,
+    greedy: bool,
 }
 
 #[derive(Serialize)]
@@ -207,6 +208,7 @@ impl From<&v1::Score> for Scored {
                 mean: l.mean,
                 response_tokens: l.response_tokens,
                 unconditional_sum: l.unconditional_sum,
+                greedy: l.greedy,
             }),
             tokens: score.tokens.iter().map(token).collect(),
         }

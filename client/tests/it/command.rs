@@ -113,7 +113,7 @@ async fn score_lines_keep_their_order() {
     let expect = |n: u32| {
         json!({
             "line": n, "id": format!("i{n}"), "reward": n as f32, "input_tokens": n, "cached_tokens": 1,
-            "truncated": false, "log_probs": {"sum": n as f32, "mean": 0.1, "response_tokens": 2},
+            "truncated": false, "log_probs": {"sum": n as f32, "mean": 0.1, "response_tokens": 2, "greedy": false},
             "model": "lm", "version": 3, "weights_digest": "0123456789abcdef",
         })
     };

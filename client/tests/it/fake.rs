@@ -131,7 +131,7 @@ fn scored(words: &str, request: &v1::ScoreRequest) -> Result<v1::Score, v1::Item
     let full = request.text.is_some_and(|t| t.hhh_prompt() == v1::HhhPrompt::Full);
     let language = request.model.as_ref().is_some_and(|m| m.name == "lm");
     let reward = if full { -(length as f32) } else { length as f32 };
-    let log_probs = v1::LogProbs { sum: reward, mean: 0.1, response_tokens: 2, unconditional_sum: None };
+    let log_probs = v1::LogProbs { sum: reward, mean: 0.1, response_tokens: 2, unconditional_sum: None, greedy: false };
     let token = v1::TokenValue { id: 7, text: "\n".into(), value: 0.5 };
     Ok(v1::Score {
         reward,

@@ -6,6 +6,7 @@ use super::driver::Argument::{Address, F32, U32};
 use super::linear::Output;
 use super::{Buffer, Gpu, GpuError, Linear, Result, View, ViewMut};
 use crate::Element;
+use crate::head::LogProb;
 
 /// Threads that take a row; `THREADS` in `cuda/head.cu`.
 pub(super) const THREADS: usize = 256;
@@ -29,10 +30,12 @@ struct Candidate {
 pub struct Vocabulary {
     pub(super) gpu: Gpu,
     pub(super) logits: Buffer<f32>,
-    /// Of each row: the largest logit so far, the sum of all exponentials, and the logit that is asked for.
+    /// Of each row: the largest logit so far, the sum of all exponentials, the logit that is asked for, and the largest
+    /// of the tokens before that.
     pub(super) largest: Buffer<f32>,
     pub(super) sums: Buffer<f32>,
     pub(super) chosen: Buffer<f32>,
+    ahead: Buffer<f32>,
     pub(super) targets: Buffer<u32>,
     best: Buffer<Candidate>,
     ids: Buffer<u32>,
@@ -66,6 +69,7 @@ impl Vocabulary {
             largest: gpu.empty(),
             sums: gpu.empty(),
             chosen: gpu.empty(),
+            ahead: gpu.empty(),
             targets: gpu.empty(),
             best: gpu.empty(),
             ids: gpu.empty(),
@@ -75,17 +79,17 @@ impl Vocabulary {
 
     /// Bytes that it takes now.
     pub fn bytes(&self) -> usize {
-        let Self { gpu: _, logits, largest, sums, chosen, targets, best, ids, log_probs } = self;
-        let floats = [logits, largest, sums, chosen, log_probs].map(Buffer::bytes).iter().sum::<usize>();
+        let Self { gpu: _, logits, largest, sums, chosen, ahead, targets, best, ids, log_probs } = self;
+        let floats = [logits, largest, sums, chosen, ahead, log_probs].map(Buffer::bytes).iter().sum::<usize>();
         floats + targets.bytes() + best.bytes() + ids.bytes()
     }
 
     /// Bytes that it takes at most for a vocabulary of so many tokens, but for what callers get.
     pub fn most_bytes(tokens: usize) -> usize {
-        ROWS * (TILE.min(tokens) + 5) * size_of::<f32>()
+        ROWS * (TILE.min(tokens) + 7) * size_of::<f32>()
     }
 
-    /// Log-probability, in nats, of `targets[i]` as the token after row `i` of `x[rows, inputs]`.
+    /// What the model says of `targets[i]` as the token after row `i` of `x[rows, inputs]`.
     ///
     /// # Errors
     /// If the GPU refuses, or has no memory for a tile of logits.
@@ -98,21 +102,22 @@ impl Vocabulary {
         softcap: Option<f32>,
         x: &Buffer<E>,
         targets: &[u32],
-    ) -> Result<Vec<f32>>
+    ) -> Result<Vec<LogProb>>
     where
         f32: Output<E>,
     {
         let inputs = head.inputs();
         assert!(x.len() >= targets.len() * inputs, "shapes of a language head");
-        let mut result = vec![0.0; targets.len()];
+        let mut result = vec![[0.0f32; 2]; targets.len()];
         for (part, (targets, result)) in targets.chunks(ROWS).zip(result.chunks_mut(ROWS)).enumerate() {
             let (first, rows) = (part * ROWS * inputs, targets.len());
             self.targets.grow(rows)?;
             self.targets.write(0, targets)?;
-            self.log_probs.grow(rows)?;
+            self.log_probs.grow(2 * rows)?;
             self.sweep(head, softcap, x.view(first..first + rows * inputs), true, |_, _, _, _| Ok(()))?;
             let arguments = [
                 Address(self.chosen.all().address),
+                Address(self.ahead.all().address),
                 Address(self.largest.all().address),
                 Address(self.sums.all().address),
                 Address(self.log_probs.all_mut().address),
@@ -120,9 +125,9 @@ impl Vocabulary {
             ];
             // SAFETY: as in `cuda/head.cu`.
             unsafe { self.gpu.launch("log_probs", [rows.div_ceil(THREADS), 1, 1], THREADS, 0, &arguments)? };
-            self.log_probs.read(0, result)?;
+            self.log_probs.read(0, result.as_flattened_mut())?;
         }
-        Ok(result)
+        Ok(result.into_iter().map(|[value, greedy]| LogProb { value, greedy: greedy == 1.0 }).collect())
     }
 
     /// The `count` likeliest tokens of each of the first `rows` rows of `x[_, inputs]`, the likeliest first: ids, and
@@ -207,6 +212,7 @@ impl Vocabulary {
         self.largest.grow(rows)?;
         self.sums.grow(rows)?;
         self.chosen.grow(rows)?;
+        self.ahead.grow(rows)?;
         for first in (0..head.outputs()).step_by(TILE) {
             let tile = TILE.min(head.outputs() - first);
             head.part(&self.gpu, first, tile, x, self.logits.view_mut(0..rows * tile))?;
@@ -219,6 +225,7 @@ impl Vocabulary {
                 Address(self.largest.all_mut().address),
                 Address(self.sums.all_mut().address),
                 Address(self.chosen.all_mut().address),
+                Address(self.ahead.all_mut().address),
             ];
             // SAFETY: as in `cuda/head.cu`.
             unsafe { self.gpu.launch("fold_logits", [rows, 1, 1], THREADS, 0, &arguments)? };

@@ -9,6 +9,7 @@ use std::ops::Range;
 use bytemuck::Pod;
 use plumb_kernels::activation::Activation;
 use plumb_kernels::attention::Rule;
+use plumb_kernels::head::LogProb;
 use plumb_kernels::linear::{Held, Matrix};
 use plumb_kernels::norm::Norm;
 use plumb_kernels::rotary::Rotary;
@@ -229,7 +230,7 @@ pub(super) trait Backend: Clone + Debug + Send + Sync + Sized + 'static {
         scratch: &mut Self::Scratch,
     ) -> Result<Vec<f32>>;
 
-    /// Log-probability of each target as the token after its row; counted by parts.
+    /// What is said of each target as the token after its row; counted by parts.
     fn log_probs(
         &self,
         from: Stream<'_, Self>,
@@ -238,7 +239,7 @@ pub(super) trait Backend: Clone + Debug + Send + Sync + Sized + 'static {
         targets: &[u32],
         scratch: &mut Self::Scratch,
         progress: &Progress,
-    ) -> Result<Vec<f32>>;
+    ) -> Result<Vec<LogProb>>;
 
     /// The likeliest tokens after each row, `count` of them: ids, and log-probabilities.
     fn top_log_probs(

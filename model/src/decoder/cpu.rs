@@ -5,7 +5,7 @@ use std::ops::Range;
 
 use plumb_kernels::activation::Activation;
 use plumb_kernels::attention::{KvPages, Prepare, Rule, Run, Work, attention, padded, prepare};
-use plumb_kernels::head::{dot, soft_cap, token_log_probs, top_log_probs};
+use plumb_kernels::head::{LogProb, dot, soft_cap, token_log_probs, top_log_probs};
 use plumb_kernels::linear::{Activated, Held, Kept, Linear, Matrix, PANEL, Store};
 use plumb_kernels::norm::Norm;
 use plumb_kernels::parallel::with_team;
@@ -318,7 +318,7 @@ impl<E: Load + Number> Backend for Cpu<E> {
         targets: &[u32],
         scratch: &mut Scratch,
         progress: &Progress,
-    ) -> Result<Vec<f32>> {
+    ) -> Result<Vec<LogProb>> {
         let (width, normed) = (from.width, scratch.rows.gather(&from, rows));
         let mut log_probs = Vec::with_capacity(targets.len());
         for (rows, targets) in normed.chunks(ROWS_AT_A_TIME * width).zip(targets.chunks(ROWS_AT_A_TIME)) {

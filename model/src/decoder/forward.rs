@@ -4,6 +4,7 @@ use std::ops::Range;
 
 use plumb_kernels::Element;
 use plumb_kernels::attention::{PAGE, Rule, Run, Span};
+use plumb_kernels::head::LogProb;
 use plumb_kernels::sample::{Draw, Drawn, Undrawn};
 
 use super::backend::{Backend, Embedding, How, Stream, TapeMut, Vocabulary};
@@ -137,7 +138,7 @@ impl<B: Backend> Stack<B> {
             return invalid(format!("{} pages for {end} positions", sequence.pages.len()));
         }
         let targets: &[u32] = match &sequence.read {
-            Read::LogProbs { rows, targets } => {
+            Read::LogProbs { rows, targets } | Read::GreedyLogProbs { rows, targets } => {
                 if rows.end > sequence.tokens.len() || rows.len() != targets.len() {
                     return invalid(format!("{} targets for rows {rows:?}", targets.len()));
                 }
@@ -158,10 +159,8 @@ impl<B: Backend> Stack<B> {
             (Read::LastReward | Read::Rewards, Head::Language { .. }) => {
                 invalid("a language model has no reward head".into())
             }
-            (Read::LogProbs { .. } | Read::TopLogProbs { .. } | Read::Draw | Read::LastLogits, Head::Reward { .. }) => {
-                invalid("a preference model has no vocabulary head".into())
-            }
-            _ => Ok(()),
+            (Read::Nothing | Read::LastReward | Read::Rewards, _) | (_, Head::Language { .. }) => Ok(()),
+            (_, Head::Reward { .. }) => invalid("a preference model has no vocabulary head".into()),
         }
     }
 
@@ -353,7 +352,7 @@ impl<B: Backend> Stack<B> {
                 let (mut drawn, mut copied) = (Vec::new(), Vec::new());
                 for (sequence, rows) in sequences() {
                     match &sequence.read {
-                        Read::LogProbs { targets: of_rows, .. } => {
+                        Read::LogProbs { targets: of_rows, .. } | Read::GreedyLogProbs { targets: of_rows, .. } => {
                             scored.extend_from_slice(rows);
                             targets.extend_from_slice(of_rows);
                         }
@@ -383,7 +382,13 @@ impl<B: Backend> Stack<B> {
                                 };
                                 ids.chunks(*count).zip(log_probs.chunks(*count)).flat_map(row).collect()
                             }
-                            Read::LogProbs { targets, .. } => log_probs.by_ref().take(targets.len()).collect(),
+                            Read::LogProbs { targets, .. } => {
+                                log_probs.by_ref().take(targets.len()).map(|found| found.value).collect()
+                            }
+                            Read::GreedyLogProbs { targets, .. } => {
+                                let pair = |found: LogProb| [found.value, f32::from(u8::from(found.greedy))];
+                                log_probs.by_ref().take(targets.len()).flat_map(pair).collect()
+                            }
                             Read::LastLogits => copied.next().unwrap_or_default(),
                             _ => Vec::new(),
                         })

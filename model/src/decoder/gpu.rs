@@ -15,6 +15,7 @@ use plumb_kernels::gpu::{
     self, Buffer, CutRule, Gpu, Graph, Group, KvPages, Linear, Norm, Output, Partials, Pieces, Room, Sampler, View,
     ViewMut, Vocabulary as Sweep,
 };
+use plumb_kernels::head::LogProb;
 use plumb_kernels::linear::{Held, Matrix};
 use plumb_kernels::sample::{Draw, Drawn, Undrawn};
 use plumb_kernels::{norm, rotary};
@@ -415,7 +416,7 @@ where
         targets: &[u32],
         scratch: &mut Scratch<E>,
         progress: &Progress,
-    ) -> Result<Vec<f32>> {
+    ) -> Result<Vec<LogProb>> {
         self.gather(&from, rows, scratch)?;
         let log_probs = scratch.sweep.token_log_probs(head.logits, head.softcap, &scratch.narrow, targets)?;
         progress.advance();

@@ -10,6 +10,7 @@ use std::ops::Range;
 
 use plumb_kernels::activation::Activation;
 use plumb_kernels::attention::Rule;
+use plumb_kernels::head::LogProb;
 use plumb_kernels::linear::{Held, Matrix};
 use plumb_kernels::norm::Norm;
 use plumb_kernels::rotary::Rotary;
@@ -382,7 +383,7 @@ impl<B: Joined> Backend for Shards<B> {
         targets: &[u32],
         scratch: &mut Vec<B::Scratch>,
         progress: &Progress,
-    ) -> Result<Vec<f32>> {
+    ) -> Result<Vec<LogProb>> {
         self.first()?.log_probs(first_stream(from), rows, first_head(head), targets, &mut scratch[0], progress)
     }
 

@@ -66,6 +66,14 @@ pub enum Read<'a> {
         /// As many as rows.
         targets: &'a [u32],
     },
+    /// As `LogProbs`, each followed by 1 if the target is the token that greedy decoding takes, of equally likely ones that
+    /// of the lowest id, and by 0 if not. Two values a row.
+    GreedyLogProbs {
+        /// Rows of the slice.
+        rows: Range<usize>,
+        /// As many as rows.
+        targets: &'a [u32],
+    },
     /// The `count` likeliest tokens after each of the slice's rows: their ids, as numbers, then their log-probabilities in
     /// nats, the likeliest first. `2 * count` values a row.
     TopLogProbs {
@@ -87,7 +95,9 @@ impl Read<'_> {
             Read::Nothing => 0..0,
             Read::LastReward | Read::Draw | Read::LastLogits => len - 1..len,
             Read::Rewards => 0..len,
-            Read::LogProbs { rows, .. } | Read::TopLogProbs { rows, .. } => rows.clone(),
+            Read::LogProbs { rows, .. } | Read::GreedyLogProbs { rows, .. } | Read::TopLogProbs { rows, .. } => {
+                rows.clone()
+            }
         }
     }
 }

@@ -110,6 +110,8 @@ pub struct Sequence {
 pub struct SequenceOutput {
     /// What was wanted, in the order of the tokens.
     pub values: Vec<f32>,
+    /// With [`Want::LogProbs`], whether greedy decoding takes each of the tokens after everything before it.
+    pub greedy: Vec<bool>,
     /// Tokens whose state was already there.
     pub cached_tokens: usize,
     /// From arrival to the first step.

@@ -222,7 +222,7 @@ impl Input {
             InputRead::Draw => Read::Draw,
             // The token after each row.
             InputRead::LogProbs(rows) => {
-                Read::LogProbs { rows: rows.clone(), targets: &self.tokens[rows.start + 1..rows.end + 1] }
+                Read::GreedyLogProbs { rows: rows.clone(), targets: &self.tokens[rows.start + 1..rows.end + 1] }
             }
         };
         StepSequence { tokens: &self.tokens[..self.len], position: self.position, pages: &self.pages, read }

@@ -379,13 +379,13 @@ impl Worker {
             return;
         };
         let started = entry.started().unwrap_or_else(Instant::now);
-        let output = SequenceOutput {
-            cached_tokens: entry.cached(),
-            queued: started.duration_since(entry.arrived()),
-            started,
-            finished: Instant::now(),
-            values: entry.into_values(),
+        let (cached_tokens, queued) = (entry.cached(), started.duration_since(entry.arrived()));
+        let (values, greedy) = match sequence.want {
+            // Each with whether it is the likeliest.
+            Want::LogProbs(_) => entry.into_values().chunks_exact(2).map(|pair| (pair[0], pair[1] == 1.0)).unzip(),
+            Want::Reward | Want::TokenRewards => (entry.into_values(), Vec::new()),
         };
+        let output = SequenceOutput { values, greedy, cached_tokens, queued, started, finished: Instant::now() };
         // Before the answer: who calls again because of it finds the room.
         if let Some(permit) = sequence.meta.permit {
             permit.finish();

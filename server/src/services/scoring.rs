@@ -260,6 +260,7 @@ fn assemble(
                 mean: (sum(values) / values.len() as f64) as f32,
                 response_tokens: count(values.len()),
                 unconditional_sum: alone.map(|alone| alone as f32),
+                greedy: outputs.sequence.greedy.iter().all(|greedy| *greedy),
             };
             let reward = match objective {
                 Objective::MeanLogProb => log_probs.mean,

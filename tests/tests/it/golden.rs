@@ -163,6 +163,13 @@ async fn check_language(client: &Client, model: &str, expected_of: &str) {
         };
         let generated = call::generate(client, request).await.unwrap();
         assert_eq!(generated.samples[0].ids, case.greedy, "{model}, {}", case.name);
+        // The same continuation, and one that leaves it at its last token.
+        let mut other = case.greedy.clone();
+        other.iter_mut().next_back().into_iter().for_each(|last| *last = u32::from(*last == 0));
+        let continuations = [&case.greedy, &other].map(|ids| prompt_response(&case.token_ids, ids)).to_vec();
+        let scores = call::scores(client, items(named(model), continuations)).await;
+        let greedy: Vec<bool> = scores.into_iter().map(|score| score.log_probs.unwrap().greedy).collect();
+        assert_eq!(greedy, [true, false], "{model}, {}", case.name);
     }
     for conversation in &expected.conversations {
         check_rendering(client, model, conversation).await;

@@ -133,6 +133,7 @@ impl Comparisons {
                 low: half.map(|half| value - half),
                 high: half.map(|half| value + half),
                 n: games(player).map(|c| c.games).sum::<f64>().round() as u64,
+                kl_bound: None,
             }
         });
         Ok(measured.collect())

@@ -25,6 +25,9 @@ pub struct Measurement {
     pub high: Option<f64>,
     /// Observations.
     pub n: u64,
+    /// Of the best of several samples: nats between it and one sample at most.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub kl_bound: Option<f64>,
 }
 
 /// Name of what is measured over everything.
@@ -133,6 +136,7 @@ impl Intervals {
             low,
             high,
             n,
+            kl_bound: None,
         })
     }
 }

@@ -39,6 +39,9 @@ pub enum Task {
     Lambada,
     /// How often the best-scored of k samples is correct: JSONL with id, prompt, response and correct
     Rerank,
+    /// Reward of the best of k samples for every k, and how far that is from one sample at most: JSONL with id, prompt and
+    /// response, as `plumb-train sample --samples` writes it
+    BestOfN,
     /// RewardBench: JSONL with prompt, chosen, rejected and subset, of version 1 or 2
     Rewardbench,
     /// RM-Bench: JSON lists of prompts with three styles of chosen and of rejected

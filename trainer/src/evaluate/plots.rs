@@ -2,6 +2,7 @@
 
 use super::Evaluation;
 use super::measure::{Bin, Calibration, Measurement};
+use super::options::Task;
 use crate::Result;
 use crate::plot::{self, Estimate, Group, Labels, Point, Series};
 
@@ -19,6 +20,15 @@ pub(super) fn draw(evaluation: &Evaluation) -> Result<Vec<(String, String)>> {
         plots.extend(by_category(evaluation, metric)?.map(|text| (file_name(metric), text)));
     }
     plots.extend(best_of(evaluation)?.map(|text| ("best-of-k.svg".to_owned(), text)));
+    if evaluation.task == Task::BestOfN {
+        let over = [
+            ("best-of-n.svg", "samples k", true, (|k, _| k) as fn(f64, f64) -> f64),
+            ("best-of-n-kl.svg", "KL bound, log k - (k-1)/k (nats)", false, |_, kl_bound| kl_bound),
+        ];
+        for (name, x, logarithmic, place) in over {
+            plots.extend(best_rewards(evaluation, x, logarithmic, place)?.map(|text| (name.to_owned(), text)));
+        }
+    }
     Ok(plots)
 }
 
@@ -74,11 +84,42 @@ fn by_category(evaluation: &Evaluation, metric: &str) -> Result<Option<String>> 
     plot::categories(&Labels { title: &title, x: metric, y: "" }, &names, &groups, None).map(Some)
 }
 
+/// The k of a metric such as `acc@k`.
+fn at_k(measured: &Measurement, kind: &str) -> Option<f64> {
+    measured.metric.strip_prefix(kind)?.strip_prefix('@')?.parse().ok()
+}
+
+/// What was measured in the largest scope there is.
+fn widest(evaluation: &Evaluation) -> Vec<&Measurement> {
+    let widest = evaluation.results.last().map(|m| &m.name);
+    evaluation.results.iter().filter(|m| Some(&m.name) == widest).collect()
+}
+
+/// Reward of the best of k, a curve for each score, over what k and its KL bound say.
+fn best_rewards(
+    evaluation: &Evaluation,
+    x: &str,
+    logarithmic: bool,
+    place: impl Fn(f64, f64) -> f64,
+) -> Result<Option<String>> {
+    let measured = widest(evaluation);
+    let curve = |score: Option<&str>| {
+        let own = measured.iter().filter(|m| m.score.as_deref() == score);
+        let point = |m: &&Measurement| Some(Point { x: place(at_k(m, "best")?, m.kl_bound?), y: estimate(m) });
+        let name = score.unwrap_or_default().to_owned();
+        Series { name, points: own.filter_map(point).collect(), band: true, ..Series::default() }
+    };
+    let curves: Vec<Series> = scores(&measured).into_iter().map(curve).collect();
+    if curves.iter().all(|curve| curve.points.len() < 2) {
+        return Ok(None);
+    }
+    let title = "Expected reward of the best of k samples, with 95 % intervals";
+    plot::lines(&Labels { title, x, y: "reward" }, logarithmic, &curves).map(Some)
+}
+
 /// Accuracy of the best of k, and of a choice that knows, over k; the largest scope there is.
 fn best_of(evaluation: &Evaluation) -> Result<Option<String>> {
-    let at_k = |m: &Measurement, kind: &str| m.metric.strip_prefix(kind)?.strip_prefix('@')?.parse::<f64>().ok();
-    let widest = evaluation.results.last().map(|m| m.name.clone()).unwrap_or_default();
-    let measured: Vec<&Measurement> = evaluation.results.iter().filter(|m| m.name == widest).collect();
+    let measured = widest(evaluation);
     let curve = |name: String, kind: &str, score: Option<&str>| {
         let own = measured.iter().filter(|m| m.score.as_deref() == score);
         let points = own.filter_map(|m| Some(Point { x: at_k(m, kind)?, y: estimate(m) })).collect();

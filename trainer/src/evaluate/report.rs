@@ -29,11 +29,16 @@ pub(super) fn write(folder: &Path, evaluation: &Evaluation) -> Result<()> {
 /// The numbers, and what was left out.
 pub(super) fn table(evaluation: &Evaluation) -> String {
     let mut builder = Builder::default();
-    builder.push_record(["name", "metric", "score", "value", "95% interval", "n"]);
+    builder.push_record(["name", "metric", "score", "value", "95% interval", "n", "KL bound (nats)"]);
     for measured in &evaluation.results {
         let Measurement { name, metric, score, n, .. } = measured;
         let [value, interval] = cells(evaluation.task, measured);
-        builder.push_record([name, metric, score.as_deref().unwrap_or_default(), &value, &interval, &n.to_string()]);
+        let kl_bound = measured.kl_bound.map_or_else(String::new, |nats| format!("{nats:.3}"));
+        let score = score.as_deref().unwrap_or_default();
+        builder.push_record([name, metric, score, &value, &interval, &n.to_string(), &kl_bound]);
+    }
+    if evaluation.task != Task::BestOfN {
+        builder.remove_column(6);
     }
     if evaluation.task == Task::Elo {
         builder.remove_column(2);

@@ -58,7 +58,8 @@ fn read_file(task: Task, file: usize, path: &Path, sink: &mut Sink<'_>) -> Resul
             let questions: Vec<Question> = document(path)?;
             sink.list(file, path, questions.into_iter().map(question))
         }
-        Task::Rerank => rerank(file, path, sink),
+        Task::Rerank => samples(file, path, true, sink),
+        Task::BestOfN => samples(file, path, false, sink),
         Task::Rewardbench => sink.json_lines(file, path, rewardbench::row),
         Task::RmBench => {
             let rows: Vec<rewardbench::Styles> = document(path)?;
@@ -215,17 +216,19 @@ struct Sample {
     id: Value,
     prompt: Turns,
     response: Turns,
-    correct: bool,
+    correct: Option<bool>,
 }
 
-/// Samples as problems, by their id; they need not follow one another.
-fn rerank(file: usize, path: &Path, sink: &mut Sink<'_>) -> Result<()> {
+/// Samples as problems, by their id; they need not follow one another. Where it is asked for, each has to say whether it is
+/// correct.
+fn samples(file: usize, path: &Path, graded: bool, sink: &mut Sink<'_>) -> Result<()> {
     let mut lines = Lines::open(path)?;
     let mut places: HashMap<String, usize> = HashMap::new();
     let mut problems: Vec<(u64, Item)> = Vec::new();
     while let Some((number, line)) = lines.next()? {
         let sample = serde_json::from_slice(&line).map_err(|error| error.to_string());
         let found = sample.and_then(|Sample { id, prompt, response, correct }| {
+            let correct = correct.or((!graded).then_some(false)).ok_or("missing field `correct`")?;
             Ok((words(id), key(&prompt), input(Some(&prompt), response)?, correct))
         });
         match found {

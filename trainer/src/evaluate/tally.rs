@@ -32,6 +32,7 @@ pub(super) fn measure(options: &Options, rewards: bool, views: &[View<'_>]) -> (
     let scored: Vec<Scored<'_>> = scored.collect();
     match options.task {
         Task::Rerank => (reranked(intervals, &scored), None),
+        Task::BestOfN => (best_rewards(intervals, &scored), None),
         Task::RmBench => (by_style(intervals, &scored), None),
         Task::Rewardbench => {
             // Several right answers have a measure of their own.
@@ -43,12 +44,12 @@ pub(super) fn measure(options: &Options, rewards: bool, views: &[View<'_>]) -> (
                 scores,
                 right: &item.right,
             });
-            let mut results = accuracy(intervals, &rest);
+            let mut results = accuracy(intervals, &rest, rewardbench::credit_of_row);
             results.extend(rewardbench::sums(&rows.collect::<Vec<_>>()));
             (results, None)
         }
         _ => {
-            let mut results = accuracy(intervals, &scored);
+            let mut results = accuracy(intervals, &scored, measure::credit);
             results.extend(grouped(intervals, &scored));
             let calibration = pairs(intervals, &scored, rewards, &mut results);
             (results, calibration)
@@ -60,8 +61,8 @@ fn observe<'a>(item: &'a Item, value: f64) -> Observation<'a> {
     Observation { category: &item.category, cluster: &item.cluster, value }
 }
 
-fn accuracy(intervals: Intervals, scored: &[Scored<'_>]) -> Vec<Measurement> {
-    let credits = scored.iter().map(|&(item, scores)| observe(item, measure::credit(scores, &item.right)));
+fn accuracy(intervals: Intervals, scored: &[Scored<'_>], credit: impl Fn(&[f64], &[bool]) -> f64) -> Vec<Measurement> {
+    let credits = scored.iter().map(|&(item, scores)| observe(item, credit(scores, &item.right)));
     intervals.means("accuracy", Range::Share, &credits.collect::<Vec<_>>())
 }
 
@@ -108,6 +109,7 @@ fn pairs(
         low: None,
         high: None,
         n: calibration.n,
+        kl_bound: None,
     });
     Some(calibration)
 }
@@ -118,8 +120,9 @@ fn reranked(intervals: Intervals, problems: &[Scored<'_>]) -> Vec<Measurement> {
     let mut results = Vec::new();
     for k in ranking::ks(most) {
         let best = problems.iter().filter_map(|&(item, scores)| {
-            let samples: Vec<_> = scores.iter().copied().zip(item.right.iter().copied()).collect();
-            Some(observe(item, ranking::acc_at_k(&samples, k)?))
+            let worth = item.right.iter().map(|right| f64::from(u8::from(*right)));
+            let samples: Vec<_> = scores.iter().copied().zip(worth).collect();
+            Some(observe(item, ranking::best_of_k(&samples, k)?))
         });
         let oracle = problems.iter().filter_map(|&(item, scores)| {
             let right = item.right.iter().filter(|right| **right).count();
@@ -130,6 +133,21 @@ fn reranked(intervals: Intervals, problems: &[Scored<'_>]) -> Vec<Measurement> {
         results.extend(intervals.means(&format!("pass@{k}"), Range::Any, &oracle.collect::<Vec<_>>()));
     }
     results
+}
+
+/// What the best of k samples is expected to score.
+fn best_rewards(intervals: Intervals, prompts: &[Scored<'_>]) -> Vec<Measurement> {
+    let most = prompts.iter().map(|(_, scores)| scores.len()).max().unwrap_or(0);
+    let of = |k: usize| {
+        let best = prompts.iter().filter_map(|&(item, scores)| {
+            let samples: Vec<_> = scores.iter().map(|score| (*score, *score)).collect();
+            Some(observe(item, ranking::best_of_k(&samples, k)?))
+        });
+        let kl_bound = Some(ranking::kl_bound(k));
+        let means = intervals.means(&format!("best@{k}"), Range::Any, &best.collect::<Vec<_>>());
+        means.into_iter().map(move |mean| Measurement { kl_bound, ..mean })
+    };
+    (1..=most).flat_map(of).collect()
 }
 
 fn by_style(intervals: Intervals, prompts: &[Scored<'_>]) -> Vec<Measurement> {

@@ -39,6 +39,8 @@ class LogProbs:
     response_tokens: int
     unconditional_sum: float | None = None
     """With the query left out; only for mutual information."""
+    greedy: bool = False
+    """Whether greedy decoding gives the response; of equally likely tokens it takes the one with the lowest id."""
 
 
 @dataclass(frozen=True)
@@ -292,7 +294,7 @@ def _score(score: preference_pb2.Score, model: ModelIdentity, spent: Timings) ->
     if score.HasField("log_probs"):
         parts = score.log_probs
         unconditional = _optional(parts, "unconditional_sum")
-        logs = LogProbs(parts.sum, parts.mean, parts.response_tokens, unconditional)
+        logs = LogProbs(parts.sum, parts.mean, parts.response_tokens, unconditional, parts.greedy)
     return Score(
         reward=score.reward,
         input_tokens=score.input_tokens,

@@ -15,7 +15,7 @@ _sym_db = _symbol_database.Default()
 from . import common_pb2 as plumb_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19plumb/v1/preference.proto\x12\x08plumb.v1\x1a\x15plumb/v1/common.proto\"\xec\x01\n\x0cScoreRequest\x12\"\n\x05model\x18\x01 \x01(\x0b\x32\x13.plumb.v1.ModelSpec\x12\x1e\n\x05items\x18\x02 \x03(\x0b\x32\x0f.plumb.v1.Input\x12#\n\x04text\x18\x03 \x01(\x0b\x32\x15.plumb.v1.TextOptions\x12&\n\tobjective\x18\x04 \x01(\x0e\x32\x13.plumb.v1.Objective\x12\x11\n\tper_token\x18\x05 \x01(\x08\x12\x12\n\nrequest_id\x18\x06 \x01(\t\x12$\n\x08priority\x18\x07 \x01(\x0e\x32\x12.plumb.v1.Priority\"\xbb\x01\n\rScoreResponse\x12&\n\x05model\x18\x01 \x01(\x0b\x32\x17.plumb.v1.ModelIdentity\x12&\n\x07results\x18\x02 \x03(\x0b\x32\x15.plumb.v1.ScoreResult\x12\"\n\x07timings\x18\x03 \x01(\x0b\x32\x11.plumb.v1.Timings\x12\x12\n\nrequest_id\x18\x04 \x01(\t\x12\"\n\x05\x65rror\x18\x05 \x01(\x0b\x32\x13.plumb.v1.ItemError\"`\n\x0bScoreResult\x12 \n\x05score\x18\x01 \x01(\x0b\x32\x0f.plumb.v1.ScoreH\x00\x12$\n\x05\x65rror\x18\x02 \x01(\x0b\x32\x13.plumb.v1.ItemErrorH\x00\x42\t\n\x07outcome\"\xa4\x01\n\x05Score\x12\x0e\n\x06reward\x18\x01 \x01(\x02\x12\x14\n\x0cinput_tokens\x18\x02 \x01(\r\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\x12\x11\n\ttruncated\x18\x04 \x01(\x08\x12%\n\tlog_probs\x18\x05 \x01(\x0b\x32\x12.plumb.v1.LogProbs\x12$\n\x06tokens\x18\x06 \x03(\x0b\x32\x14.plumb.v1.TokenValue\"t\n\x08LogProbs\x12\x0b\n\x03sum\x18\x01 \x01(\x02\x12\x0c\n\x04mean\x18\x02 \x01(\x02\x12\x17\n\x0fresponse_tokens\x18\x03 \x01(\r\x12\x1e\n\x11unconditional_sum\x18\x04 \x01(\x02H\x00\x88\x01\x01\x42\x14\n\x12_unconditional_sum\"5\n\nTokenValue\x12\n\n\x02id\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\r\n\x05value\x18\x03 \x01(\x02\"\x82\x02\n\x0bRankRequest\x12\"\n\x05model\x18\x01 \x01(\x0b\x32\x13.plumb.v1.ModelSpec\x12\x1f\n\x06prompt\x18\x02 \x01(\x0b\x32\x0f.plumb.v1.Input\x12\'\n\ncandidates\x18\x03 \x03(\x0b\x32\x13.plumb.v1.Candidate\x12#\n\x04text\x18\x04 \x01(\x0b\x32\x15.plumb.v1.TextOptions\x12&\n\tobjective\x18\x05 \x01(\x0e\x32\x13.plumb.v1.Objective\x12\x12\n\nrequest_id\x18\x06 \x01(\t\x12$\n\x08priority\x18\x07 \x01(\x0e\x32\x12.plumb.v1.Priority\"Q\n\tCandidate\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12\'\n\ttoken_ids\x18\x02 \x01(\x0b\x32\x12.plumb.v1.TokenIdsH\x00\x42\x0b\n\tcandidate\"\x90\x01\n\x0cRankResponse\x12&\n\x05model\x18\x01 \x01(\x0b\x32\x17.plumb.v1.ModelIdentity\x12 \n\x06ranked\x18\x02 \x03(\x0b\x32\x10.plumb.v1.Ranked\x12\"\n\x07timings\x18\x03 \x01(\x0b\x32\x11.plumb.v1.Timings\x12\x12\n\nrequest_id\x18\x04 \x01(\t\"\x8e\x01\n\x06Ranked\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0c\n\x04rank\x18\x02 \x01(\r\x12\x1e\n\x05score\x18\x03 \x01(\x0b\x32\x0f.plumb.v1.Score\x12\x0e\n\x06margin\x18\x04 \x01(\x02\x12\x13\n\x0bprobability\x18\x05 \x01(\x02\x12\"\n\x05\x65rror\x18\x06 \x01(\x0b\x32\x13.plumb.v1.ItemError2\xc1\x01\n\nPreference\x12\x38\n\x05Score\x12\x16.plumb.v1.ScoreRequest\x1a\x17.plumb.v1.ScoreResponse\x12\x42\n\x0bScoreStream\x12\x16.plumb.v1.ScoreRequest\x1a\x17.plumb.v1.ScoreResponse(\x01\x30\x01\x12\x35\n\x04Rank\x12\x15.plumb.v1.RankRequest\x1a\x16.plumb.v1.RankResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19plumb/v1/preference.proto\x12\x08plumb.v1\x1a\x15plumb/v1/common.proto\"\xec\x01\n\x0cScoreRequest\x12\"\n\x05model\x18\x01 \x01(\x0b\x32\x13.plumb.v1.ModelSpec\x12\x1e\n\x05items\x18\x02 \x03(\x0b\x32\x0f.plumb.v1.Input\x12#\n\x04text\x18\x03 \x01(\x0b\x32\x15.plumb.v1.TextOptions\x12&\n\tobjective\x18\x04 \x01(\x0e\x32\x13.plumb.v1.Objective\x12\x11\n\tper_token\x18\x05 \x01(\x08\x12\x12\n\nrequest_id\x18\x06 \x01(\t\x12$\n\x08priority\x18\x07 \x01(\x0e\x32\x12.plumb.v1.Priority\"\xbb\x01\n\rScoreResponse\x12&\n\x05model\x18\x01 \x01(\x0b\x32\x17.plumb.v1.ModelIdentity\x12&\n\x07results\x18\x02 \x03(\x0b\x32\x15.plumb.v1.ScoreResult\x12\"\n\x07timings\x18\x03 \x01(\x0b\x32\x11.plumb.v1.Timings\x12\x12\n\nrequest_id\x18\x04 \x01(\t\x12\"\n\x05\x65rror\x18\x05 \x01(\x0b\x32\x13.plumb.v1.ItemError\"`\n\x0bScoreResult\x12 \n\x05score\x18\x01 \x01(\x0b\x32\x0f.plumb.v1.ScoreH\x00\x12$\n\x05\x65rror\x18\x02 \x01(\x0b\x32\x13.plumb.v1.ItemErrorH\x00\x42\t\n\x07outcome\"\xa4\x01\n\x05Score\x12\x0e\n\x06reward\x18\x01 \x01(\x02\x12\x14\n\x0cinput_tokens\x18\x02 \x01(\r\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\x12\x11\n\ttruncated\x18\x04 \x01(\x08\x12%\n\tlog_probs\x18\x05 \x01(\x0b\x32\x12.plumb.v1.LogProbs\x12$\n\x06tokens\x18\x06 \x03(\x0b\x32\x14.plumb.v1.TokenValue\"\x84\x01\n\x08LogProbs\x12\x0b\n\x03sum\x18\x01 \x01(\x02\x12\x0c\n\x04mean\x18\x02 \x01(\x02\x12\x17\n\x0fresponse_tokens\x18\x03 \x01(\r\x12\x1e\n\x11unconditional_sum\x18\x04 \x01(\x02H\x00\x88\x01\x01\x12\x0e\n\x06greedy\x18\x05 \x01(\x08\x42\x14\n\x12_unconditional_sum\"5\n\nTokenValue\x12\n\n\x02id\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\r\n\x05value\x18\x03 \x01(\x02\"\x82\x02\n\x0bRankRequest\x12\"\n\x05model\x18\x01 \x01(\x0b\x32\x13.plumb.v1.ModelSpec\x12\x1f\n\x06prompt\x18\x02 \x01(\x0b\x32\x0f.plumb.v1.Input\x12\'\n\ncandidates\x18\x03 \x03(\x0b\x32\x13.plumb.v1.Candidate\x12#\n\x04text\x18\x04 \x01(\x0b\x32\x15.plumb.v1.TextOptions\x12&\n\tobjective\x18\x05 \x01(\x0e\x32\x13.plumb.v1.Objective\x12\x12\n\nrequest_id\x18\x06 \x01(\t\x12$\n\x08priority\x18\x07 \x01(\x0e\x32\x12.plumb.v1.Priority\"Q\n\tCandidate\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12\'\n\ttoken_ids\x18\x02 \x01(\x0b\x32\x12.plumb.v1.TokenIdsH\x00\x42\x0b\n\tcandidate\"\x90\x01\n\x0cRankResponse\x12&\n\x05model\x18\x01 \x01(\x0b\x32\x17.plumb.v1.ModelIdentity\x12 \n\x06ranked\x18\x02 \x03(\x0b\x32\x10.plumb.v1.Ranked\x12\"\n\x07timings\x18\x03 \x01(\x0b\x32\x11.plumb.v1.Timings\x12\x12\n\nrequest_id\x18\x04 \x01(\t\"\x8e\x01\n\x06Ranked\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0c\n\x04rank\x18\x02 \x01(\r\x12\x1e\n\x05score\x18\x03 \x01(\x0b\x32\x0f.plumb.v1.Score\x12\x0e\n\x06margin\x18\x04 \x01(\x02\x12\x13\n\x0bprobability\x18\x05 \x01(\x02\x12\"\n\x05\x65rror\x18\x06 \x01(\x0b\x32\x13.plumb.v1.ItemError2\xc1\x01\n\nPreference\x12\x38\n\x05Score\x12\x16.plumb.v1.ScoreRequest\x1a\x17.plumb.v1.ScoreResponse\x12\x42\n\x0bScoreStream\x12\x16.plumb.v1.ScoreRequest\x1a\x17.plumb.v1.ScoreResponse(\x01\x30\x01\x12\x35\n\x04Rank\x12\x15.plumb.v1.RankRequest\x1a\x16.plumb.v1.RankResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -30,18 +30,18 @@ if _descriptor._USE_C_DESCRIPTORS == False:
   _globals['_SCORERESULT']._serialized_end=587
   _globals['_SCORE']._serialized_start=590
   _globals['_SCORE']._serialized_end=754
-  _globals['_LOGPROBS']._serialized_start=756
-  _globals['_LOGPROBS']._serialized_end=872
-  _globals['_TOKENVALUE']._serialized_start=874
-  _globals['_TOKENVALUE']._serialized_end=927
-  _globals['_RANKREQUEST']._serialized_start=930
-  _globals['_RANKREQUEST']._serialized_end=1188
-  _globals['_CANDIDATE']._serialized_start=1190
-  _globals['_CANDIDATE']._serialized_end=1271
-  _globals['_RANKRESPONSE']._serialized_start=1274
-  _globals['_RANKRESPONSE']._serialized_end=1418
-  _globals['_RANKED']._serialized_start=1421
-  _globals['_RANKED']._serialized_end=1563
-  _globals['_PREFERENCE']._serialized_start=1566
-  _globals['_PREFERENCE']._serialized_end=1759
+  _globals['_LOGPROBS']._serialized_start=757
+  _globals['_LOGPROBS']._serialized_end=889
+  _globals['_TOKENVALUE']._serialized_start=891
+  _globals['_TOKENVALUE']._serialized_end=944
+  _globals['_RANKREQUEST']._serialized_start=947
+  _globals['_RANKREQUEST']._serialized_end=1205
+  _globals['_CANDIDATE']._serialized_start=1207
+  _globals['_CANDIDATE']._serialized_end=1288
+  _globals['_RANKRESPONSE']._serialized_start=1291
+  _globals['_RANKRESPONSE']._serialized_end=1435
+  _globals['_RANKED']._serialized_start=1438
+  _globals['_RANKED']._serialized_end=1580
+  _globals['_PREFERENCE']._serialized_start=1583
+  _globals['_PREFERENCE']._serialized_end=1776
 # @@protoc_insertion_point(module_scope)

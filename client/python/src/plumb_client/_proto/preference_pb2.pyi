@@ -63,16 +63,18 @@ class Score(_message.Message):
     def __init__(self, reward: _Optional[float] = ..., input_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., truncated: bool = ..., log_probs: _Optional[_Union[LogProbs, _Mapping]] = ..., tokens: _Optional[_Iterable[_Union[TokenValue, _Mapping]]] = ...) -> None: ...
 
 class LogProbs(_message.Message):
-    __slots__ = ("sum", "mean", "response_tokens", "unconditional_sum")
+    __slots__ = ("sum", "mean", "response_tokens", "unconditional_sum", "greedy")
     SUM_FIELD_NUMBER: _ClassVar[int]
     MEAN_FIELD_NUMBER: _ClassVar[int]
     RESPONSE_TOKENS_FIELD_NUMBER: _ClassVar[int]
     UNCONDITIONAL_SUM_FIELD_NUMBER: _ClassVar[int]
+    GREEDY_FIELD_NUMBER: _ClassVar[int]
     sum: float
     mean: float
     response_tokens: int
     unconditional_sum: float
-    def __init__(self, sum: _Optional[float] = ..., mean: _Optional[float] = ..., response_tokens: _Optional[int] = ..., unconditional_sum: _Optional[float] = ...) -> None: ...
+    greedy: bool
+    def __init__(self, sum: _Optional[float] = ..., mean: _Optional[float] = ..., response_tokens: _Optional[int] = ..., unconditional_sum: _Optional[float] = ..., greedy: bool = ...) -> None: ...
 
 class TokenValue(_message.Message):
     __slots__ = ("id", "text", "value")
