@@ -1,5 +1,6 @@
 //! NVIDIA GPUs, through the driver and cuBLASLt.
 
+mod landing;
 mod staging;
 
 use std::any::Any;
@@ -12,10 +13,11 @@ use cudarc::cublaslt::{result as blas, sys as blas_sys};
 use cudarc::driver::result::{self, DriverError};
 use cudarc::driver::{CudaContext, sys};
 
-use super::driver::{Argument, Collective, Driver, Number, Order, Product, Recording, all_of};
+use super::driver::{Argument, Collective, Driver, Fetched, Number, Order, Product, Recording, all_of};
 use super::nccl::Communicators;
 use super::recording::{Allocations, Validity};
 use super::{Gpu, GpuError, Memory, Result};
+use landing::Landings;
 use staging::Staging;
 
 /// Bytes at an address that is a multiple of 16.
@@ -63,6 +65,7 @@ pub(super) struct Cuda {
     workspace: u64,
     /// For the stream, and for that of loads.
     staging: [Mutex<Staging>; 2],
+    landings: Landings,
     allocations: Allocations,
     functions: Mutex<HashMap<String, Function>>,
     /// What was found out about products: by everything but their addresses.
@@ -183,6 +186,7 @@ impl Cuda {
             handles,
             workspace: 0,
             staging: [staging(STEP_STAGING)?, staging(LOAD_STAGING)?],
+            landings: Landings::default(),
             allocations: Allocations::default(),
             functions: Mutex::default(),
             plans: Mutex::default(),
@@ -531,6 +535,14 @@ impl Driver for Cuda {
         // SAFETY: so many bytes are there, and here until it is waited for.
         unsafe { result::memcpy_dtoh_async(bytes, address, self.handles.stream) }.map_err(failed)?;
         self.synchronize()
+    }
+
+    unsafe fn fetch(&self, address: u64, bytes: usize) -> Result<Box<dyn Fetched>> {
+        self.bind()?;
+        self.allocations.refuse_recording("a copy")?;
+        // SAFETY: so many bytes are there, and all copies are on this stream.
+        let landed = unsafe { self.landings.copy(&self.context, self.handles.stream, address, bytes) };
+        Ok(Box::new(landed.map_err(failed)?))
     }
 
     unsafe fn launch(

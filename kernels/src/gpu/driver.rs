@@ -57,6 +57,12 @@ pub(super) trait Driver: Any + Send + Sync {
     /// So many bytes are allocated there.
     unsafe fn read(&self, address: u64, bytes: &mut [u8]) -> Result<()>;
 
+    /// Asks for a copy from the device, in order, and does not wait for it.
+    ///
+    /// # Safety
+    /// So many bytes are allocated there.
+    unsafe fn fetch(&self, address: u64, bytes: usize) -> Result<Box<dyn Fetched>>;
+
     /// Runs a kernel.
     ///
     /// # Safety
@@ -91,6 +97,15 @@ pub(super) trait Driver: Any + Send + Sync {
 
     /// A group of these, which are all devices of this kind.
     fn group(&self, gpus: &[Gpu]) -> Result<Arc<dyn Collective>>;
+}
+
+/// Bytes that are copied from the device. Dropping it leaves them alone.
+pub(super) trait Fetched: Debug + Send + Sync {
+    /// Whether there is nothing to wait for any more.
+    fn is_there(&self) -> bool;
+
+    /// Waits for the copy and all that was asked for before it, and hands out as many bytes as were asked for.
+    fn wait(&self, bytes: &mut [u8]) -> Result<()>;
 }
 
 /// What the devices of a group do together.

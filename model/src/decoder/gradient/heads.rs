@@ -59,7 +59,7 @@ impl<B: Gradients> Inner<B> {
             return Ok(());
         }
         let stream = || Stream { x: B::part(&self.buffers.x, 0..len), width: hidden, norm: &self.stack.final_norm };
-        let rewards = backend.rewards(stream(), &rows, weight, *bias, &mut self.buffers.scratch)?;
+        let rewards = backend.rewards(stream(), &rows, weight, *bias, &mut self.buffers.scratch)?.wait()?;
         for (i, reward) in wanted.iter().zip(&rewards) {
             outcomes[*i].reward = *reward;
         }
