@@ -284,7 +284,7 @@ impl Bench {
         let mut sweep = Vocabulary::new(gpu);
         let work = Work { bytes: 2 * HIDDEN * VOCABULARY, operations: 2.0 * (1024 * HIDDEN * VOCABULARY) as f64 };
         self.measure("log-probabilities of 1024 rows, 128256 tokens", work, || {
-            sweep.token_log_probs(&head, None, &x, &targets).unwrap();
+            sweep.token_log_probs(&head, None, &x, &targets).unwrap().wait().unwrap();
         });
     }
 

@@ -489,10 +489,11 @@ where
         }
         let logits: Vec<&[f32]> = logits.chunks_exact(tokens).collect();
         let targets = [8300u32, 0, 8191];
-        let found = gpu::Vocabulary::new(gpu).token_log_probs(&head, softcap, &gpu_x, &targets).unwrap();
-        for ((found, logits), target) in found.iter().zip(&logits).zip(targets) {
+        let found =
+            gpu::Vocabulary::new(gpu).token_log_probs(&head, softcap, &gpu_x, &targets).unwrap().wait().unwrap();
+        for ((found, logits), target) in found.chunks(2).zip(&logits).zip(targets) {
             let expected = reference::log_prob(logits, target as usize);
-            assert!((found.value - expected).abs() < 1e-4, "{found:?} {expected}");
+            assert!((found[0] - expected).abs() < 1e-4, "{found:?} {expected}");
         }
         let (ids, log_probs) = gpu::Vocabulary::new(gpu).top_log_probs(&head, softcap, &gpu_x, rows, count).unwrap();
         for (row, logits) in logits.iter().enumerate() {
@@ -528,8 +529,8 @@ fn of_equally_likely_tokens_the_lower_id_comes_first() {
         assert_eq!(ids, (0..300).collect::<Vec<u32>>());
         assert!(log_probs.iter().all(|log_prob| (log_prob + 9000f32.ln()).abs() < 1e-4), "{log_probs:?}");
         let nothing = gpu.upload(&[f32::NAN; 4]).unwrap();
-        let log_probs = gpu::Vocabulary::new(gpu).token_log_probs(&head, None, &nothing, &[7]).unwrap();
-        assert!(log_probs[0].value.is_nan() && !log_probs[0].greedy);
+        let log_probs = gpu::Vocabulary::new(gpu).token_log_probs(&head, None, &nothing, &[7]).unwrap().wait().unwrap();
+        assert!(log_probs[0].is_nan() && log_probs[1] == 0.0);
     });
 }
 
@@ -543,9 +544,12 @@ fn of_the_likeliest_tokens_greedy_decoding_takes_the_first() {
             let head = gpu::Linear::new(gpu, &weights, None, 4).unwrap();
             let targets = [0, 299, 300, 301, 8000, 8191, 8192, 8200, 8999];
             let x = gpu.upload(&[1f32, 0.0, 0.0, 0.0].repeat(targets.len())).unwrap();
-            let found = gpu::Vocabulary::new(gpu).token_log_probs(&head, None, &x, &targets).unwrap();
-            let greedy =
-                targets.iter().zip(found).filter(|(_, found)| found.greedy).map(|(target, _)| *target as usize);
+            let found = gpu::Vocabulary::new(gpu).token_log_probs(&head, None, &x, &targets).unwrap().wait().unwrap();
+            let greedy = targets
+                .iter()
+                .zip(found.chunks(2))
+                .filter(|(_, found)| found[1] == 1.0)
+                .map(|(target, _)| *target as usize);
             assert_eq!(greedy.collect::<Vec<_>>(), largest[..1]);
         }
     });
@@ -566,6 +570,24 @@ fn memory_that_is_not_there_is_refused() {
         gpu.copy(from.view(1..3), to.view_mut(2..4)).unwrap();
         assert_eq!(to.to_vec().unwrap(), [0, 0, 2, 3]);
         gpu.synchronize().unwrap();
+    });
+}
+
+#[test]
+fn what_is_fetched_is_what_was_there_when_it_was_asked_for() {
+    on_each(|gpu| {
+        let mut buffer = gpu.upload(&[1u32, 2, 3]).unwrap();
+        let (first, nothing) = (buffer.fetch(1..3).unwrap(), buffer.fetch(0..0).unwrap());
+        buffer.write(0, &[4, 5, 6]).unwrap();
+        // Nobody waits for it, and another one comes to its place.
+        drop(buffer.fetch(0..3).unwrap());
+        let second = buffer.fetch(0..2).unwrap();
+        let large = gpu.upload(&vec![7u8; 1 << 20]).unwrap().fetch(0..1 << 20).unwrap();
+        buffer.write(0, &[8, 8, 8]).unwrap();
+        gpu.synchronize().unwrap();
+        assert!(first.is_done() && nothing.is_done() && second.is_done() && large.is_done());
+        assert_eq!((first.wait().unwrap(), second.wait().unwrap()), (vec![2, 3], vec![4, 5]));
+        assert!(nothing.wait().unwrap().is_empty() && large.wait().unwrap() == vec![7; 1 << 20]);
     });
 }
 

@@ -4,6 +4,8 @@
 
 mod common;
 
+use std::collections::VecDeque;
+
 use common::{devices, fixtures};
 use plumb_kernels::sample;
 use plumb_model::Error;
@@ -305,6 +307,47 @@ fn tokens_are_drawn_from_the_logits_of_the_last_step() {
             refused(&mut workspace, Draw { excluded: Some(&TokenSet::new(vocabulary + 1)), ..Draw::default() });
             decoder.step(&Step::default(), &mut kv, &mut workspace).unwrap();
             refused(&mut workspace, Draw::default());
+        }
+    }
+}
+
+#[test]
+fn steps_in_flight_have_the_bits_of_steps_one_after_the_other() {
+    // Tokens of both sequences of a step. Small ones of a shape are recorded; buffers grow for the large one, and what was
+    // recorded is gone then.
+    const STEPS: [usize; 9] = [3, 3, 3, 3, 2 * PAGE, 3, 3, 3, 5];
+    for device in devices().into_iter().chain(groups(2)) {
+        for model in ["llama-pm", "llama-lm"] {
+            let Model { decoder, .. } = load(model, None, DType::F32, &device);
+            let rewards = matches!(decoder.config().head, Head::Reward(_));
+            let token = |i: usize, j: usize| ((i * 31 + j * 7) % 250) as u32;
+            let texts: Vec<Vec<u32>> = (0..18).map(|i| (0..STEPS[i / 2]).map(|j| token(i, j)).collect()).collect();
+            let pages: Vec<[u32; 2]> = (0..18).map(|i| [2 * i, 2 * i + 1]).collect();
+            let sequence = |i: usize| {
+                let read = match rewards {
+                    true => Read::Rewards,
+                    false => Read::LogProbs { rows: 0..2, targets: &texts[i][1..3] },
+                };
+                StepSequence { tokens: &texts[i], position: 0, pages: &pages[i], read }
+            };
+            let run = |most_in_flight: usize| {
+                let (mut kv, mut workspace) = (decoder.kv_store(36).unwrap(), decoder.workspace());
+                let (mut flights, mut values) = (VecDeque::new(), Vec::new());
+                for i in 0..STEPS.len() {
+                    let step = Step { sequences: vec![sequence(2 * i), sequence(2 * i + 1)] };
+                    // One that nobody collects.
+                    drop(decoder.ask(&step, &mut kv, &mut workspace).unwrap());
+                    flights.push_back(decoder.ask(&step, &mut kv, &mut workspace).unwrap());
+                    if flights.len() == most_in_flight {
+                        values.extend(flights.pop_front().unwrap().collect().unwrap());
+                    }
+                }
+                flights.into_iter().for_each(|flight| values.extend(flight.collect().unwrap()));
+                values
+            };
+            let one_by_one = run(1);
+            assert_eq!(run(2), one_by_one, "{model} on {device:?}");
+            assert_eq!(run(STEPS.len()), one_by_one, "{model} on {device:?}");
         }
     }
 }

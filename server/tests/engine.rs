@@ -32,7 +32,7 @@ const UNKNOWN: u32 = 1_000_000;
 /// Longest sequence: a prefix, what follows it, and what is generated.
 const LONGEST: usize = 200 + 60 + 8;
 
-fn load((name, dtype, shards): (&str, DTypeChoice, usize), kv_cache_bytes: usize) -> Arc<LoadedModel> {
+fn load((name, dtype, device): (&str, DTypeChoice, Device), kv_cache_bytes: usize) -> Arc<LoadedModel> {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures").join(name);
     let source = Source { model: folder.to_str().unwrap().to_owned(), ..Source::default() };
     let options = LoadOptions {
@@ -40,18 +40,34 @@ fn load((name, dtype, shards): (&str, DTypeChoice, usize), kv_cache_bytes: usize
         hhh: Arc::default(),
         max_input_tokens: None,
         kv_cache_bytes,
-        device: if shards > 1 { Device::split(vec![Device::Cpu; shards]).unwrap() } else { Device::Cpu },
+        device,
         background: Background::default(),
     };
     Arc::new(LoadedModel::load(&source, &options).unwrap())
 }
 
-static ROOMY: LazyLock<Vec<Arc<LoadedModel>>> = LazyLock::new(|| MODELS.map(|model| load(model, 8 << 20)).into());
-/// With room for one and a half of the longest sequences: something is evicted all the time.
-static TIGHT: LazyLock<Vec<Arc<LoadedModel>>> = LazyLock::new(|| {
-    let pages = LONGEST.div_ceil(PAGE) * 3 / 2;
-    MODELS.iter().zip(&*ROOMY).map(|(model, roomy)| load(*model, pages * roomy.page_bytes)).collect()
-});
+/// The models on some device.
+struct Models {
+    roomy: Vec<Arc<LoadedModel>>,
+    /// With room for one and a half of the longest sequences: something is evicted all the time.
+    tight: Vec<Arc<LoadedModel>>,
+}
+
+impl Models {
+    fn on(device: impl Fn() -> Device) -> Self {
+        let split = |shards| match shards {
+            1 => device(),
+            _ => Device::split((0..shards).map(|_| device()).collect()).unwrap(),
+        };
+        let models = || MODELS.map(|(name, dtype, shards)| (name, dtype, split(shards)));
+        let roomy = Vec::from(models().map(|model| load(model, 8 << 20)));
+        let pages = LONGEST.div_ceil(PAGE) * 3 / 2;
+        let tight = models().into_iter().zip(&roomy).map(|(model, roomy)| load(model, pages * roomy.page_bytes));
+        Self { tight: tight.collect(), roomy }
+    }
+}
+
+static ON_CPU: LazyLock<Models> = LazyLock::new(|| Models::on(|| Device::Cpu));
 
 /// What is wanted of a request, whatever the kind of its model.
 #[derive(Clone, Copy, Debug)]
@@ -181,7 +197,7 @@ async fn attach(engine: &Engine, models: &[Arc<LoadedModel>]) -> Vec<ModelHandle
 }
 
 /// On an engine that has seen nothing and does nothing else.
-async fn alone(request: &Request) -> Option<Result<Vec<u32>, Error>> {
+async fn alone(models: &Models, request: &Request) -> Option<Result<Vec<u32>, Error>> {
     let options = EngineOptions {
         max_batch_tokens: 4096,
         max_batch_sequences: 1,
@@ -192,28 +208,45 @@ async fn alone(request: &Request) -> Option<Result<Vec<u32>, Error>> {
         stall_timeout: Duration::from_secs(60),
     };
     let engine = Engine::start(options).unwrap();
-    let model = attach(&engine, &ROOMY[request.model..=request.model]).await.remove(0);
+    let model = attach(&engine, &models.roomy[request.model..=request.model]).await.remove(0);
     answer(model, request).await
 }
 
 #[test]
 fn every_result_has_the_bits_of_the_request_alone_on_a_fresh_engine() {
+    check_mixes(&ON_CPU, 48, 24);
+}
+
+/// Where the next step is asked for while one runs.
+#[test]
+#[cfg(feature = "emulated")]
+fn every_result_on_a_gpu_has_the_bits_of_the_request_alone_on_a_fresh_engine() {
+    // An emulated one takes long.
+    check_mixes(&Models::on(|| Device::emulated().invariant()), 4, 8);
+}
+
+fn check_mixes(models: &Models, cases: u32, most_requests: usize) {
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).build().unwrap();
     let config =
-        ProptestConfig { cases: 48, failure_persistence: None, max_shrink_iters: 200, ..ProptestConfig::default() };
-    let mixes = (options(), prop::collection::vec(requests(), 1..24));
+        ProptestConfig { cases, failure_persistence: None, max_shrink_iters: 200, ..ProptestConfig::default() };
+    let mixes = (options(), prop::collection::vec(requests(), 1..most_requests));
     let checked = TestRunner::new(config).run(&mixes, |((options, tight), requests)| {
         runtime.block_on(async {
             let engine = Engine::start(options).unwrap();
-            let models = attach(&engine, if tight { &TIGHT } else { &ROOMY }).await;
+            let attached = attach(&engine, if tight { &models.tight } else { &models.roomy }).await;
             // Twice: at first nothing is cached, then whatever is left.
             for round in 0..2 {
-                let answers = requests.iter().map(|request| answer(models[request.model].clone(), request));
+                let answers = requests.iter().map(|request| answer(attached[request.model].clone(), request));
                 for (request, found) in requests.iter().zip(join_all(answers).await) {
                     if let Some(found) = &found {
                         let is_poisoned = request.tokens.contains(&UNKNOWN);
                         prop_assert!(found.is_err() == is_poisoned, "round {}, {:?}: {:?}", round, request, found);
-                        prop_assert!(Some(found) == alone(request).await.as_ref(), "round {}, {:?}", round, request);
+                        prop_assert!(
+                            Some(found) == alone(models, request).await.as_ref(),
+                            "round {}, {:?}",
+                            round,
+                            request
+                        );
                     }
                 }
             }
@@ -244,10 +277,10 @@ async fn models_of_two_engines_are_asked_in_their_own_and_one_loss_is_that_of_bo
         priority: Priority::Normal,
         cancelled: Cancelled::No,
     };
-    let expected = alone(&request).await;
+    let expected = alone(&ON_CPU, &request).await;
     let mut models = Vec::new();
     for engine in [&first, &second] {
-        models.extend(attach(engine, &ROOMY[1..2]).await);
+        models.extend(attach(engine, &ON_CPU.roomy[1..2]).await);
     }
     let answers = join_all(models.iter().map(|model| answer(model.clone(), &request))).await;
     assert_eq!(answers, [expected.clone(), expected]);

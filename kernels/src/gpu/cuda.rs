@@ -1,5 +1,6 @@
 //! NVIDIA GPUs, through the driver and cuBLASLt.
 
+mod landing;
 mod products;
 mod staging;
 
@@ -12,10 +13,11 @@ use cudarc::cublaslt::sys as blas_sys;
 use cudarc::driver::result::{self, DriverError};
 use cudarc::driver::{CudaContext, sys};
 
-use super::driver::{Argument, Collective, Driver, Exchange, Number, Order, Product, Recording, all_of};
+use super::driver::{Argument, Collective, Driver, Exchange, Fetched, Number, Order, Product, Recording, all_of};
 use super::nccl::{self, Communicator, Communicators};
 use super::recording::{Allocations, Validity};
 use super::{Gpu, GpuError, MeetingId, Memory, Result};
+use landing::Landings;
 use products::Products;
 use staging::Staging;
 
@@ -46,6 +48,7 @@ pub(super) struct Cuda {
     products: Products,
     /// For the stream, and for that of loads.
     staging: [Mutex<Staging>; 2],
+    landings: Landings,
     allocations: Allocations,
     functions: Mutex<HashMap<String, Function>>,
 }
@@ -105,6 +108,7 @@ impl Cuda {
             handles,
             products: Products::new()?,
             staging: [staging(STEP_STAGING)?, staging(LOAD_STAGING)?],
+            landings: Landings::default(),
             allocations: Allocations::default(),
             functions: Mutex::default(),
         })
@@ -237,6 +241,14 @@ impl Driver for Cuda {
         // SAFETY: so many bytes are there, and here until it is waited for.
         unsafe { result::memcpy_dtoh_async(bytes, address, self.handles.stream) }.map_err(failed)?;
         self.synchronize()
+    }
+
+    unsafe fn fetch(&self, address: u64, bytes: usize) -> Result<Box<dyn Fetched>> {
+        self.bind()?;
+        self.allocations.refuse_recording("a copy")?;
+        // SAFETY: so many bytes are there, and all copies are on this stream.
+        let landed = unsafe { self.landings.copy(&self.context, self.handles.stream, address, bytes) };
+        Ok(Box::new(landed.map_err(failed)?))
     }
 
     unsafe fn launch(

@@ -57,6 +57,12 @@ pub(super) trait Driver: Any + Send + Sync {
     /// So many bytes are allocated there.
     unsafe fn read(&self, address: u64, bytes: &mut [u8]) -> Result<()>;
 
+    /// Asks for a copy from the device, in order, and does not wait for it.
+    ///
+    /// # Safety
+    /// So many bytes are allocated there.
+    unsafe fn fetch(&self, address: u64, bytes: usize) -> Result<Box<dyn Fetched>>;
+
     /// Runs a kernel.
     ///
     /// # Safety
@@ -110,6 +116,15 @@ pub(super) trait Exchange: Send {
     /// # Safety
     /// So many are allocated there; those that are received are nobody else's, and as many as are sent.
     unsafe fn exchange(&self, send: &[(u64, usize)], receive: &[(u64, usize)]) -> Result<()>;
+}
+
+/// Bytes that are copied from the device. Dropping it leaves them alone.
+pub(super) trait Fetched: Debug + Send + Sync {
+    /// Whether there is nothing to wait for any more.
+    fn is_there(&self) -> bool;
+
+    /// Waits for the copy and all that was asked for before it, and hands out as many bytes as were asked for.
+    fn wait(&self, bytes: &mut [u8]) -> Result<()>;
 }
 
 /// What the devices of a group do together.

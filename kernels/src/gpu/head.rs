@@ -4,9 +4,8 @@ use bytemuck::{Pod, Zeroable};
 
 use super::driver::Argument::{Address, F32, U32};
 use super::linear::Output;
-use super::{Buffer, Gpu, GpuError, Linear, Result, View, ViewMut};
+use super::{Buffer, Fetch, Gpu, GpuError, Linear, Result, View, ViewMut};
 use crate::Element;
-use crate::head::LogProb;
 
 /// Threads that take a row; `THREADS` in `cuda/head.cu`.
 pub(super) const THREADS: usize = 256;
@@ -84,12 +83,13 @@ impl Vocabulary {
         floats + targets.bytes() + best.bytes() + ids.bytes()
     }
 
-    /// Bytes that it takes at most for a vocabulary of so many tokens, but for what callers get.
-    pub fn most_bytes(tokens: usize) -> usize {
-        ROWS * (TILE.min(tokens) + 7) * size_of::<f32>()
+    /// Bytes that [`Vocabulary::token_log_probs`] takes at most for so many rows and a vocabulary of so many tokens.
+    pub fn most_bytes(rows: usize, tokens: usize) -> usize {
+        (ROWS * (TILE.min(tokens) + 4)).saturating_add(rows.saturating_mul(3)).saturating_mul(size_of::<f32>())
     }
 
-    /// What the model says of `targets[i]` as the token after row `i` of `x[rows, inputs]`.
+    /// Asks what the model says of `targets[i]` as the token after row `i` of `x[rows, inputs]`: two numbers, its
+    /// log-probability in nats, and 1 if greedy decoding takes it, of equally likely ones that of the lowest id, else 0.
     ///
     /// # Errors
     /// If the GPU refuses, or has no memory for a tile of logits.
@@ -102,32 +102,31 @@ impl Vocabulary {
         softcap: Option<f32>,
         x: &Buffer<E>,
         targets: &[u32],
-    ) -> Result<Vec<LogProb>>
+    ) -> Result<Fetch<f32>>
     where
         f32: Output<E>,
     {
         let inputs = head.inputs();
         assert!(x.len() >= targets.len() * inputs, "shapes of a language head");
-        let mut result = vec![[0.0f32; 2]; targets.len()];
-        for (part, (targets, result)) in targets.chunks(ROWS).zip(result.chunks_mut(ROWS)).enumerate() {
-            let (first, rows) = (part * ROWS * inputs, targets.len());
-            self.targets.grow(rows)?;
-            self.targets.write(0, targets)?;
-            self.log_probs.grow(2 * rows)?;
-            self.sweep(head, softcap, x.view(first..first + rows * inputs), true, |_, _, _, _| Ok(()))?;
+        self.targets.grow(targets.len())?;
+        self.targets.write(0, targets)?;
+        self.log_probs.grow(2 * targets.len())?;
+        for first in (0..targets.len()).step_by(ROWS) {
+            let rows = ROWS.min(targets.len() - first);
+            let x = x.view(first * inputs..(first + rows) * inputs);
+            self.sweep(head, softcap, x, Some(first), |_, _, _, _| Ok(()))?;
             let arguments = [
                 Address(self.chosen.all().address),
                 Address(self.ahead.all().address),
                 Address(self.largest.all().address),
                 Address(self.sums.all().address),
-                Address(self.log_probs.all_mut().address),
+                Address(self.log_probs.view_mut(2 * first..2 * (first + rows)).address),
                 U32(rows as u32),
             ];
             // SAFETY: as in `cuda/head.cu`.
             unsafe { self.gpu.launch("log_probs", [rows.div_ceil(THREADS), 1, 1], THREADS, 0, &arguments)? };
-            self.log_probs.read(0, result.as_flattened_mut())?;
         }
-        Ok(result.into_iter().map(|[value, greedy]| LogProb { value, greedy: greedy == 1.0 }).collect())
+        self.log_probs.fetch(0..2 * targets.len())
     }
 
     /// The `count` likeliest tokens of each of the first `rows` rows of `x[_, inputs]`, the likeliest first: ids, and
@@ -163,7 +162,7 @@ impl Vocabulary {
             self.ids.grow(ids.len())?;
             self.log_probs.grow(ids.len())?;
             let best = self.best.all_mut().address;
-            self.sweep(head, softcap, x.view(first..first + rows * inputs), false, |gpu, logits, tile, first| {
+            self.sweep(head, softcap, x.view(first..first + rows * inputs), None, |gpu, logits, tile, first| {
                 let arguments = [
                     Address(logits.address),
                     U32(tile as u32),
@@ -195,13 +194,13 @@ impl Vocabulary {
     }
 
     /// Goes over the vocabulary with at most [`ROWS`] rows; `each` gets to see every tile, by its logits, its width and
-    /// its first token. With `chosen`, the logits of the targets are kept.
+    /// its first token. The logits of the targets from `chosen` on are kept, one for each row.
     pub(super) fn sweep<E: Element>(
         &mut self,
         head: &Linear<E>,
         softcap: Option<f32>,
         x: View<'_, E>,
-        chosen: bool,
+        chosen: Option<usize>,
         mut each: impl FnMut(&Gpu, View<'_, f32>, usize, usize) -> Result<()>,
     ) -> Result<()>
     where
@@ -213,6 +212,7 @@ impl Vocabulary {
         self.sums.grow(rows)?;
         self.chosen.grow(rows)?;
         self.ahead.grow(rows)?;
+        let targets = chosen.map_or(0, |first| self.targets.view(first..first + rows).address);
         for first in (0..head.outputs()).step_by(TILE) {
             let tile = TILE.min(head.outputs() - first);
             head.part(&self.gpu, first, tile, x, self.logits.view_mut(0..rows * tile))?;
@@ -221,7 +221,7 @@ impl Vocabulary {
                 U32(tile as u32),
                 U32(first as u32),
                 F32(softcap.unwrap_or(0.0)),
-                Address(if chosen { self.targets.all().address } else { 0 }),
+                Address(targets),
                 Address(self.largest.all_mut().address),
                 Address(self.sums.all_mut().address),
                 Address(self.chosen.all_mut().address),

@@ -6,6 +6,7 @@ use std::ops::Range;
 
 use bytemuck::Pod;
 
+use super::driver::Fetched;
 use super::{Gpu, Result};
 
 /// An array in a GPU's memory.
@@ -30,6 +31,33 @@ pub struct ViewMut<'a, T> {
     pub(super) address: u64,
     pub(super) len: usize,
     numbers: PhantomData<&'a mut T>,
+}
+
+/// Part of a [`Buffer`] as it is when all that was asked for before is done.
+#[derive(Debug)]
+pub struct Fetch<T> {
+    /// Dropped first: the device must be there.
+    fetched: Box<dyn Fetched>,
+    len: usize,
+    _gpu: Gpu,
+    numbers: PhantomData<T>,
+}
+
+impl<T: Pod> Fetch<T> {
+    /// Whether [`Fetch::wait`] would not wait.
+    pub fn is_done(&self) -> bool {
+        self.fetched.is_there()
+    }
+
+    /// Waits for the elements.
+    ///
+    /// # Errors
+    /// If the GPU failed, now or before.
+    pub fn wait(self) -> Result<Vec<T>> {
+        let mut values = vec![T::zeroed(); self.len];
+        self.fetched.wait(bytemuck::cast_slice_mut(&mut values))?;
+        Ok(values)
+    }
 }
 
 impl Gpu {
@@ -228,6 +256,19 @@ impl<T: Pod> Buffer<T> {
         let address = self.at(&(first..first + values.len()));
         // SAFETY: `at` has found them inside.
         unsafe { self.gpu.driver.read(address, bytemuck::cast_slice_mut(values)) }
+    }
+
+    /// Asks for elements as they are once everything before is done, whatever is asked for afterwards.
+    ///
+    /// # Errors
+    /// If the GPU refuses.
+    ///
+    /// # Panics
+    /// If the range is not inside.
+    pub fn fetch(&self, range: Range<usize>) -> Result<Fetch<T>> {
+        // SAFETY: `at` has found them inside.
+        let fetched = unsafe { self.gpu.driver.fetch(self.at(&range), range.len() * size_of::<T>())? };
+        Ok(Fetch { fetched, len: range.len(), _gpu: self.gpu.clone(), numbers: PhantomData })
     }
 
     /// All elements.

@@ -1,7 +1,7 @@
 //! The operations of a decoder on a GPU, in the order in which they are asked for.
 //!
 //! A [`Gpu`] is a device with one stream: everything that it is asked for happens in order, later than the call, and
-//! [`Buffer::read`] waits for it. Operations take views of buffers. Shapes that do not fit panic, as on the CPU; what the
+//! [`Buffer::read`] waits for it; [`Buffer::fetch`] leaves the waiting for later. Operations take views of buffers. Shapes that do not fit panic, as on the CPU; what the
 //! device cannot do is a [`GpuError`].
 //!
 //! The kernels are those in `cuda/`. With the feature `cuda` they run on NVIDIA GPUs; a program that was built with it
@@ -36,7 +36,7 @@ pub use attention::{KvPages, Prepare, padded};
 pub use group::Group;
 pub use head::{MAX_TOP, Vocabulary};
 pub use linear::{Linear, Output, Room, stacked_bytes};
-pub use memory::{Buffer, View, ViewMut};
+pub use memory::{Buffer, Fetch, View, ViewMut};
 pub use peers::{MeetingId, Peers};
 pub use pieces::{CutRule, PARTIAL_BYTES, Partials, Pieces};
 pub use rows::Norm;

@@ -9,7 +9,6 @@ use std::ops::Range;
 use bytemuck::Pod;
 use plumb_kernels::activation::Activation;
 use plumb_kernels::attention::Rule;
-use plumb_kernels::head::LogProb;
 use plumb_kernels::linear::{Held, Matrix};
 use plumb_kernels::norm::Norm;
 use plumb_kernels::rotary::Rotary;
@@ -25,6 +24,35 @@ use crate::config::Config;
 pub(super) trait Number: Pod + Default + Debug + Send + Sync {}
 
 impl<T: Pod + Default + Debug + Send + Sync> Number for T {}
+
+/// Numbers that were asked for.
+#[derive(Debug)]
+pub(super) enum Floats {
+    /// They are there.
+    There(Vec<f32>),
+    /// They come from a GPU.
+    #[cfg(feature = "gpu")]
+    Fetched(plumb_kernels::gpu::Fetch<f32>),
+}
+
+impl Floats {
+    /// Whether [`Floats::wait`] would not wait.
+    pub(super) fn are_there(&self) -> bool {
+        match self {
+            Self::There(_) => true,
+            #[cfg(feature = "gpu")]
+            Self::Fetched(fetch) => fetch.is_done(),
+        }
+    }
+
+    pub(super) fn wait(self) -> Result<Vec<f32>> {
+        match self {
+            Self::There(floats) => Ok(floats),
+            #[cfg(feature = "gpu")]
+            Self::Fetched(fetch) => Ok(fetch.wait()?),
+        }
+    }
+}
 
 /// A device, and a type of weights on it.
 pub(super) trait Backend: Clone + Debug + Send + Sync + Sized + 'static {
@@ -62,6 +90,8 @@ pub(super) trait Backend: Clone + Debug + Send + Sync + Sized + 'static {
     const CHUNK: usize;
     /// Whether weights are packed into panels, in the memory of the process.
     const PACKED: bool;
+    /// Whether what is asked for is computed later, beside the process.
+    const BESIDE: bool;
 
     /// That of a device.
     fn on(device: &Device) -> Result<Self>;
@@ -228,9 +258,10 @@ pub(super) trait Backend: Clone + Debug + Send + Sync + Sized + 'static {
         weight: &Self::Array<f32>,
         bias: f32,
         scratch: &mut Self::Scratch,
-    ) -> Result<Vec<f32>>;
+    ) -> Result<Floats>;
 
-    /// What is said of each target as the token after its row; counted by parts.
+    /// Of each target as the token after its row two numbers: its log-probability, and 1 if greedy decoding takes it,
+    /// else 0. Counted by parts.
     fn log_probs(
         &self,
         from: Stream<'_, Self>,
@@ -239,7 +270,7 @@ pub(super) trait Backend: Clone + Debug + Send + Sync + Sized + 'static {
         targets: &[u32],
         scratch: &mut Self::Scratch,
         progress: &Progress,
-    ) -> Result<Vec<LogProb>>;
+    ) -> Result<Floats>;
 
     /// The likeliest tokens after each row, `count` of them: ids, and log-probabilities.
     fn top_log_probs(

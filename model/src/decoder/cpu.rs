@@ -13,7 +13,7 @@ use plumb_kernels::quantised::packed_bytes;
 use plumb_kernels::rotary::Rotary;
 use plumb_kernels::sample::{self, Draw, Drawn, Undrawn};
 
-use super::backend::{Backend, Embedding, How, Number, Stream, Vocabulary};
+use super::backend::{Backend, Embedding, Floats, How, Number, Stream, Vocabulary};
 use super::build::Load;
 use super::forward::{runs, spans};
 use super::shards::Joined;
@@ -76,6 +76,7 @@ impl<E: Load + Number> Backend for Cpu<E> {
 
     const CHUNK: usize = CHUNK;
     const PACKED: bool = true;
+    const BESIDE: bool = false;
 
     fn on(_: &Device) -> Result<Self> {
         Ok(Self::default())
@@ -305,9 +306,9 @@ impl<E: Load + Number> Backend for Cpu<E> {
         weight: &Vec<f32>,
         bias: f32,
         scratch: &mut Scratch,
-    ) -> Result<Vec<f32>> {
+    ) -> Result<Floats> {
         let (width, normed) = (from.width, scratch.rows.gather(&from, rows));
-        Ok(normed.chunks_exact(width).map(|row| dot(weight, row) + bias).collect())
+        Ok(Floats::There(normed.chunks_exact(width).map(|row| dot(weight, row) + bias).collect()))
     }
 
     fn log_probs(
@@ -318,14 +319,15 @@ impl<E: Load + Number> Backend for Cpu<E> {
         targets: &[u32],
         scratch: &mut Scratch,
         progress: &Progress,
-    ) -> Result<Vec<LogProb>> {
+    ) -> Result<Floats> {
         let (width, normed) = (from.width, scratch.rows.gather(&from, rows));
-        let mut log_probs = Vec::with_capacity(targets.len());
+        let mut log_probs = Vec::with_capacity(2 * targets.len());
+        let pair = |found: LogProb| [found.value, f32::from(u8::from(found.greedy))];
         for (rows, targets) in normed.chunks(ROWS_AT_A_TIME * width).zip(targets.chunks(ROWS_AT_A_TIME)) {
-            log_probs.extend(token_log_probs(logits, softcap, rows, targets));
+            log_probs.extend(token_log_probs(logits, softcap, rows, targets).into_iter().flat_map(pair));
             progress.advance();
         }
-        Ok(log_probs)
+        Ok(Floats::There(log_probs))
     }
 
     fn top_log_probs(

@@ -106,6 +106,12 @@ impl Device {
         Ok(Self::Gpu(Gpu::cuda(number)?))
     }
 
+    /// A GPU that the CPU plays, for tests.
+    #[cfg(feature = "emulated")]
+    pub fn emulated() -> Self {
+        Self::Gpu(Gpu::emulated())
+    }
+
     /// Whether it is the CPU.
     pub fn is_cpu(&self) -> bool {
         self.kind() == Kind::Cpu

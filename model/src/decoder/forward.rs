@@ -4,11 +4,10 @@ use std::ops::Range;
 
 use plumb_kernels::Element;
 use plumb_kernels::attention::{PAGE, Rule, Run, Span};
-use plumb_kernels::head::LogProb;
 use plumb_kernels::sample::{Draw, Drawn, Undrawn};
 
-use super::backend::{Backend, Embedding, How, Stream, TapeMut, Vocabulary};
-use super::step::{Progress, Read, Step, StepSequence};
+use super::backend::{Backend, Embedding, Floats, How, Stream, TapeMut, Vocabulary};
+use super::step::{Answer, Asked, Progress, Read, Step, StepSequence};
 use super::{Head, Layer, Stack};
 use crate::config::Block;
 use crate::{Error, Result};
@@ -84,11 +83,11 @@ impl<B: Backend> Buffers<B> {
 }
 
 impl<B: Backend> Stack<B> {
-    pub(super) fn step(&self, step: &Step<'_>, kv: &mut B::KvPages, buffers: &mut Buffers<B>) -> Result<Vec<Vec<f32>>> {
+    pub(super) fn ask(&self, step: &Step<'_>, kv: &mut B::KvPages, buffers: &mut Buffers<B>) -> Result<Asked> {
         step.sequences.iter().try_for_each(|sequence| self.check(sequence))?;
         buffers.drawable = (self.number, 0);
         if step.sequences.is_empty() {
-            return Ok(Vec::new());
+            return Ok(Asked { floats: Floats::There(Vec::new()), normalization: None, answers: Vec::new() });
         }
         let cut = self.backend.cut(&self.config, step, buffers.used.take())?;
         self.embed(step, B::rows(&cut), buffers)?;
@@ -320,7 +319,7 @@ impl<B: Backend> Stack<B> {
     }
 
     /// Final norm and head for the rows that somebody asked for, in f32.
-    fn read(&self, step: &Step<'_>, buffers: &mut Buffers<B>) -> Result<Vec<Vec<f32>>> {
+    fn read(&self, step: &Step<'_>, buffers: &mut Buffers<B>) -> Result<Asked> {
         let hidden = self.config.hidden_size;
         let rows: usize = step.sequences.iter().map(|s| s.tokens.len()).sum();
         let (x, scratch) = (B::part(&buffers.x, 0..rows * hidden), &mut buffers.scratch);
@@ -340,10 +339,9 @@ impl<B: Backend> Stack<B> {
         let sequences = || step.sequences.iter().zip(&wanted);
         match &self.head {
             Head::Reward { weight, bias, normalization } => {
-                let rewards = self.backend.rewards(stream(), &wanted.concat(), weight, *bias, scratch)?;
-                let mut rewards =
-                    rewards.into_iter().map(|logit| normalization.map_or(logit, |(mean, std)| (logit - mean) / std));
-                Ok(wanted.iter().map(|rows| rewards.by_ref().take(rows.len()).collect()).collect())
+                let floats = self.backend.rewards(stream(), &wanted.concat(), weight, *bias, scratch)?;
+                let answers = wanted.iter().map(|rows| Answer::Next(rows.len())).collect();
+                Ok(Asked { floats, normalization: *normalization, answers })
             }
             Head::Language { logits, softcap } => {
                 let vocabulary = || Vocabulary { logits, softcap: *softcap, size: self.config.vocab_size };
@@ -361,16 +359,15 @@ impl<B: Backend> Stack<B> {
                         _ => {}
                     }
                 }
-                let log_probs =
+                let floats =
                     self.backend.log_probs(stream(), &scored, vocabulary(), &targets, scratch, &buffers.progress)?;
                 let drawable = drawn.len();
                 drawn.extend_from_slice(&copied);
                 self.backend.logits(stream(), &drawn, vocabulary(), scratch)?;
                 let copied = B::copy_logits(scratch, drawable..drawn.len(), self.config.vocab_size)?;
                 buffers.drawable.1 = drawable;
-                let mut log_probs = log_probs.into_iter();
                 let mut copied = copied.into_iter();
-                sequences()
+                let answers = sequences()
                     .map(|(sequence, rows)| {
                         Ok(match &sequence.read {
                             Read::TopLogProbs { count, .. } => {
@@ -380,20 +377,16 @@ impl<B: Backend> Stack<B> {
                                     let ids = ids.iter().map(|id| *id as f32);
                                     ids.chain(log_probs.iter().copied()).collect::<Vec<_>>()
                                 };
-                                ids.chunks(*count).zip(log_probs.chunks(*count)).flat_map(row).collect()
+                                Answer::There(ids.chunks(*count).zip(log_probs.chunks(*count)).flat_map(row).collect())
                             }
-                            Read::LogProbs { targets, .. } => {
-                                log_probs.by_ref().take(targets.len()).map(|found| found.value).collect()
-                            }
-                            Read::GreedyLogProbs { targets, .. } => {
-                                let pair = |found: LogProb| [found.value, f32::from(u8::from(found.greedy))];
-                                log_probs.by_ref().take(targets.len()).flat_map(pair).collect()
-                            }
-                            Read::LastLogits => copied.next().unwrap_or_default(),
-                            _ => Vec::new(),
+                            Read::LogProbs { targets, .. } => Answer::NextFirsts(targets.len()),
+                            Read::GreedyLogProbs { targets, .. } => Answer::Next(2 * targets.len()),
+                            Read::LastLogits => Answer::There(copied.next().unwrap_or_default()),
+                            _ => Answer::Next(0),
                         })
                     })
-                    .collect()
+                    .collect::<Result<_>>()?;
+                Ok(Asked { floats, normalization: None, answers })
             }
         }
     }

@@ -15,12 +15,11 @@ use plumb_kernels::gpu::{
     self, Buffer, CutRule, Gpu, Graph, Group, KvPages, Linear, Norm, Output, Partials, Pieces, Room, Sampler, View,
     ViewMut, Vocabulary as Sweep,
 };
-use plumb_kernels::head::LogProb;
 use plumb_kernels::linear::{Held, Matrix};
 use plumb_kernels::sample::{Draw, Drawn, Undrawn};
 use plumb_kernels::{norm, rotary};
 
-use super::backend::{Backend, Embedding, How, Number, Stream, Vocabulary};
+use super::backend::{Backend, Embedding, Floats, How, Number, Stream, Vocabulary};
 use super::build::Load;
 use super::forward::{runs, spans};
 use super::shards::Joined;
@@ -127,6 +126,7 @@ where
 
     const CHUNK: usize = CHUNK;
     const PACKED: bool = false;
+    const BESIDE: bool = true;
 
     fn on(device: &Device) -> Result<Self> {
         match device {
@@ -215,7 +215,7 @@ where
         let logits = match config.head {
             Head::Language => of(largest.sequences, vocab_size * FLOAT)
                 .saturating_add(Sampler::most_bytes(largest.sequences, vocab_size) as u64)
-                .saturating_add(Sweep::most_bytes(vocab_size) as u64),
+                .saturating_add(Sweep::most_bytes(largest.tokens, vocab_size) as u64),
             Head::Reward(_) => 0,
         };
         let rows = filled_up(largest.tokens);
@@ -396,16 +396,14 @@ where
         weight: &Buffer<f32>,
         bias: f32,
         scratch: &mut Scratch<E>,
-    ) -> Result<Vec<f32>> {
+    ) -> Result<Floats> {
         scratch.set_rows(rows)?;
         let normed = self.resize(&mut scratch.normed, rows.len() * from.width)?;
         from.norm.forward(&self.gpu, from.x, Some(scratch.rows.view(0..rows.len())), normed)?;
         let normed = scratch.normed.view(0..rows.len() * from.width);
         let rewards = self.resize(&mut scratch.rewards, rows.len())?;
         self.gpu.rewards(normed, weight.all(), bias, rewards)?;
-        let mut result = vec![0.0; rows.len()];
-        scratch.rewards.read(0, &mut result)?;
-        Ok(result)
+        Ok(Floats::Fetched(scratch.rewards.fetch(0..rows.len())?))
     }
 
     fn log_probs(
@@ -416,11 +414,11 @@ where
         targets: &[u32],
         scratch: &mut Scratch<E>,
         progress: &Progress,
-    ) -> Result<Vec<LogProb>> {
+    ) -> Result<Floats> {
         self.gather(&from, rows, scratch)?;
         let log_probs = scratch.sweep.token_log_probs(head.logits, head.softcap, &scratch.narrow, targets)?;
         progress.advance();
-        Ok(log_probs)
+        Ok(Floats::Fetched(log_probs))
     }
 
     fn top_log_probs(

@@ -31,7 +31,7 @@ pub use choice::DeviceChoice;
 pub use device::{Device, Split};
 pub use plumb_kernels::head::log_sum_exp;
 pub use plumb_kernels::sample::{Draw, Drawn, TokenSet, Undrawn};
-pub use step::{Progress, Read, Step, StepSequence, StepSize};
+pub use step::{Asked, Progress, Read, Step, StepSequence, StepSize};
 
 use crate::checkpoint::Weights;
 use crate::config::Config;
@@ -116,7 +116,8 @@ trait Computes: Debug + Send + Sync {
     fn kv_store(&self, pages: usize) -> Result<KvStore>;
     fn workspace(&self) -> Workspace;
     fn size(&self) -> (u64, u64);
-    fn step(&self, step: &Step<'_>, kv: &mut KvStore, workspace: &mut Workspace) -> Result<Vec<Vec<f32>>>;
+    fn computes_beside(&self) -> bool;
+    fn ask(&self, step: &Step<'_>, kv: &mut KvStore, workspace: &mut Workspace) -> Result<Asked>;
     fn draw(&self, draws: &[Draw<'_>], workspace: &mut Workspace) -> Result<Vec<Result<Drawn, Undrawn>>>;
 }
 
@@ -159,10 +160,14 @@ impl<B: Backend> Computes for Stack<B> {
         Stack::size(self)
     }
 
-    fn step(&self, step: &Step<'_>, kv: &mut KvStore, workspace: &mut Workspace) -> Result<Vec<Vec<f32>>> {
+    fn computes_beside(&self) -> bool {
+        B::BESIDE
+    }
+
+    fn ask(&self, step: &Step<'_>, kv: &mut KvStore, workspace: &mut Workspace) -> Result<Asked> {
         let (kv, buffers): (&mut dyn Any, &mut dyn Any) = (&mut *kv.0, &mut *workspace.0);
         match (kv.downcast_mut(), buffers.downcast_mut()) {
-            (Some(kv), Some(buffers)) => B::run(|| Stack::step(self, step, kv, buffers)),
+            (Some(kv), Some(buffers)) => B::run(|| Stack::ask(self, step, kv, buffers)),
             _ => Err(Error::InvalidInput("the cache belongs to a model of another type".into())),
         }
     }
@@ -250,10 +255,26 @@ impl Decoder {
     /// Fails if a sequence does not fit the model (a token outside the vocabulary, a position beyond the context, a
     /// read that the head cannot serve) or if the store or workspace belongs to another model.
     pub fn step(&self, step: &Step<'_>, kv: &mut KvStore, workspace: &mut Workspace) -> Result<Vec<Vec<f32>>> {
-        self.computes.step(step, kv, workspace)
+        self.ask(step, kv, workspace)?.collect()
     }
 
-    /// Draws tokens from logits that the last step has left in the workspace, as often as is wanted: row `i` is that of
+    /// Whether a step that was asked for is computed beside the process, so that the next one may be asked for meanwhile.
+    /// The CPU has computed it by then.
+    pub fn computes_beside(&self) -> bool {
+        self.computes.computes_beside()
+    }
+
+    /// Asks for a step, and leaves it to [`Asked::collect`] to wait for it. Steps happen in the order in which they are
+    /// asked for, so that store and workspace may be those of steps that are not done yet. Logits and likeliest tokens are
+    /// waited for here.
+    ///
+    /// # Errors
+    /// As [`Decoder::step`]; what a device fails at later is told by [`Asked::collect`].
+    pub fn ask(&self, step: &Step<'_>, kv: &mut KvStore, workspace: &mut Workspace) -> Result<Asked> {
+        self.computes.ask(step, kv, workspace)
+    }
+
+    /// Draws tokens from logits that the step that was asked for last leaves in the workspace, as often as is wanted: row `i` is that of
     /// the `i`-th sequence that asked for [`Read::Draw`]. Only tokens and their log-probabilities leave the device; the
     /// same draw from the same logits gives the same token on every one.
     ///

@@ -10,13 +10,12 @@ use std::ops::Range;
 
 use plumb_kernels::activation::Activation;
 use plumb_kernels::attention::Rule;
-use plumb_kernels::head::LogProb;
 use plumb_kernels::linear::{Held, Matrix};
 use plumb_kernels::norm::Norm;
 use plumb_kernels::rotary::Rotary;
 use plumb_kernels::sample::{Draw, Drawn, Undrawn};
 
-use super::backend::{Backend, Embedding, How, Number, Stream, Vocabulary};
+use super::backend::{Backend, Embedding, Floats, How, Number, Stream, Vocabulary};
 use super::slices::Slice;
 use super::step::{Progress, Step, StepSize};
 use super::{Device, Split};
@@ -117,6 +116,7 @@ impl<B: Joined> Backend for Shards<B> {
 
     const CHUNK: usize = B::CHUNK;
     const PACKED: bool = B::PACKED;
+    const BESIDE: bool = B::BESIDE;
 
     fn on(device: &Device) -> Result<Self> {
         let Device::Split(split) = device else {
@@ -371,7 +371,7 @@ impl<B: Joined> Backend for Shards<B> {
         weight: &Vec<B::Array<f32>>,
         bias: f32,
         scratch: &mut Vec<B::Scratch>,
-    ) -> Result<Vec<f32>> {
+    ) -> Result<Floats> {
         self.first()?.rewards(first_stream(from), rows, &weight[0], bias, &mut scratch[0])
     }
 
@@ -383,7 +383,7 @@ impl<B: Joined> Backend for Shards<B> {
         targets: &[u32],
         scratch: &mut Vec<B::Scratch>,
         progress: &Progress,
-    ) -> Result<Vec<LogProb>> {
+    ) -> Result<Floats> {
         self.first()?.log_probs(first_stream(from), rows, first_head(head), targets, &mut scratch[0], progress)
     }
 

@@ -4,6 +4,9 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use super::backend::Floats;
+use crate::Result;
+
 /// Counts what a decoder gets done, a layer after the other, for whoever watches from another thread.
 #[derive(Clone, Debug, Default)]
 pub struct Progress(Arc<AtomicU64>);
@@ -82,7 +85,8 @@ pub enum Read<'a> {
         /// At most the vocabulary's size.
         count: usize,
     },
-    /// No values: until the next step, [`Decoder::draw`](super::Decoder::draw) draws the token after the last one.
+    /// No values: until the next step is asked for, [`Decoder::draw`](super::Decoder::draw) draws the token after the last
+    /// one.
     Draw,
     /// Vocabulary logits after the last token.
     LastLogits,
@@ -99,5 +103,47 @@ impl Read<'_> {
                 rows.clone()
             }
         }
+    }
+}
+
+/// A step that was asked for: [`Decoder::ask`](super::Decoder::ask). It may be dropped without being collected.
+#[derive(Debug)]
+pub struct Asked {
+    pub(super) floats: Floats,
+    /// What rewards are normalised by: mean and standard deviation.
+    pub(super) normalization: Option<(f32, f32)>,
+    /// One for each sequence.
+    pub(super) answers: Vec<Answer>,
+}
+
+/// Where the values for a sequence are.
+#[derive(Debug)]
+pub(super) enum Answer {
+    /// So many of the floats, behind those of the sequences before.
+    Next(usize),
+    /// The first ones of so many pairs of them.
+    NextFirsts(usize),
+    There(Vec<f32>),
+}
+
+impl Asked {
+    /// Whether the step is done, so that [`Asked::collect`] does not wait.
+    pub fn is_done(&self) -> bool {
+        self.floats.are_there()
+    }
+
+    /// Waits for the step, and answers what each sequence asked for, in order.
+    ///
+    /// # Errors
+    /// [`Error::Device`](crate::Error::Device) if a device failed, in this step or before.
+    pub fn collect(self) -> Result<Vec<Vec<f32>>> {
+        let normalised = |value: f32| self.normalization.map_or(value, |(mean, std)| (value - mean) / std);
+        let mut floats = self.floats.wait()?.into_iter().map(normalised);
+        let values = |answer| match answer {
+            Answer::Next(count) => floats.by_ref().take(count).collect(),
+            Answer::NextFirsts(count) => floats.by_ref().take(2 * count).step_by(2).collect(),
+            Answer::There(values) => values,
+        };
+        Ok(self.answers.into_iter().map(values).collect())
     }
 }

@@ -1,12 +1,12 @@
-//! A step as it is handed to the threads that compute: everything that it needs goes along, so that the engine's thread
-//! can plan on meanwhile.
+//! A step as it is handed to the threads that compute, or to a device beside them: everything that it needs goes along, so
+//! that the engine's thread can plan on meanwhile.
 
 use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use plumb_model::decoder::{Draw, Drawn, KvStore, Progress, Read, Step, StepSequence, Undrawn, Workspace};
+use plumb_model::decoder::{Asked, Draw, Drawn, KvStore, Progress, Read, Step, StepSequence, Undrawn, Workspace};
 use plumb_model::faults::{self, Fault};
 use plumb_model::loaded::LoadedModel;
 use plumb_model::parallel::for_each_piece;
@@ -26,6 +26,8 @@ pub(super) struct Device {
     pub(super) name: (String, u64),
     /// Bytes of the workspace when they were last told.
     workspace_bytes: usize,
+    /// Whether it computes beside the process, so that a step may be asked for while another one runs.
+    pub(super) is_beside: bool,
     pub(super) model: Arc<LoadedModel>,
     /// Dropped last, when the memory is back.
     _held: watch::Sender<()>,
@@ -40,8 +42,8 @@ impl Device {
         name: (String, u64),
         progress: Progress,
     ) -> Self {
-        let workspace = model.decoder.workspace().counted(progress);
-        Self { workspace, model, kv, name, workspace_bytes: 0, _held: held }
+        let (workspace, is_beside) = (model.decoder.workspace().counted(progress), model.decoder.computes_beside());
+        Self { workspace, model, kv, name, workspace_bytes: 0, is_beside, _held: held }
     }
 
     /// Runs a token, over the first page: a model that cannot compute must not be offered.
@@ -52,7 +54,8 @@ impl Device {
             None => Read::LogProbs { rows: 0..1, targets: &tokens },
         };
         let trial = Step { sequences: vec![StepSequence { tokens: &tokens, position: 0, pages: &[0], read }] };
-        let values = run_guarded(self, &trial).map_err(Error::internal)?;
+        let asked = ask_guarded(self, &trial);
+        let values = asked.and_then(collect_guarded).map_err(Error::internal)?;
         match values.iter().flatten().all(|v| v.is_finite()) {
             true => Ok(()),
             false => Err(Error::NonFinite { what: format!("the trial score of {}", self.name.0) }),
@@ -77,7 +80,9 @@ pub(super) struct Outcome {
     pub(super) inputs: Vec<Input>,
     /// Or what has failed, for the log and the caller whose input it is.
     pub(super) values: Result<Vec<Values>, String>,
-    pub(super) duration: Duration,
+    /// When the device was asked for it, and when it was done.
+    pub(super) asked_at: Instant,
+    pub(super) done_at: Instant,
 }
 
 /// What a slice has brought.
@@ -98,22 +103,46 @@ impl Values {
     }
 }
 
-/// Runs a step and draws the tokens that follow from it, on the current pool.
-pub(super) fn run(mut device: Device, mut inputs: Vec<Input>) -> Outcome {
-    let started = Instant::now();
-    let step = Step { sequences: inputs.iter().map(Input::sequence).collect() };
-    let values = run_guarded(&mut device, &step);
-    let values = values.and_then(|values| {
-        let mut drawn = draw(&mut device, &mut inputs)?.into_iter();
-        let of = |(input, values): (&Input, Vec<f32>)| match input.draws() {
-            true => drawn.next().map_or(Values::Read(values), Values::Drawn),
-            false => Values::Read(values),
-        };
-        Ok(inputs.iter().zip(values).map(of).collect())
-    });
-    // With the draws: a device that runs beside the process is done only then.
-    let duration = started.elapsed();
-    Outcome { device, inputs, values, duration }
+/// A step that a device was asked for.
+pub(super) struct Flight {
+    pub(super) inputs: Vec<Input>,
+    asked: Result<Asked, String>,
+    pub(super) asked_at: Instant,
+}
+
+impl Flight {
+    /// Asks for a step; a device that is not beside the process computes it here, on the current pool.
+    pub(super) fn begin(device: &mut Device, inputs: Vec<Input>) -> Self {
+        let asked_at = Instant::now();
+        let step = Step { sequences: inputs.iter().map(Input::sequence).collect() };
+        let asked = ask_guarded(device, &step);
+        Self { inputs, asked, asked_at }
+    }
+
+    /// Whether tokens are to be drawn after it.
+    pub(super) fn draws(&self) -> bool {
+        self.inputs.iter().any(Input::draws)
+    }
+
+    /// Whether it has landed, so that [`Flight::end`] does not wait for it.
+    pub(super) fn is_done(&self) -> bool {
+        self.asked.as_ref().map_or(true, Asked::is_done)
+    }
+
+    /// Waits for the step, and draws the tokens that follow from it, on the current pool.
+    pub(super) fn end(self, mut device: Device) -> Outcome {
+        let Self { mut inputs, asked, asked_at } = self;
+        let values = asked.and_then(|asked| {
+            // Asked for before anything is waited for.
+            let mut drawn = draw(&mut device, &mut inputs)?.into_iter();
+            let of = |(input, values): (&Input, Vec<f32>)| match input.draws() {
+                true => drawn.next().map_or(Values::Read(values), Values::Drawn),
+                false => Values::Read(values),
+            };
+            Ok(inputs.iter().zip(collect_guarded(asked)?).map(of).collect())
+        });
+        Outcome { device, inputs, values, asked_at, done_at: Instant::now() }
+    }
 }
 
 /// A token to be drawn.
@@ -229,13 +258,16 @@ impl Input {
     }
 }
 
-/// Runs a step on the current pool.
-fn run_guarded(device: &mut Device, step: &Step<'_>) -> Result<Vec<Vec<f32>>, String> {
+fn ask_guarded(device: &mut Device, step: &Step<'_>) -> Result<Asked, String> {
     let Device { model, kv, workspace, .. } = device;
     guarded(|| {
         inject_faults(step)?;
-        model.decoder.step(step, kv, workspace).map_err(|error| error.to_string())
+        model.decoder.ask(step, kv, workspace).map_err(|error| error.to_string())
     })
+}
+
+fn collect_guarded(asked: Asked) -> Result<Vec<Vec<f32>>, String> {
+    guarded(|| asked.collect().map_err(|error| error.to_string()))
 }
 
 /// A panic is an error, not the end of the thread.

@@ -12,7 +12,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 use super::compute::Compute;
 use super::scheduler::cost::Cost;
 use super::scheduler::{ModelKey, NewSequence, Plan, Scheduler, SequenceId, Slice, Want as Wanted};
-use super::step::{self, Device, Input, Outcome, Values};
+use super::step::{Device, Flight, Input, Outcome, Values};
 use super::watchdog::Pulse;
 use super::{EngineOptions, Finish, GenerateEvent, GenerateJob, Loss, Sequence, SequenceOutput, Want};
 use crate::error::{Error, Result};
@@ -66,14 +66,29 @@ impl Caller {
     }
 }
 
+/// A step that is to run.
+struct Next {
+    plan: Plan,
+    /// Where the device was asked for it already.
+    flight: Option<Flight>,
+}
+
+impl Next {
+    fn planned(plan: Plan) -> Self {
+        Self { plan, flight: None }
+    }
+}
+
 pub(super) struct Worker {
     commands: Receiver<Command>,
     pulse: Pulse,
     compute: Arc<Compute>,
     scheduler: Scheduler,
     callers: HashMap<SequenceId, Caller>,
-    /// The step that was planned while the last one ran.
-    prepared: Option<Plan>,
+    /// The step after the one that runs, if it is certain.
+    next: Option<Next>,
+    /// When the last one was done.
+    done_at: Instant,
     /// What came meanwhile and has to wait for the device.
     postponed: VecDeque<Command>,
     evictions: u64,
@@ -92,7 +107,8 @@ impl Worker {
             compute: Arc::new(compute),
             devices: HashMap::new(),
             callers: HashMap::new(),
-            prepared: None,
+            next: None,
+            done_at: Instant::now(),
             postponed: VecDeque::new(),
             evictions: 0,
             waiting: (0, 0),
@@ -102,22 +118,33 @@ impl Worker {
     /// Runs until every handle of the engine is gone, or the device is; answers why.
     pub(super) fn run(&mut self) -> Loss {
         while self.take_commands() {
-            self.pulse.beat();
-            self.drop_unwanted();
-            let plan = self.prepared.take().or_else(|| self.scheduler.plan(Instant::now()));
-            if let Some(plan) = plan
-                && let Err(loss) = self.run_plan(&plan)
-            {
+            if let Err(loss) = self.turn() {
                 return loss;
             }
-            self.report_queue();
         }
         Loss::Died
     }
 
+    /// Runs a step, if there is one.
+    fn turn(&mut self) -> Result<(), Loss> {
+        self.pulse.beat();
+        self.drop_unwanted();
+        if let Some(next) = self.next.take().or_else(|| self.scheduler.plan(Instant::now()).map(Next::planned)) {
+            self.run_step(next)?;
+        }
+        self.report_queue();
+        Ok(())
+    }
+
     /// Takes what has come, and waits for something if there is nothing to do. False once nobody can ask any more.
     fn take_commands(&mut self) -> bool {
+        // Models come and go only while nothing is in flight.
+        if self.next.as_ref().is_some_and(|next| next.flight.is_some()) {
+            self.take_sequences();
+            return true;
+        }
         while let Some(command) = self.postponed.pop_front() {
+            self.pulse.beat();
             self.take(command);
         }
         loop {
@@ -134,23 +161,53 @@ impl Worker {
                     Err(TryRecvError::Disconnected) => return !self.scheduler.is_empty(),
                 }
             };
+            self.pulse.beat();
             self.take(command);
         }
     }
 
-    /// Plans the next step while one runs. Sequences are taken in; everything else waits, in its order.
-    fn prepare(&mut self) {
+    /// Takes sequences in while a step runs; everything else waits, in its order. Answers whether any came.
+    fn take_sequences(&mut self) -> bool {
+        let mut came = false;
         while let Ok(command) = self.commands.try_recv() {
             match command {
-                Command::Run { .. } | Command::Generate { .. } if self.postponed.is_empty() => self.take(command),
+                Command::Run { .. } | Command::Generate { .. } if self.postponed.is_empty() => {
+                    self.take(command);
+                    came = true;
+                }
                 command => self.postponed.push_back(command),
             }
         }
-        self.prepared = self.scheduler.plan_ahead(Instant::now());
+        came
+    }
+
+    /// Prepares the next step while one runs.
+    fn prepare(&mut self) {
+        self.take_sequences();
+        self.plan_ahead();
+    }
+
+    /// Plans the next step, if it is certain. A device beside the process is asked for it at once, unless a command waits
+    /// until that has nothing to do.
+    fn plan_ahead(&mut self) {
+        let next = self.next.take().or_else(|| self.scheduler.plan_ahead(Instant::now()).map(Next::planned));
+        self.next = match self.postponed.is_empty() {
+            true => next.map(|next| self.ask(next)),
+            false => next,
+        };
+    }
+
+    /// Asks for a step if the device is one beside the process; any other computes it when its turn has come.
+    fn ask(&mut self, Next { plan, flight }: Next) -> Next {
+        if flight.is_some() || !self.devices.get(&plan.model).is_some_and(|device| device.is_beside) {
+            return Next { plan, flight };
+        }
+        let inputs = self.inputs(&plan);
+        let flight = self.devices.get_mut(&plan.model).map(|device| Flight::begin(device, inputs));
+        Next { plan, flight }
     }
 
     fn take(&mut self, command: Command) {
-        self.pulse.beat();
         match command {
             Command::Attach { key, model_and_cache, name, reply } => {
                 let (model, kv, held) = *model_and_cache;
@@ -178,7 +235,7 @@ impl Worker {
     }
 
     fn detach(&mut self, key: ModelKey) {
-        self.prepared.take_if(|plan| plan.model == key);
+        self.next.take_if(|next| next.plan.model == key);
         for id in self.scheduler.remove_model(key) {
             if let Some(caller) = self.callers.remove(&id) {
                 caller.fail(Error::Cancelled);
@@ -256,17 +313,31 @@ impl Worker {
         self.forget(id);
     }
 
-    /// Takes out a sequence that nobody waits for. One that is in the prepared step stays until that has run: others may
+    /// Takes out a sequence that nobody waits for. One that is in the next step stays until that has run: others may
     /// count on what it will leave in the cache.
     fn forget(&mut self, id: SequenceId) {
-        if self.prepared.iter().flat_map(|plan| &plan.slices).all(|slice| slice.id != id) {
+        if self.next.iter().flat_map(|next| &next.plan.slices).all(|slice| slice.id != id) {
             self.scheduler.remove(id);
         }
     }
 
-    /// Runs a step.
-    fn run_plan(&mut self, plan: &Plan) -> Result<(), Loss> {
-        let Some(device) = self.devices.remove(&plan.model) else { return Ok(()) };
+    /// Runs a step, and prepares the next one meanwhile.
+    fn run_step(&mut self, step: Next) -> Result<(), Loss> {
+        let Next { plan, flight } = self.ask(step);
+        // What is drawn decides what comes next.
+        if let Some(flight) = flight.as_ref().filter(|flight| !flight.draws()) {
+            self.wait_for(flight);
+        }
+        let Some(mut device) = self.devices.remove(&plan.model) else { return Ok(()) };
+        let flight = flight.ok_or_else(|| self.inputs(&plan));
+        let run = move || flight.unwrap_or_else(|inputs| Flight::begin(&mut device, inputs)).end(device);
+        let compute = Arc::clone(&self.compute);
+        let outcome = compute.run(run, || self.prepare()).map_err(|_| Loss::Died)?;
+        self.land(&plan, outcome)
+    }
+
+    /// What a step computes with.
+    fn inputs(&mut self, plan: &Plan) -> Vec<Input> {
         let mut inputs = Vec::with_capacity(plan.slices.len());
         for slice in &plan.slices {
             // A sequence in a plan stays until the plan has run.
@@ -277,10 +348,11 @@ impl Worker {
             }
             inputs.push(input);
         }
-        let compute = Arc::clone(&self.compute);
-        let outcome = compute.run(move || step::run(device, inputs), || self.prepare());
-        let Outcome { mut device, inputs, values, duration } = outcome.map_err(|_| Loss::Died)?;
-        device.report_memory();
+        inputs
+    }
+
+    /// Gives jobs back to whom they were taken from, if somebody waits for them still.
+    fn give_back(&mut self, plan: &Plan, inputs: Vec<Input>) {
         for (slice, input) in plan.slices.iter().zip(inputs) {
             if let Some(Caller::Generate { job, .. }) = self.callers.get_mut(&slice.id)
                 && input.job.is_some()
@@ -288,6 +360,27 @@ impl Worker {
                 *job = input.job;
             }
         }
+    }
+
+    /// Waits for a step that a device computes beside the process, and asks for the next one as soon as it is certain.
+    fn wait_for(&mut self, flight: &Flight) {
+        self.prepare();
+        while !flight.is_done() {
+            match self.take_sequences() {
+                true => self.plan_ahead(),
+                false => std::thread::yield_now(),
+            }
+        }
+    }
+
+    /// Hands out what became of a step.
+    fn land(&mut self, plan: &Plan, outcome: Outcome) -> Result<(), Loss> {
+        let Outcome { mut device, inputs, values, asked_at, done_at } = outcome;
+        // One that was asked for while another ran began when that was done.
+        let duration = done_at.duration_since(asked_at.max(self.done_at));
+        self.done_at = done_at;
+        device.report_memory();
+        self.give_back(plan, inputs);
         let ended = match values {
             Ok(values) => {
                 self.report_step(plan, &device, duration);
@@ -306,12 +399,16 @@ impl Worker {
     fn isolate(&mut self, plan: &Plan, mut device: Device, cause: &str) -> Result<(), Loss> {
         let (model, version) = device.name.clone();
         BatchFailed { model: &model, version, sequences: plan.slices.len(), rerun: plan.rerun, cause }.emit();
-        // What the step has left in the cache cannot be trusted, nor what builds on it.
-        let dropped = self.prepared.take_if(|prepared| prepared.model == plan.model);
-        for slice in dropped.iter().chain([plan]).flat_map(|plan| &plan.slices) {
+        // What the step has left in the cache cannot be trusted, nor what builds on it. What is in flight behind it lands
+        // before anything that is asked for from now on.
+        let dropped = self.next.take_if(|next| next.plan.model == plan.model);
+        for slice in dropped.iter().map(|dropped| &dropped.plan).chain([plan]).flat_map(|plan| &plan.slices) {
             if !self.callers.contains_key(&slice.id) {
                 self.scheduler.remove(slice.id);
             }
+        }
+        if let Some(Next { plan, flight: Some(flight) }) = dropped {
+            self.give_back(&plan, flight.inputs);
         }
         let guilty = self.scheduler.failed(plan);
         if let Some(id) = guilty {
@@ -436,3 +533,6 @@ impl Worker {
         self.evictions = evictions;
     }
 }
+
+#[cfg(test)]
+mod tests;

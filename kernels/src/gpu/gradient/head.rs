@@ -141,7 +141,7 @@ where
         let sweep = &mut self.sweep;
         sweep.targets.grow(tokens.len())?;
         sweep.targets.write(0, tokens)?;
-        sweep.sweep(head, softcap, x, true, |_, _, _, _| Ok(()))?;
+        sweep.sweep(head, softcap, x, Some(0), |_, _, _, _| Ok(()))?;
         let arguments = [
             Address(sweep.chosen.all().address),
             Address(sweep.largest.all().address),
@@ -181,7 +181,7 @@ where
         let (starts, ids) = (Address(self.starts.all().address), Address(self.ids.all().address));
         let logits = Address(self.logits.all_mut().address);
         let grid = [teachers.len(), 1, 1];
-        self.sweep.sweep(head, softcap, x, false, |gpu, tile_logits, tile, first| {
+        self.sweep.sweep(head, softcap, x, None, |gpu, tile_logits, tile, first| {
             let arguments = [
                 Address(tile_logits.address),
                 U32(tile as u32),

@@ -260,7 +260,7 @@ impl Scheduler {
 
     /// The step after one that is still running, if it is known already: as long as nothing is generated, whose next
     /// token is not drawn yet, nor suspected, and as what waits fills a step, so that whatever comes meanwhile would not
-    /// have a place in it. Something urgent waits for this one step more.
+    /// have a place in it. Something urgent waits for this step, too.
     pub fn plan_ahead(&mut self, now: Instant) -> Option<Plan> {
         let generates =
             |id: &SequenceId| self.entries.get(id).is_some_and(|e| matches!(e.sequence.want, Want::Generate { .. }));

@@ -109,6 +109,7 @@ impl Scheduler {
         let owed = queue.owed(&self.entries).filter(|key| Some(*key) != overdue);
         let first = overdue.into_iter().chain(owed);
         let order: Vec<_> = first.chain(considered().filter(|key| ![overdue, owed].contains(&Some(*key)))).collect();
+        let mut passed = Vec::new();
         for key in order {
             if full(&step) {
                 break;
@@ -122,7 +123,7 @@ impl Scheduler {
                 .then(|| queue.cache.acquire(tokens, reusable, entry.final_length()))
                 .flatten();
             let Some(table) = fits else {
-                entry.passed_over += 1;
+                passed.push(key.2);
                 if Some(key) == overdue {
                     break;
                 }
@@ -134,7 +135,14 @@ impl Scheduler {
             queue.begin(key, entry.sequence.work);
         }
         step.budget += unused;
-        plan(step)
+        let plan = plan(step)?;
+        // To look for a step in vain passes nobody over.
+        for id in passed {
+            if let Some(entry) = self.entries.get_mut(&id) {
+                entry.passed_over += 1;
+            }
+        }
+        Some(plan)
     }
 }
 
