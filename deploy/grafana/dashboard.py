@@ -30,6 +30,10 @@ def quantiles(metric, labels):
     return [(f"histogram_quantile({q}, {buckets})", f"p{round(100 * q)}") for q in (0.5, 0.95, 0.99)]
 
 
+def ratio(part, part_labels, whole, whole_labels):
+    return f"{rate(part, 'model', part_labels)} / {rate(whole, 'model', whole_labels)}"
+
+
 def mean(metric, by, labels):
     return f"{rate(f'{metric}_sum', by, labels)} / {rate(f'{metric}_count', by, labels)}"
 
@@ -127,11 +131,11 @@ ROWS = {
             "Found in the cache",
             [
                 (
-                    f"{rate('plumb_prefix_hits_total', 'model', VERSION)} / {rate('plumb_prefix_lookups_total', 'model', VERSION)}",
+                    ratio("plumb_prefix_hits_total", VERSION, "plumb_prefix_lookups_total", VERSION),
                     "{{model}} sequences",
                 ),
                 (
-                    f"{rate('plumb_prefix_cached_tokens_total', 'model', VERSION)} / {rate('plumb_input_tokens_sum', 'model', MODEL)}",
+                    ratio("plumb_prefix_cached_tokens_total", VERSION, "plumb_input_tokens_sum", MODEL),
                     "{{model}} tokens",
                 ),
             ],
@@ -188,7 +192,8 @@ ROWS = {
         lines(
             "Load time",
             (
-                f"sum by (model) (plumb_model_load_duration_seconds_sum{{{MODEL}}}) / sum by (model) (plumb_model_load_duration_seconds_count{{{MODEL}}})",
+                f"sum by (model) (plumb_model_load_duration_seconds_sum{{{MODEL}}})"
+                f" / sum by (model) (plumb_model_load_duration_seconds_count{{{MODEL}}})",
                 "{{model}} mean",
             ),
             unit="s",
@@ -209,7 +214,9 @@ ROWS = {
                 (f"plumb:reward_drift:yesterday{{{RULE}}}", "{{model}} {{version}} from a day before"),
             ],
             unit="percentunit",
-            about="Kolmogorov-Smirnov distance of a version's rewards of the last hour from those of the model's other versions in the last day, and from its own a day before: the largest difference between two cumulative distributions, 0 to 1. From rules.yml.",
+            about="Kolmogorov-Smirnov distance of a version's rewards of the last hour from those of the model's other "
+            "versions in the last day, and from its own a day before: the largest difference between two cumulative "
+            "distributions, 0 to 1. From rules.yml.",
         ),
         lines(
             "Values that are no numbers",
