@@ -24,15 +24,17 @@ impl Reading {
         Self(self.0.iter().filter(|(key, _)| is_wanted(key)).map(|(key, value)| (key.clone(), *value)).collect())
     }
 
-    /// What counters have counted since another reading.
+    /// What counters have counted since another reading; nothing where one was forgotten and began anew.
     pub(super) fn since(&self, before: &Self) -> Self {
-        let growth = |(key, value): (&String, &f64)| (key.clone(), value - before.0.get(key).unwrap_or(&0.0));
+        let growth =
+            |(key, value): (&String, &f64)| (key.clone(), (value - before.0.get(key).unwrap_or(&0.0)).max(0.0));
         Self(self.0.iter().map(growth).collect())
     }
 
     /// The sum of a metric's samples that have these labels; of a histogram, `suffix` is `_sum` or `_count`.
     pub(super) fn sum(&self, metric: &Metric, suffix: &str, wanted: &[(&str, &str)]) -> f64 {
-        self.samples(metric, suffix, wanted).map(|(_, value)| value).sum()
+        // Of no numbers, `sum` is -0.
+        self.samples(metric, suffix, wanted).fold(0.0, |sum, (_, value)| sum + value)
     }
 
     /// The values of a label that a metric has samples of.
@@ -156,7 +158,7 @@ plumb_reward_count{model="pm",version="1"} 5
         assert_eq!(reading.sum(&REQUESTS, "", &[("rpc", "A")]), 7.0);
         assert_eq!(reading.sum(&REQUESTS, "", &[("rpc", "A"), ("code", "OK")]), 5.0);
         assert_eq!(reading.sum(&REQUESTS, "", &[("rpc", "B \"},code=\"")]), 1.0);
-        assert_eq!(reading.sum(&REQUESTS, "", &[("rpc", "C")]), 0.0);
+        assert_eq!(reading.sum(&REQUESTS, "", &[("rpc", "C")]).to_string(), "0");
         assert_eq!(reading.sum(&REWARD, "_sum", &[("version", "1")]), -2.5);
         assert_eq!(reading.values(&REQUESTS, "code"), ["INTERNAL", "OK"]);
         assert_eq!(reading.only(&[REWARD]).sum(&REWARD, "_count", &[]), 5.0);

@@ -25,11 +25,10 @@ use super::reading::{Reading, quantile};
 use crate::error::{Error, Result};
 use crate::registry::Registry;
 
-/// The page, of which everything that is filled in is escaped, and its style, which is a file of its own so that the
-/// page can forbid any other.
+/// The page. Everything that is filled in is escaped, because of the ending of its name.
 const PAGE: &str = include_str!("status.html");
-/// By the ending it is known what has to be escaped.
 const NAME: &str = "status.html";
+/// A file of its own, so that the page can forbid any other style.
 pub(super) const STYLE: &str = include_str!("status.css");
 
 /// Nothing but its own style is loaded, and nothing runs.
@@ -253,16 +252,17 @@ fn rewards(statuses: &[v1::ModelStatus], now: &Reading) -> Vec<Value> {
 
 /// The bins that hold anything, and some on each side.
 fn occupied<'a>(all: impl Iterator<Item = &'a [(f64, f64)]>) -> Range<usize> {
-    let mut range = usize::MAX..0;
-    let mut len = 0;
+    let (mut start, mut end, mut len) = (usize::MAX, 0, 0);
     for bins in all {
         len = bins.len();
-        for (at, _) in bins.iter().enumerate().filter(|(_, (_, count))| *count > 0.0) {
-            range = range.start.min(at)..range.end.max(at + 1);
+        let mut occupied = bins.iter().enumerate().filter(|(_, (_, count))| *count > 0.0).map(|(at, _)| at);
+        if let Some(first) = occupied.next() {
+            start = start.min(first);
+            end = end.max(occupied.next_back().unwrap_or(first) + 1);
         }
     }
-    let missing = MIN_BINS.saturating_sub(range.len()).div_ceil(2).max(1);
-    range.start.saturating_sub(missing)..(range.end + missing).min(len)
+    let missing = MIN_BINS.saturating_sub(end.saturating_sub(start)).div_ceil(2).max(1);
+    start.saturating_sub(missing)..(end + missing).min(len)
 }
 
 /// Bars of equal width, whatever the bins span.
