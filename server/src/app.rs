@@ -38,6 +38,7 @@ use crate::registry::{Registry, Root};
 use crate::services::{Context, GenerationService, ModelsService, PreferenceService, TokensService};
 use crate::shutdown::{self, Shutdown};
 use crate::telemetry::events::{ConfigLoaded, Fatal, Listening, OpenToNetwork, Serving, ThreadPanicked};
+use crate::telemetry::status::Status;
 use crate::telemetry::{exporter, metrics, tracing};
 
 /// From the loss of the engine to the end of the process, if it does not come by itself: callers are told within a second.
@@ -290,13 +291,16 @@ impl Server {
         });
 
         let probes = exporter::Probes { alive: health.alive(), ready: health.ready() };
-        let exporter = exporter::serve(metrics_listener, exporter::routes(exposition.clone(), probes));
+        let status = Status::new(exposition.clone(), Arc::clone(&registry), probes.clone())?;
+        let routes = exporter::routes(exposition.clone(), probes, Arc::clone(&status));
+        let exporter = exporter::serve(metrics_listener, routes);
         let (follower, kinds, followed) = (Arc::clone(&health), registry.kinds(), lost.clone());
         let background = vec![
             AbortOnDropHandle::new(tokio::spawn(exporter)),
             AbortOnDropHandle::new(tokio::spawn(async move { access.follow().await })),
             AbortOnDropHandle::new(tokio::spawn(follow(tls))),
             AbortOnDropHandle::new(tokio::spawn(metrics::upkeep(exposition))),
+            AbortOnDropHandle::new(tokio::spawn(async move { status.follow().await })),
             AbortOnDropHandle::new(tokio::spawn(async move { follower.follow(kinds, followed).await })),
         ];
 

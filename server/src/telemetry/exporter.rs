@@ -1,11 +1,12 @@
-//! The HTTP listener beside the rpcs: `/metrics` for Prometheus, `/healthz` and `/readyz` for an orchestrator.
+//! The HTTP listener beside the rpcs: `/metrics` for Prometheus, `/healthz` and `/readyz` for an orchestrator, and the
+//! status page for people.
 
 use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Router;
 use axum::http::{StatusCode, header};
-use axum::response::IntoResponse;
+use axum::response::{Html, IntoResponse};
 use axum::routing::get;
 use hyper::server::conn::http1;
 use hyper_util::rt::{TokioIo, TokioTimer};
@@ -15,6 +16,8 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Semaphore, watch};
 use tokio::task::JoinSet;
 use tokio::time::timeout;
+
+use super::status::{self, Status};
 
 /// Scrapers and probes at a time; others wait in the system's queue.
 const MAX_CONNECTIONS: usize = 64;
@@ -37,12 +40,14 @@ pub struct Probes {
 }
 
 /// The listener's routes.
-pub fn routes(metrics: PrometheusHandle, probes: Probes) -> Router {
+pub(crate) fn routes(metrics: PrometheusHandle, probes: Probes, status: Arc<Status>) -> Router {
     let Probes { alive, ready } = probes;
     Router::new()
         .route("/metrics", get(move || std::future::ready(exposition(&metrics))))
         .route("/healthz", get(move || std::future::ready(probe(*alive.borrow()))))
         .route("/readyz", get(move || std::future::ready(probe(*ready.borrow()))))
+        .route("/", get(move || std::future::ready(page(&status))))
+        .route("/status.css", get(([(header::CONTENT_TYPE, "text/css; charset=utf-8")], status::STYLE)))
 }
 
 /// Answers requests for as long as it is polled.
@@ -79,6 +84,21 @@ async fn answer(stream: TcpStream, routes: Router) -> hyper::Result<()> {
 
 fn exposition(metrics: &PrometheusHandle) -> impl IntoResponse + use<> {
     ([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], metrics.render())
+}
+
+fn page(status: &Status) -> impl IntoResponse + use<> {
+    match status.page() {
+        Ok(page) => {
+            let headers = [
+                (header::CONTENT_SECURITY_POLICY, status::POLICY),
+                (header::X_CONTENT_TYPE_OPTIONS, "nosniff"),
+                (header::REFERRER_POLICY, "no-referrer"),
+                (header::CACHE_CONTROL, "no-store"),
+            ];
+            (headers, Html(page)).into_response()
+        }
+        Err(error) => (StatusCode::INTERNAL_SERVER_ERROR, error.to_string()).into_response(),
+    }
 }
 
 fn probe(good: bool) -> (StatusCode, &'static str) {

@@ -193,6 +193,24 @@ mod tests {
     }
 
     #[test]
+    fn dashboard_and_rules_name_metrics_that_are_there() {
+        let dashboard = include_str!("../../../deploy/grafana/plumb.json");
+        let rules = include_str!("../../../deploy/prometheus/rules.yml");
+        let is_known = |word: &str| {
+            ALL.iter().any(|metric| match (word.strip_prefix(metric.name), &metric.kind) {
+                (Some("_bucket" | "_sum" | "_count"), Kind::Histogram(_)) => true,
+                (Some(rest), kind) => rest.is_empty() && !matches!(kind, Kind::Histogram(_)),
+                (None, _) => false,
+            })
+        };
+        // Recorded series have a colon after the first word.
+        let words = [dashboard, rules].map(|text| text.split(|c: char| !c.is_ascii_alphanumeric() && c != '_'));
+        let unknown: Vec<_> =
+            words.into_iter().flatten().filter(|word| word.starts_with("plumb_") && !is_known(word)).collect();
+        assert!(unknown.is_empty(), "{unknown:?}");
+    }
+
+    #[test]
     fn memory_is_measured() {
         assert!(resident_memory().is_none_or(|bytes| bytes > 1 << 20));
     }

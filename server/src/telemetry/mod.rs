@@ -2,9 +2,13 @@
 //!
 //! [`events`] are the only place where a log line or a metric is emitted: one typed event gives both. [`metrics`] is
 //! the only place where a metric has a name. [`tracing`] sets up where logs and traces go; [`exporter`] serves the
-//! metrics and the probes of an orchestrator. No text of a prompt or an answer is logged anywhere.
+//! metrics, the probes of an orchestrator and the page of [`status`], which reads the metrics back and has a short
+//! memory of what happened. No text of a prompt or an answer is logged anywhere.
 
 pub mod events;
 pub mod exporter;
+mod history;
 pub mod metrics;
+mod reading;
+pub mod status;
 pub mod tracing;

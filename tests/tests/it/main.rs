@@ -14,6 +14,7 @@ mod isolation;
 mod limits;
 mod metrics;
 mod models;
+mod operations;
 mod python;
 mod real;
 mod registry;

@@ -94,5 +94,5 @@ async fn probes_and_unknown_pages() {
     let server = Launch::of(["llama-pm"]).start().await;
     assert_eq!(server.page("/healthz").await, (200, "ok\n".into()));
     assert_eq!(server.page("/readyz").await, (200, "ok\n".into()));
-    assert_eq!(server.page("/").await.0, 404);
+    assert_eq!(server.page("/nothing").await.0, 404);
 }

@@ -13,8 +13,8 @@ pub mod request;
 
 pub use access::*;
 pub use engine::*;
-pub(crate) use model::kind_name;
 pub use model::*;
+pub(crate) use model::{kind_name, state_name};
 pub use process::*;
 pub use record::*;
 pub use request::*;

@@ -10,6 +10,7 @@ use tonic::Code;
 use tracing::{error, info, warn};
 
 use crate::error::Error;
+use crate::telemetry::history::remember;
 use crate::telemetry::metrics as names;
 
 /// A version is in another state.
@@ -59,7 +60,7 @@ pub(crate) fn kind_name(kind: v1::ModelKind) -> &'static str {
 }
 
 /// A state as it is written in logs and metrics.
-fn state_name(state: v1::ModelState) -> &'static str {
+pub(crate) fn state_name(state: v1::ModelState) -> &'static str {
     match state {
         v1::ModelState::Unspecified => "unknown",
         v1::ModelState::Start => "start",
@@ -121,8 +122,14 @@ impl LabelChanged<'_> {
     pub fn emit(self) {
         let Self { model, label, version } = self;
         match version {
-            Some(version) => info!(target: "plumb::models", model, label, version, "label set"),
-            None => info!(target: "plumb::models", model, label, "label removed"),
+            Some(version) => {
+                info!(target: "plumb::models", model, label, version, "label set");
+                remember(model, format!("label {label} points at version {version}"), true);
+            }
+            None => {
+                info!(target: "plumb::models", model, label, "label removed");
+                remember(model, format!("label {label} removed"), true);
+            }
         }
     }
 }
@@ -141,9 +148,12 @@ impl TrafficChanged<'_> {
         let Self { model, shares } = self;
         if shares.is_empty() {
             info!(target: "plumb::models", model, "traffic no longer split");
+            remember(model, "traffic no longer split".to_owned(), true);
         } else {
             let shares: Vec<_> = shares.iter().map(|(label, weight)| format!("{label}={weight}")).collect();
-            info!(target: "plumb::models", model, shares = shares.join(","), "traffic split");
+            let shares = shares.join(",");
+            info!(target: "plumb::models", model, shares, "traffic split");
+            remember(model, format!("traffic split: {shares}"), true);
         }
     }
 }
@@ -165,10 +175,15 @@ impl ModelLoaded<'_> {
     pub fn emit(self) {
         let Self { model, version, duration, error } = self;
         let code = error.map_or(Code::Ok, Error::code);
+        let seconds = duration.as_secs_f64();
         match error {
-            None => info!(target: "plumb::models", model, version, seconds = duration.as_secs_f64(), "loaded"),
+            None => {
+                info!(target: "plumb::models", model, version, seconds, "loaded");
+                remember(model, format!("version {version} loaded in {seconds:.1} s"), true);
+            }
             Some(error) => {
-                error!(target: "plumb::models", model, version, seconds = duration.as_secs_f64(), %error, "load failed")
+                error!(target: "plumb::models", model, version, seconds, %error, "load failed");
+                remember(model, format!("version {version} failed after {seconds:.1} s: {error}"), false);
             }
         }
         let code = plumb_proto::code_name(code);
@@ -192,6 +207,12 @@ impl ActiveVersionChanged<'_> {
     pub fn emit(self) {
         let Self { model, from, to } = self;
         info!(target: "plumb::models", model, from, to, "active version");
+        let what = match (from, to) {
+            (Some(from), Some(to)) => format!("swapped from version {from} to {to}"),
+            (None, Some(to)) => format!("version {to} is active"),
+            (_, None) => "no version is active".to_owned(),
+        };
+        remember(model, what, to.is_some());
         // 0 is no version: the first is 1.
         gauge!(names::MODEL_ACTIVE_VERSION.name, "model" => model.to_owned()).set(to.unwrap_or(0) as f64);
         if from.is_some() && to.is_some() {
@@ -217,6 +238,7 @@ impl RolledBack<'_> {
     pub fn emit(self) {
         let Self { model, from, to, reason } = self;
         error!(target: "plumb::models", model, from, to, reason, "rolled back");
+        remember(model, format!("rolled back from version {from} to {to}: {reason}"), false);
         counter!(names::MODEL_ROLLBACKS.name, "model" => model.to_owned()).increment(1);
     }
 }
