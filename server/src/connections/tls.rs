@@ -33,6 +33,7 @@ pub(crate) struct Tls {
 }
 
 /// The same for either protocol.
+#[derive(Debug)]
 struct Current {
     grpc: Arc<ServerConfig>,
     http: Arc<ServerConfig>,
@@ -193,10 +194,10 @@ mod tests {
         let config = config::Tls { certificate, key, client_ca: None, client_auth_optional: false };
         let tls = Tls::load(&config).unwrap();
         let tls = Tls { files: tls.files.clone().every(Duration::from_millis(5)), ..tls };
-        let old = Arc::clone(&tls.current.read().unwrap());
+        let old = Arc::clone(&tls.current.read().unwrap().grpc);
         write();
         let seen = async {
-            while Arc::ptr_eq(&old, &tls.current.read().unwrap()) {
+            while Arc::ptr_eq(&old, &tls.current.read().unwrap().grpc) {
                 tokio::task::yield_now().await;
             }
         };

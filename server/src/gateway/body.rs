@@ -54,10 +54,9 @@ pub(super) async fn read(
 
 /// A status, if a layer has cut the body; else it is the caller that is gone.
 fn broken(error: axum::Error) -> Status {
-    match error.into_inner().downcast::<Status>() {
-        Ok(status) => *status,
-        Err(_) => Error::Cancelled.into(),
-    }
+    let mut causes = std::iter::successors(Some(&error as &dyn std::error::Error), |error| error.source());
+    let status = causes.find_map(|error| error.downcast_ref::<Status>());
+    status.cloned().unwrap_or_else(|| Error::Cancelled.into())
 }
 
 #[cfg(test)]

@@ -11,11 +11,11 @@ use crate::error::{Error, Result};
 
 /// Scores pairs: one query with many documents, or as many of the ones as of the others.
 pub(super) fn score(mut body: Body) -> Result<(Ask, Answer)> {
-    let (ones, others, field) = match (&mut body, ()) {
-        (Body { queries: Some(ones), documents: Some(others), .. }, ()) => (ones, others, "documents"),
-        (Body { queries: Some(ones), items: Some(others), .. }, ()) => (ones, others, "items"),
-        (Body { text_1: Some(ones), text_2: Some(others), .. }, ()) => (ones, others, "text_2"),
-        (Body { data_1: Some(ones), data_2: Some(others), .. }, ()) => (ones, others, "data_2"),
+    let (ones, others, field) = match &mut body {
+        Body { queries: Some(ones), documents: Some(others), .. } => (ones, others, "documents"),
+        Body { queries: Some(ones), items: Some(others), .. } => (ones, others, "items"),
+        Body { text_1: Some(ones), text_2: Some(others), .. } => (ones, others, "text_2"),
+        Body { data_1: Some(ones), data_2: Some(others), .. } => (ones, others, "data_2"),
         _ => return Err(Error::invalid("", "`queries` and `documents`, or `text_1` and `text_2`, are needed")),
     };
     let (mut queries, documents) = (std::mem::take(&mut ones.0), std::mem::take(&mut others.0));

@@ -5,7 +5,8 @@ use axum::extract::Request;
 /// An rpc of the server, as far as layers care.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Rpc {
-    /// `Service/Method`, or `http/` and a route, as labels and spans show it. One of a fixed set: strangers cannot make up labels.
+    /// `Service/Method`, or `http/` and a route, as labels and spans show it. One of a fixed set: strangers cannot make up
+    /// labels.
     pub(crate) name: &'static str,
     pub(crate) class: Class,
 }
@@ -118,6 +119,7 @@ mod tests {
         assert_eq!(class("/grpc.health.v1.Health/Check"), Class::Infrastructure);
         assert_eq!(class("/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"), Class::Infrastructure);
         assert_eq!(class("/plumb.v1.Models/LoadVersion"), Class::Admin);
+        assert_eq!((class("/get_reward"), class("/v1/models")), (Class::Score, Class::Read));
         assert_eq!(class("/plumb.v1.Models/DropAllTables"), Class::Admin);
     }
 }

@@ -66,7 +66,8 @@ pub(crate) struct Context {
 
 impl Context {
     /// Room for a call's work, of which so many tokens are `certain` and the rest is a guess. A request of a stream waits
-    /// for it: meanwhile the stream is read no further, and its sender is held up by flow control.
+    /// for it: meanwhile the stream is read no further, and its sender is held up by flow control. Others wait as long as
+    /// they have patience.
     async fn admit(&self, call: &Call, priority: Priority, work: Work, certain: usize) -> Result<Permit> {
         let Call { ref caller, arrived, deadline, patience: Patience(patience) } = *call;
         let waits = !patience.is_zero();

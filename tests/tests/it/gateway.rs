@@ -195,7 +195,6 @@ async fn what_makes_no_sense_is_refused_in_the_callers_words() {
     post(&server, "/get_reward", json!({ "query": ["a", ""] })).await.failed(400, bad, "query[1]: ");
     post(&server, "/get_reward", json!([])).await.failed(400, bad, "the body is not what is expected");
     post(&server, "/classify", json!({ "input": [280] })).await.failed(400, bad, "input[0]: token 0 is 280");
-    post(&server, "/rerank", json!({ "query": "q", "documents": ["a", ""] })).await.failed(400, bad, "documents[1]");
     post(&server, "/score", json!({ "text_1": "q", "text_2": [] })).await.failed(400, bad, "text_2: at least one");
     post(&server, "/classify", json!({ "input": "a", "request_id": "x".repeat(129) })).await.failed(400, bad, "128");
     post(&server, "/classify", json!({ "input": "a", "model": "nobody" })).await.failed(404, "NOT_FOUND", "nobody");
@@ -215,6 +214,8 @@ async fn what_makes_no_sense_is_refused_in_the_callers_words() {
     // Nothing is cut unless somebody asks for it.
     let long = "word ".repeat(2000);
     post(&server, "/get_reward", json!({ "query": ["a", long] })).await.failed(400, bad, "query[1]: the input has");
+    let documents = json!({ "query": "q", "documents": ["a", long] });
+    post(&server, "/rerank", documents).await.failed(400, bad, "documents[1]: the input has");
     let cut = async |options: Value| {
         let mut body = json!({ "input": vec![5; 2000] });
         body.as_object_mut().unwrap().extend(options.as_object().unwrap().clone());
