@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use futures::future::try_join_all;
+use futures::future::{OptionFuture, try_join_all};
 use futures::{Stream, StreamExt as _, stream};
 use metrics_exporter_prometheus::PrometheusHandle;
 use plumb_model::decoder::Device;
@@ -28,6 +28,7 @@ use crate::connections::{self, Incoming, Kind};
 use crate::device::Places;
 use crate::engine::{EngineOptions, Loss};
 use crate::error::{Error, Result};
+use crate::gateway::{self, Gateway};
 use crate::health::{Health, Phase};
 use crate::layers;
 use crate::layers::admission::Gate;
@@ -218,7 +219,12 @@ impl Server {
             None => None,
         };
         let metrics_listener = bind(&config.listen.hostname, config.listen.prometheus_port).await?;
+        let http_listener = match config.listen.http_port {
+            Some(port) => Some(bind(&config.listen.hostname, port).await?),
+            None => None,
+        };
         let (grpc, metrics) = (address(&listener)?, address(&metrics_listener)?);
+        let http = http_listener.as_ref().map(address).transpose()?;
         let admin = admin_listener.as_ref().map(address).transpose()?;
 
         let places = Places::open(
@@ -270,6 +276,9 @@ impl Server {
             services(&context)?.add_service(health_service.max_decoding_message_size(MAX_INFRASTRUCTURE_BYTES));
         let inflow =
             Inflow::new(config.limits.max_request_bytes, config.limits.max_message_bytes, config.http2.receive_timeout);
+        let gateway = Gateway::new(&context, Arc::clone(&inflow), health.ready()).routes(|calls| {
+            layers::around_work(calls, Arc::clone(&access), config.http2.receive_timeout, Arc::clone(&gate))
+        });
         let routes = layers::around(
             routes.into_axum_router(),
             Arc::clone(&access),
@@ -285,9 +294,15 @@ impl Server {
             let stop = accepting.clone().cancelled_owned();
             Some(builder(&config).add_routes(routes).serve_with_incoming_shutdown(incoming, stop))
         });
-        let served = futures::future::try_join_all(served.collect::<Vec<_>>());
+        let served = try_join_all(served.collect::<Vec<_>>());
+        let gateway = http_listener.map(|listener| {
+            let incoming = Incoming::new(listener, Kind::Http, config.connections, tls.clone());
+            let bounds = gateway::serve::Bounds::new(config.connections, &config.http2);
+            gateway::serve::serve(incoming, gateway, bounds, accepting.clone())
+        });
         let connections = tokio::spawn(async move {
-            served.await.map(drop).map_err(|error| Error::internal(format!("listening: {error}")))
+            let (served, _) = tokio::join!(served, OptionFuture::from(gateway));
+            served.map(drop).map_err(|error| Error::internal(format!("listening: {error}")))
         });
 
         let probes = exporter::Probes { alive: health.alive(), ready: health.ready() };
@@ -304,10 +319,10 @@ impl Server {
             AbortOnDropHandle::new(tokio::spawn(async move { follower.follow(kinds, followed).await })),
         ];
 
-        Listening { grpc, admin, metrics }.emit();
+        Listening { grpc, admin, http, metrics }.emit();
         warn_if_open(&config, grpc, admin);
         if let Some(path) = &config.listen.port_file {
-            write_ports(path, grpc, admin, metrics)?;
+            write_ports(path, grpc, [("admin", admin), ("http", http)], metrics)?;
         }
         let shutdown = Shutdown { health, gate, accepting, draining, connections };
         Ok(Self { background, config, grpc, admin, metrics, registry, lost, recorder, shutdown })
@@ -507,10 +522,17 @@ fn address(listener: &TcpListener) -> Result<SocketAddr> {
 }
 
 /// Appears with its whole content, so that a test that waits for it reads all of it.
-fn write_ports(path: &Path, grpc: SocketAddr, admin: Option<SocketAddr>, metrics: SocketAddr) -> Result<()> {
+fn write_ports(
+    path: &Path,
+    grpc: SocketAddr,
+    others: [(&str, Option<SocketAddr>); 2],
+    metrics: SocketAddr,
+) -> Result<()> {
     let mut ports = serde_json::json!({ "grpc": grpc, "metrics": metrics });
-    if let Some(admin) = admin {
-        ports["admin"] = admin.to_string().into();
+    for (name, address) in others {
+        if let Some(address) = address {
+            ports[name] = address.to_string().into();
+        }
     }
     let text = ports.to_string() + "\n";
     let mut temporary = path.as_os_str().to_owned();

@@ -115,7 +115,8 @@ impl Launch {
         let ports: serde_json::Value = serde_json::from_slice(&std::fs::read(ports).unwrap()).unwrap();
         let address = |port: &str| ports[port].as_str().unwrap().parse().unwrap();
         (server.address, server.metrics_address) = (address("grpc"), address("metrics"));
-        server.admin_address = ports["admin"].as_str().map(|address| address.parse().unwrap());
+        let other = |port: &str| ports[port].as_str().map(|address| address.parse().unwrap());
+        (server.admin_address, server.http_address) = (other("admin"), other("http"));
         server
     }
 
@@ -136,6 +137,7 @@ impl Launch {
             address: nowhere,
             metrics_address: nowhere,
             admin_address: None,
+            http_address: None,
             _hub: self.hub,
         }
     }
@@ -155,6 +157,7 @@ pub struct Server {
     address: SocketAddr,
     metrics_address: SocketAddr,
     admin_address: Option<SocketAddr>,
+    http_address: Option<SocketAddr>,
     _hub: Option<TcpListener>,
 }
 
@@ -180,6 +183,12 @@ impl Server {
     #[must_use]
     pub fn admin_address(&self) -> Option<SocketAddr> {
         self.admin_address
+    }
+
+    /// Where HTTP is answered, if it is.
+    #[must_use]
+    pub fn http_address(&self) -> Option<SocketAddr> {
+        self.http_address
     }
 
     /// Where metrics and probes are taken.

@@ -28,6 +28,9 @@ Examples:
   # A large model split over two GPUs, and a smaller one on a third
   plumb-server --model pm=org/reward-model-70b --model lm=./smollm2 --device pm=cuda:0,cuda:1 --device lm=cuda:2
 
+  # Rewards for OpenRLHF, verl and others that speak HTTP
+  plumb-server --model pm=org/reward-model --http-port 8000
+
   # Every version that is published below a folder takes over from the one before it
   plumb-server --model-root ./checkpoints
 
@@ -247,12 +250,17 @@ pub(crate) struct LimitFlags {
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Network")]
 pub(crate) struct NetworkFlags {
-    /// Address to listen on, for rpcs and for metrics. The default is this machine only; a container wants 0.0.0.0.
+    /// Address to listen on, for rpcs, HTTP and metrics. The default is this machine only; a container wants 0.0.0.0.
     #[arg(long, env = "PLUMB_HOSTNAME", default_value = "127.0.0.1")]
     pub(crate) hostname: String,
     /// Port of the rpcs; 0 picks a free one and logs it.
     #[arg(long, env = "PLUMB_PORT", default_value = "50051", value_parser = port)]
     pub(crate) port: u16,
+    /// Also answer HTTP with JSON on this port, as OpenRLHF, vLLM, SGLang and Cohere have it: /get_reward, /score,
+    /// /classify, /pooling, /rerank, /v1/embeddings, /v1/models, /health; 0 picks a free one and logs it [default: do
+    /// not].
+    #[arg(long, env = "PLUMB_HTTP_PORT", value_parser = port)]
+    pub(crate) http_port: Option<u16>,
     /// Port of /metrics, /healthz and /readyz; 0 picks a free one and logs it.
     #[arg(long, env = "PLUMB_PROMETHEUS_PORT", default_value = "9000", value_parser = port)]
     pub(crate) prometheus_port: u16,
@@ -263,7 +271,7 @@ pub(crate) struct NetworkFlags {
     #[arg(long, env = "PLUMB_ADMIN_HOSTNAME", value_name = "ADMIN_HOSTNAME")]
     pub(crate) admin_hostname: Option<String>,
     /// Write the bound addresses to this file as JSON: {"grpc": "127.0.0.1:50051", "metrics": "127.0.0.1:9000"}, and
-    /// "admin" where there is an --admin-port.
+    /// "admin" and "http" where there is an --admin-port or --http-port.
     #[arg(long, env = "PLUMB_PORT_FILE", value_name = "FILE")]
     pub(crate) port_file: Option<PathBuf>,
     /// Ask clients to reconnect after this time, so that load spreads over replicas [default: never].

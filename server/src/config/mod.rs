@@ -24,7 +24,7 @@ use self::args::{ClientAuth, Flags};
 pub use self::devices::{DeviceChoice, Devices};
 use self::file::FileValues;
 pub use self::models::ModelConfig;
-pub(crate) use self::models::check_name;
+pub(crate) use self::models::{check_name, version_folder};
 pub use self::secret::Secret;
 pub(crate) use self::versions::WantedLabel;
 pub use self::versions::{SwapPolicy, VersionPolicy, Versions};
@@ -139,6 +139,8 @@ pub struct Listen {
     pub hostname: String,
     /// Port of the rpcs; 0 for any.
     pub port: u16,
+    /// Port of the HTTP gateway, if there is one; 0 for any.
+    pub http_port: Option<u16>,
     /// Port of metrics; 0 for any.
     pub prometheus_port: u16,
     /// Where models are changed, if not where all rpcs are taken.
@@ -425,6 +427,7 @@ impl Config {
             listen: Listen {
                 hostname: network.hostname,
                 port: network.port,
+                http_port: network.http_port,
                 prometheus_port: network.prometheus_port,
                 admin,
                 port_file: network.port_file,

@@ -106,7 +106,7 @@ fn name_of(source: &str) -> Result<(String, u64), String> {
 }
 
 /// `<model>/<integer version>`, the layout in which trainers publish.
-fn version_folder(source: &str) -> Option<(String, u64)> {
+pub(crate) fn version_folder(source: &str) -> Option<(String, u64)> {
     let path = Path::new(source);
     let version = path.file_name()?.to_str()?.parse().ok()?;
     let name = path.parent()?.file_name()?.to_str()?;

@@ -38,6 +38,8 @@ pub(crate) enum Kind {
     Public,
     /// Those who change models.
     Admin,
+    /// Everybody who speaks HTTP/1.1 instead of gRPC.
+    Http,
 }
 
 /// A listener: yields connections until it is dropped, which closes its socket.
@@ -131,7 +133,7 @@ impl Door {
         let mut peer = Peer { address, local, listener: self.kind, certificate: None };
         let io = match &self.tls {
             None => Io::Plain(stream),
-            Some(tls) => match timeout_at(preface_by, tls.acceptor().accept(stream)).await {
+            Some(tls) => match timeout_at(preface_by, tls.acceptor(self.kind).accept(stream)).await {
                 Ok(Ok(stream)) => {
                     let certificates = stream.get_ref().1.peer_certificates();
                     peer.certificate = certificates.and_then(<[_]>::first).and_then(tls::name).map(Arc::from);

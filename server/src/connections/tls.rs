@@ -13,12 +13,14 @@ use tokio_rustls::rustls::{RootCertStore, ServerConfig};
 use x509_parser::extensions::GeneralName;
 use x509_parser::prelude::{FromDer as _, X509Certificate};
 
+use super::Kind;
 use crate::config;
 use crate::files::{self, Files};
 use crate::telemetry::events::CertificateLoaded;
 
-/// What is negotiated: gRPC needs HTTP/2.
-const ALPN: &[u8] = b"h2";
+/// What is negotiated: gRPC needs HTTP/2, the gateway speaks HTTP/1.1.
+const GRPC_ALPN: &[u8] = b"h2";
+const HTTP_ALPN: &[u8] = b"http/1.1";
 /// Longer names would fill logs and metrics.
 const MAX_NAME_LENGTH: usize = 128;
 
@@ -27,7 +29,14 @@ pub(crate) struct Tls {
     config: config::Tls,
     /// As they were before they were read.
     files: Files,
-    current: RwLock<Arc<ServerConfig>>,
+    current: RwLock<Current>,
+}
+
+/// The same for either protocol.
+#[derive(Debug)]
+struct Current {
+    grpc: Arc<ServerConfig>,
+    http: Arc<ServerConfig>,
 }
 
 impl Tls {
@@ -38,13 +47,17 @@ impl Tls {
     pub(crate) fn load(config: &config::Tls) -> Result<Self, String> {
         let config::Tls { certificate, key, client_ca, .. } = config;
         let files = Files::look([certificate, key].into_iter().chain(client_ca).cloned());
-        let current = RwLock::new(Arc::new(read(config)?));
+        let current = RwLock::new(read(config)?);
         Ok(Self { config: config.clone(), files, current })
     }
 
     /// For a handshake that begins now. A handshake ends with what it began with.
-    pub(crate) fn acceptor(&self) -> TlsAcceptor {
-        Arc::clone(&self.current.read().unwrap_or_else(PoisonError::into_inner)).into()
+    pub(crate) fn acceptor(&self, kind: Kind) -> TlsAcceptor {
+        let current = self.current.read().unwrap_or_else(PoisonError::into_inner);
+        match kind {
+            Kind::Public | Kind::Admin => Arc::clone(&current.grpc).into(),
+            Kind::Http => Arc::clone(&current.http).into(),
+        }
     }
 
     /// Reads the files again whenever they change. What is broken changes nothing.
@@ -56,14 +69,14 @@ impl Tls {
             let Ok(read) = tokio::task::spawn_blocking(move || read(&config)).await else { continue };
             match read {
                 // Sessions of the old configuration are not resumed under the new one: it has tickets of its own.
-                Ok(new) => *self.current.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(new),
+                Ok(new) => *self.current.write().unwrap_or_else(PoisonError::into_inner) = new,
                 Err(error) => CertificateLoaded::Refused { error: &error }.emit(),
             }
         }
     }
 }
 
-fn read(config: &config::Tls) -> Result<ServerConfig, String> {
+fn read(config: &config::Tls) -> Result<Current, String> {
     let provider = Arc::new(ring::default_provider());
     let chain = certificates(&config.certificate)?;
     let key = PrivateKeyDer::from_pem_slice(&files::read(&config.key)?)
@@ -79,12 +92,16 @@ fn read(config: &config::Tls) -> Result<ServerConfig, String> {
         }
     };
     let (certificate, key_path) = (config.certificate.display(), config.key.display());
-    let mut server = builder
+    let server = builder
         .with_single_cert(chain, key)
         .map_err(|error| format!("{certificate} and {key_path} do not go together: {error}"))?;
-    server.alpn_protocols.push(ALPN.to_vec());
     CertificateLoaded::Read { path: &config.certificate, expires }.emit();
-    Ok(server)
+    let negotiates = |protocol: &[u8]| {
+        let mut server = server.clone();
+        server.alpn_protocols.push(protocol.to_vec());
+        Arc::new(server)
+    };
+    Ok(Current { grpc: negotiates(GRPC_ALPN), http: negotiates(HTTP_ALPN) })
 }
 
 fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, String> {
@@ -177,10 +194,10 @@ mod tests {
         let config = config::Tls { certificate, key, client_ca: None, client_auth_optional: false };
         let tls = Tls::load(&config).unwrap();
         let tls = Tls { files: tls.files.clone().every(Duration::from_millis(5)), ..tls };
-        let old = Arc::clone(&tls.current.read().unwrap());
+        let old = Arc::clone(&tls.current.read().unwrap().grpc);
         write();
         let seen = async {
-            while Arc::ptr_eq(&old, &tls.current.read().unwrap()) {
+            while Arc::ptr_eq(&old, &tls.current.read().unwrap().grpc) {
                 tokio::task::yield_now().await;
             }
         };

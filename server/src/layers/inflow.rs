@@ -11,6 +11,7 @@
 //! it holds no more than its own part, which is half of all, until its deadline or the end of its connection.
 
 use std::collections::{HashMap, VecDeque};
+use std::future::poll_fn;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, ready};
@@ -32,7 +33,7 @@ use super::receive::late;
 use super::rpc::{Class, Rpc};
 
 /// Messages of a unary call up to this size need no room: the window brings as much anyway, and calls are counted.
-const SMALL: u32 = 64 << 10;
+pub(crate) const SMALL: u32 = 64 << 10;
 /// Bytes that are counted as one.
 const UNIT: usize = 1 << 10;
 /// Bytes before every message: whether it is compressed, and how long it is.
@@ -55,6 +56,16 @@ impl Inflow {
         let units = (bytes / UNIT).min(Semaphore::MAX_PERMITS);
         let room = Arc::new(Semaphore::new(units));
         Arc::new(Self { room, of_client: units / 2, clients: Mutex::default(), longest, arrival })
+    }
+
+    /// Room for a request of so many bytes that is no message, once there is. A small one needs none.
+    pub(crate) async fn room(&self, caller: &Caller, bytes: usize) -> Option<Room> {
+        let bytes = u32::try_from(bytes).unwrap_or(u32::MAX);
+        if bytes <= SMALL {
+            return None;
+        }
+        let mut wanted = Wanted::new(self, caller, bytes);
+        poll_fn(|cx| wanted.poll(cx)).await
     }
 
     fn client(&self, caller: &Caller) -> Arc<Semaphore> {

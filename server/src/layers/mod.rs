@@ -34,6 +34,13 @@ pub(crate) fn around(
     gate: Arc<Gate>,
     inflow: Arc<Inflow>,
 ) -> Router {
+    // Innermost: nobody reads a message of a call that is refused.
+    let services = services.layer(from_fn_with_state(inflow, inflow::inflow));
+    around_work(services, access, receive_timeout, gate)
+}
+
+/// The same around services that read their requests by themselves.
+pub(crate) fn around_work(services: Router, access: Arc<Access>, receive_timeout: Duration, gate: Arc<Gate>) -> Router {
     services.layer(
         ServiceBuilder::new()
             // Outermost: what the others log belongs to the call's span, and the arrival is when the call came in.
@@ -49,8 +56,6 @@ pub(crate) fn around(
             // Around the work and nothing else: a refusal needs no time limit, work must not outlive its caller's.
             .layer(from_fn(deadline::deadline))
             // What is in flight here is work, which is what a shutdown waits for.
-            .layer(from_fn_with_state(gate, admission::admission))
-            // Innermost: nobody reads a message of a call that is refused.
-            .layer(from_fn_with_state(inflow, inflow::inflow)),
+            .layer(from_fn_with_state(gate, admission::admission)),
     )
 }

@@ -5,7 +5,8 @@ use axum::extract::Request;
 /// An rpc of the server, as far as layers care.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Rpc {
-    /// `Service/Method`, as labels and spans show it. One of a fixed set: strangers cannot make up labels.
+    /// `Service/Method`, or `http/` and a route, as labels and spans show it. One of a fixed set: strangers cannot make up
+    /// labels.
     pub(crate) name: &'static str,
     pub(crate) class: Class,
 }
@@ -26,6 +27,20 @@ pub(crate) enum Class {
 }
 
 const REFLECTION: Rpc = Rpc { name: "reflection", class: Class::Infrastructure };
+
+/// What is asked over plain HTTP: the routes of the gateway.
+pub(crate) const HTTP: [(&str, Rpc); 10] = [
+    ("/get_reward", Rpc { name: "http/get_reward", class: Class::Score }),
+    ("/score", Rpc { name: "http/score", class: Class::Score }),
+    ("/v1/score", Rpc { name: "http/score", class: Class::Score }),
+    ("/classify", Rpc { name: "http/classify", class: Class::Score }),
+    ("/pooling", Rpc { name: "http/pooling", class: Class::Score }),
+    ("/rerank", Rpc { name: "http/rerank", class: Class::Score }),
+    ("/v1/rerank", Rpc { name: "http/rerank", class: Class::Score }),
+    ("/v2/rerank", Rpc { name: "http/rerank", class: Class::Score }),
+    ("/v1/embeddings", Rpc { name: "http/embeddings", class: Class::Score }),
+    ("/v1/models", Rpc { name: "http/models", class: Class::Read }),
+];
 
 const RPCS: [(&str, Rpc); 13] = [
     ("/plumb.v1.Preference/Score", Rpc { name: "Preference/Score", class: Class::Score }),
@@ -54,8 +69,13 @@ impl Rpc {
         if path.starts_with("/grpc.reflection.") {
             return REFLECTION;
         }
-        let known = RPCS.iter().find(|(known, _)| *known == path);
+        let known = RPCS.iter().chain(&HTTP).find(|(known, _)| *known == path);
         known.map_or(Self { name: "unknown", class: Class::Admin }, |(_, rpc)| *rpc)
+    }
+
+    /// In which protocol it is called, as traces name it.
+    pub(crate) fn system(self) -> &'static str {
+        if self.name.starts_with("http/") { "http" } else { "grpc" }
     }
 
     /// Whether the caller may take as long as it likes between the messages of its request.
@@ -99,6 +119,7 @@ mod tests {
         assert_eq!(class("/grpc.health.v1.Health/Check"), Class::Infrastructure);
         assert_eq!(class("/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"), Class::Infrastructure);
         assert_eq!(class("/plumb.v1.Models/LoadVersion"), Class::Admin);
+        assert_eq!((class("/get_reward"), class("/v1/models")), (Class::Score, Class::Read));
         assert_eq!(class("/plumb.v1.Models/DropAllTables"), Class::Admin);
     }
 }

@@ -33,7 +33,7 @@ pub(crate) async fn trace(mut request: Request, next: Next) -> Response {
         "call",
         otel.name = rpc.name,
         otel.kind = "server",
-        rpc.system = "grpc",
+        rpc.system = rpc.system(),
         rpc = rpc.name,
         id = id.to_str().unwrap_or_default(),
         // Recorded by the service: the id inside the message.

@@ -18,7 +18,7 @@ mod work;
 
 use std::future::Future;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use prost::Message;
 use sha2::{Digest as _, Sha256};
@@ -66,9 +66,12 @@ pub(crate) struct Context {
 
 impl Context {
     /// Room for a call's work, of which so many tokens are `certain` and the rest is a guess. A request of a stream waits
-    /// for it: meanwhile the stream is read no further, and its sender is held up by flow control.
+    /// for it: meanwhile the stream is read no further, and its sender is held up by flow control. Others wait as long as
+    /// they have patience.
     async fn admit(&self, call: &Call, priority: Priority, work: Work, certain: usize) -> Result<Permit> {
-        let Call { ref caller, deadline, in_stream: waits, .. } = *call;
+        let Call { ref caller, arrived, deadline, patience: Patience(patience) } = *call;
+        let waits = !patience.is_zero();
+        let end = [arrived.checked_add(patience), deadline].into_iter().flatten().min();
         let ask = Ask { client: Arc::clone(&caller.0), priority, work, certain, deadline, waits };
         loop {
             let refusal = match self.admission.admit(ask.clone()) {
@@ -76,7 +79,7 @@ impl Context {
                 Err(refusal) => refusal,
             };
             match refusal.retry_after().map(|after| Instant::now() + after) {
-                Some(then) if waits && deadline.is_none_or(|deadline| then < deadline) => {
+                Some(then) if waits && end.is_none_or(|end| then < end) => {
                     tokio::time::sleep_until(then.into()).await;
                 }
                 _ => {
@@ -104,8 +107,16 @@ pub(crate) struct Call {
     pub(crate) caller: Caller,
     pub(crate) arrived: Instant,
     pub(crate) deadline: Option<Instant>,
-    /// It is one request of a stream.
-    pub(crate) in_stream: bool,
+    pub(crate) patience: Patience,
+}
+
+/// How long a call waits for room, from its arrival on, before it is refused.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Patience(pub(crate) Duration);
+
+impl Patience {
+    /// Until its deadline.
+    pub(crate) const ENDLESS: Self = Self(Duration::MAX);
 }
 
 impl Call {
@@ -115,7 +126,7 @@ impl Call {
             caller: Caller::of(extensions),
             arrived: extensions.get().map_or_else(Instant::now, |&Arrived(arrived)| arrived),
             deadline: extensions.get().map(|&Deadline(deadline)| deadline),
-            in_stream: false,
+            patience: extensions.get().copied().unwrap_or_default(),
         }
     }
 }

@@ -14,7 +14,7 @@ use tracing::Instrument as _;
 
 use super::input::{self, Objective};
 use super::scoring::{ScoreCall, Scored};
-use super::{Call, Context, limits, rank, split_hash};
+use super::{Call, Context, Patience, limits, rank, split_hash};
 use crate::error::{Error, Result};
 use crate::layers::inflow::{Received, Room};
 use crate::layers::trace::record_request_id;
@@ -103,7 +103,7 @@ async fn answer(
     _room: Option<Room>,
 ) -> Result<v1::ScoreResponse, Status> {
     let request = message?;
-    let call = Call { arrived: std::time::Instant::now(), in_stream: true, ..stream };
+    let call = Call { arrived: std::time::Instant::now(), patience: Patience::ENDLESS, ..stream };
     let request_id = request.request_id.clone();
     let response = score(&context, request, call, origin).await;
     Ok(response.unwrap_or_else(|error| v1::ScoreResponse {

@@ -7,6 +7,7 @@
 mod command;
 mod errors;
 mod evaluate;
+mod gateway;
 mod generation;
 mod golden;
 mod invariance;

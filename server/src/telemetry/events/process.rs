@@ -52,6 +52,8 @@ pub struct Listening {
     pub grpc: SocketAddr,
     /// Where models are changed, if not there.
     pub admin: Option<SocketAddr>,
+    /// Where HTTP is answered, if it is.
+    pub http: Option<SocketAddr>,
     /// Where metrics and probes are taken.
     pub metrics: SocketAddr,
 }
@@ -60,7 +62,8 @@ impl Listening {
     /// Logs the addresses.
     pub fn emit(self) {
         let admin = self.admin.map(tracing::field::display);
-        info!(target: "plumb", grpc = %self.grpc, admin, metrics = %self.metrics, "listening");
+        let http = self.http.map(tracing::field::display);
+        info!(target: "plumb", grpc = %self.grpc, admin, http, metrics = %self.metrics, "listening");
     }
 }
 
