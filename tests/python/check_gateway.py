@@ -3,7 +3,7 @@
 usage: check_gateway.py ADDRESS MODEL_FOLDER
 
 ADDRESS is that of a gateway in front of the model of the folder, in f32. Expected rewards are computed by Transformers.
-A check whose packages are missing is skipped, and says so; nothing but a Python is needed to run the script. The packages
+A check whose packages are missing is skipped, and says so; nothing but a Python is needed to run the script. Packages
 are those of requirements-gateway.txt.
 """
 
@@ -132,7 +132,9 @@ def cohere(expected):
         assert [result.index for result in results] == order, results
         for result in results:
             close(result.relevance_score, 1 / (1 + math.exp(-rewards[result.index])))
-    results = clients[0].rerank(model="llama-pm", query=QUESTION, documents=ANSWERS, top_n=1, return_documents=True).results
+    results = (
+        clients[0].rerank(model="llama-pm", query=QUESTION, documents=ANSWERS, top_n=1, return_documents=True).results
+    )
     assert [result.document.text for result in results] == [ANSWERS[order[0]]], results
 
 

@@ -1,6 +1,6 @@
 //! `/rerank` as Cohere, Jina and vLLM have it.
 //!
-//! Their scores lie between 0 and 1: `relevance_score` is the sigmoid of the reward, which stands beside it, and by which
+//! Their scores lie between 0 and 1: `relevance_score` is the sigmoid of the reward, which stands beside it and by which
 //! results are ordered.
 
 use serde_json::json;
