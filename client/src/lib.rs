@@ -33,6 +33,8 @@ mod error;
 pub mod hhh;
 mod input;
 mod options;
+#[cfg(feature = "parquet")]
+pub mod parquet;
 mod retry;
 #[cfg(feature = "evaluation")]
 pub mod stats;

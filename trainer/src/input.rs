@@ -5,8 +5,8 @@ use std::io::{BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
 
 use flate2::read::MultiGzDecoder;
+use plumb_client::parquet::{Rows, is_parquet};
 
-use crate::parquet::Rows;
 use crate::{Error, Result};
 
 /// Most bytes of a line.
@@ -28,11 +28,6 @@ pub(crate) fn open(path: &Path) -> Result<Box<dyn BufRead>> {
     })
 }
 
-/// Whether a file is a table of rows rather than text.
-pub(crate) fn is_parquet(path: &Path) -> bool {
-    path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("parquet"))
-}
-
 /// Lines that are not empty, with their numbers; the rows of a Parquet file are lines of JSON.
 pub(crate) struct Lines {
     path: PathBuf,
@@ -48,7 +43,7 @@ enum Format {
 impl Lines {
     pub(crate) fn open(path: &Path) -> Result<Self> {
         let reader = match is_parquet(path) {
-            true => Format::Parquet(Box::new(Rows::open(path)?)),
+            true => Format::Parquet(Box::new(Rows::open(path).map_err(Error::io(path))?)),
             false => Format::Text(open(path)?),
         };
         Ok(Self { path: path.to_owned(), reader, number: 0 })
@@ -63,7 +58,8 @@ impl Lines {
             Format::Text(reader) => reader,
             Format::Parquet(rows) => {
                 self.number += 1;
-                return Ok(rows.next()?.map(|row| (self.number, row)));
+                let row = rows.next().transpose().map_err(Error::io(&self.path))?;
+                return Ok(row.map(|row| (self.number, row)));
             }
         };
         loop {

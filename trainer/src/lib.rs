@@ -35,7 +35,6 @@ mod lora;
 mod objective;
 mod order;
 mod output;
-mod parquet;
 pub mod plot;
 pub mod prepare;
 mod probes;

@@ -54,6 +54,10 @@ pub(crate) struct Reading {
     pub(crate) raw: bool,
 }
 
+/// The keys that say something, also as columns of a table.
+pub(crate) const KEYS: &[&str] =
+    &["id", "text", "messages", "prompt", "response", "candidates", "chosen", "rejected", "conversation", "token_ids"];
+
 /// The keys a line may have. Others are the data's own and are passed over.
 #[derive(Default, PartialEq, Deserialize)]
 struct Line {

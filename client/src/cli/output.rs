@@ -5,7 +5,7 @@ use std::io::{self, BufWriter, Write};
 use std::path::{Path, PathBuf};
 
 use plumb_client::{ItemFailure, code_name, v1};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use tabled::builder::Builder;
 use tabled::settings::{Padding, Style};
@@ -104,11 +104,11 @@ impl Origin {
 }
 
 /// The model that answered.
-#[derive(Clone, Serialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub(crate) struct Model {
-    model: String,
-    version: u64,
-    weights_digest: String,
+    pub(crate) model: String,
+    pub(crate) version: u64,
+    pub(crate) weights_digest: String,
 }
 
 impl From<&v1::ModelIdentity> for Model {

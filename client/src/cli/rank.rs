@@ -105,7 +105,7 @@ async fn rank(client: &Client, args: &RankArgs, read: ReadLine, several_files: b
     let broken = |reason: String| ItemFailure { code: plumb_client::Code::InvalidArgument, message: reason };
     let Record { place, id, body } = match read {
         Ok(record) => record,
-        Err(source::Broken { place, reason }) => {
+        Err(source::Broken { place, reason, .. }) => {
             let origin = Origin::new(&place, None, several_files);
             return Ok(Answer { origin, preview: String::new(), outcome: Err(broken(reason)) });
         }

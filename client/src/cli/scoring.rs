@@ -5,6 +5,7 @@ use std::time::Duration;
 use clap::Args;
 use futures::{Stream, StreamExt};
 use plumb_client::{Client, Code, Error, ItemFailure, score, v1};
+use serde_json::json;
 
 use super::args::{FlowArgs, HhhPrompt, ModelArgs, Objective, Priority, TextArgs};
 
@@ -64,6 +65,22 @@ pub(crate) type Outcome = Option<Result<v1::Score, ItemFailure>>;
 const PATIENCE: Duration = Duration::from_millis(100);
 
 impl Scorer {
+    /// Asks from now on for the very version that would answer now.
+    pub(crate) async fn pin(&mut self) -> Result<v1::ModelIdentity, Error> {
+        let texts = vec!["?".to_owned()];
+        let request = v1::TokenizeRequest { model: self.template.model.clone(), texts, ..Default::default() };
+        let model = self.client.tokenize(request).await?.model.unwrap_or_default();
+        let choice = Some(v1::model_spec::Choice::Version(model.version));
+        self.template.model = Some(v1::ModelSpec { name: model.name.clone(), choice });
+        Ok(model)
+    }
+
+    /// What scores depend on, the model aside, as JSON.
+    pub(crate) fn options(&self) -> serde_json::Result<serde_json::Value> {
+        let text = serde_json::to_value(self.template.text)?;
+        Ok(json!({"text": text, "objective": self.template.objective().as_str_name()}))
+    }
+
     /// Scores what has an input and passes on what has none, in order. An error ends everything: it would meet the
     /// next call too.
     pub(crate) fn run<T>(

@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use clap::Args;
 use flate2::read::MultiGzDecoder;
+use plumb_client::parquet::{Rows, count_rows, is_parquet};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 
@@ -22,6 +23,8 @@ const AHEAD: usize = 512;
 pub(crate) struct Broken {
     pub(crate) place: Place,
     pub(crate) reason: String,
+    /// Whether the file cannot be read any further.
+    pub(crate) is_last: bool,
 }
 
 /// A line, understood or not.
@@ -79,41 +82,50 @@ pub(crate) fn read(files: Vec<PathBuf>, reading: Reading, limit: Option<u64>) ->
 /// Sends every line of a file until `send` has enough, in which case the answer is false.
 pub(crate) fn read_file(path: &Path, reading: Reading, send: &mut dyn FnMut(ReadLine) -> bool) -> bool {
     let file: Arc<Path> = path.into();
-    let mut number = 0;
-    let broken = |line, reason: String| Err(Broken { place: Place { file: Some(file.clone()), line }, reason });
-    let mut lines = match open(path) {
+    let place = |line| Place { file: Some(file.clone()), line };
+    let last = |line, error: io::Error| Err(Broken { place: place(line), reason: error.to_string(), is_last: true });
+    let lines = match lines(path) {
         Ok(lines) => lines,
-        Err(error) => return send(broken(0, error.to_string())),
+        Err(error) => return send(last(0, error)),
     };
-    let mut line = Vec::new();
-    loop {
-        line.clear();
-        number += 1;
-        match lines.read_until(b'\n', &mut line) {
-            Ok(0) => return true,
-            Ok(_) if line.trim_ascii().is_empty() => continue,
-            Ok(_) => {}
+    for (number, line) in (1..).zip(lines) {
+        let line = match line {
+            Ok(line) if line.trim_ascii().is_empty() => continue,
+            Ok(line) => line,
             // The rest of a damaged archive is lost; the other files are not.
-            Err(error) => return send(broken(number, error.to_string())),
-        }
-        let place = Place { file: Some(file.clone()), line: number };
+            Err(error) => return send(last(number, error)),
+        };
+        let place = place(number);
         let read = match input::parse(line.trim_ascii(), reading) {
             Ok((id, body)) => Ok(Record { place, id, body }),
-            Err(reason) => Err(Broken { place, reason }),
+            Err(reason) => Err(Broken { place, reason, is_last: false }),
         };
         if !send(read) {
             return false;
         }
     }
+    true
 }
 
-/// How many lines the files have that are not blank; `None` if one of them can be read only once.
+/// The lines of a file, or the rows of a Parquet file as such.
+fn lines(path: &Path) -> io::Result<Box<dyn Iterator<Item = io::Result<Vec<u8>>>>> {
+    Ok(match is_parquet(path) {
+        true => Box::new(Rows::open_columns(path, input::KEYS)?),
+        false => Box::new(open(path)?.split(b'\n')),
+    })
+}
+
+/// How many rows or lines that are not blank the files have; `None` if one of them can be read only once.
 pub(crate) fn count_lines(files: &[PathBuf]) -> Option<u64> {
     if files.iter().any(|file| is_stdin(file)) {
         return None;
     }
     let mut count = 0;
     for file in files {
+        if is_parquet(file) {
+            count += count_rows(file).ok()?;
+            continue;
+        }
         let mut lines = open(file).ok()?;
         let mut is_blank = true;
         // Without holding a line: it may be longer than anybody wants to read.

@@ -12,19 +12,19 @@ use tonic_health::ServingStatus;
 use crate::fake::{Fake, Step};
 
 /// What a run left behind.
-struct Run {
-    code: i32,
-    out: String,
-    err: String,
+pub(crate) struct Run {
+    pub(crate) code: i32,
+    pub(crate) out: String,
+    pub(crate) err: String,
 }
 
 impl Run {
-    fn json(&self) -> Vec<Value> {
+    pub(crate) fn json(&self) -> Vec<Value> {
         self.out.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
     }
 
     /// Exit code 0; answers standard output.
-    fn ok(&self) -> &str {
+    pub(crate) fn ok(&self) -> &str {
         assert_eq!(self.code, 0, "{}{}", self.out, self.err);
         &self.out
     }
@@ -50,7 +50,7 @@ async fn plumb_with(server: &str, stdin: &str, args: &[&str]) -> Run {
     }
 }
 
-async fn plumb(fake: &Fake, args: &[&str]) -> Run {
+pub(crate) async fn plumb(fake: &Fake, args: &[&str]) -> Run {
     plumb_with(&fake.url, "", args).await
 }
 
@@ -60,7 +60,7 @@ fn file(folder: &TempDir, name: &str, text: &str) -> String {
     shown(&path)
 }
 
-fn shown(path: &Path) -> String {
+pub(crate) fn shown(path: &Path) -> String {
     path.to_str().unwrap().to_owned()
 }
 

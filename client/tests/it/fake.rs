@@ -31,6 +31,8 @@ pub(crate) enum Step {
     Hang,
     /// Answers one result too few.
     Forget,
+    /// Answers as if other weights were served.
+    OtherWeights,
 }
 
 #[derive(Clone)]
@@ -94,17 +96,23 @@ impl Fake {
     }
 
     async fn step(&self, metadata: &MetadataMap) -> Result<bool, Status> {
+        Ok(self.next_step(metadata).await?.0)
+    }
+
+    /// Whether all is answered, and by the usual weights.
+    async fn next_step(&self, metadata: &MetadataMap) -> Result<(bool, bool), Status> {
         self.seen.lock().unwrap().push(metadata.clone());
         let step = self.steps.lock().unwrap().pop_front().unwrap_or(Step::Answer);
         self.calls.send_modify(|calls| *calls += 1);
         match step {
-            Step::Answer => Ok(true),
-            Step::Forget => Ok(false),
+            Step::Answer => Ok((true, true)),
+            Step::OtherWeights => Ok((true, false)),
+            Step::Forget => Ok((false, true)),
             Step::Fail(status) => Err(status),
             Step::Hang => std::future::pending().await,
             Step::HoldUntilCalls(n) => {
                 self.calls.subscribe().wait_for(|calls| *calls >= n).await.unwrap();
-                Ok(true)
+                Ok((true, true))
             }
         }
     }
@@ -164,8 +172,11 @@ fn score_response(request: &v1::ScoreRequest) -> v1::ScoreResponse {
 #[tonic::async_trait]
 impl Preference for Fake {
     async fn score(&self, request: Request<v1::ScoreRequest>) -> Result<Response<v1::ScoreResponse>, Status> {
-        let complete = self.step(request.metadata()).await?;
+        let (complete, usual) = self.next_step(request.metadata()).await?;
         let mut response = score_response(request.get_ref());
+        if let Some(model) = response.model.as_mut().filter(|_| !usual) {
+            model.weights_digest = "fedcba9876543210".into();
+        }
         if !complete {
             response.results.pop();
         }

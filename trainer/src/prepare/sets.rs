@@ -3,12 +3,13 @@
 use std::io::Read as _;
 use std::path::Path;
 
+use plumb_client::parquet::is_parquet;
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 
 use super::{Body, Dataset, Record, Sink, Turn};
 use super::{stack_exchange, wikipedia};
-use crate::input::{Lines, is_parquet, open};
+use crate::input::{Lines, open};
 use crate::{Error, Result};
 
 /// What a line came to: a record, or why there is none.

@@ -1,4 +1,9 @@
-//! `plumb score`: texts, dialogues and pairs, from the command line, files or standard input.
+//! `plumb score`: texts, dialogues and pairs, from the command line, files, folders or standard input.
+
+mod bulk;
+
+mod manifest;
+mod table;
 
 use std::path::PathBuf;
 
@@ -7,6 +12,8 @@ use futures::{StreamExt, stream};
 use plumb_client::{ItemFailure, v1};
 use serde::Serialize;
 
+use self::bulk::BulkArgs;
+use self::table::Table;
 use super::args::{Global, HhhPrompt, Objective, Priority};
 use super::input::{Body, Reading, Record, preview, prompt_input, with_response};
 use super::output::{Failure, Lines, Model, Origin, describe, print, table, visible};
@@ -17,7 +24,7 @@ use super::stats::{Distribution, Preferences};
 use super::{Outcome, Usage};
 
 const EXAMPLES: &str = "\
-A line of a file is one of
+A line of a file, or a row of a Parquet file by its columns, is one of
   {\"text\": \"...\"}
   {\"messages\": [{\"role\": \"user\", \"content\": \"...\"}, ...]}
   {\"prompt\": \"...\" or messages, \"response\": \"...\"}
@@ -30,13 +37,15 @@ Examples:
   plumb score --text 'A text as it is.'
   plumb score --model pm --json pairs.jsonl.gz > rewards.jsonl
   zcat dialogues.jsonl.gz | plumb score --limit 100 -
+  plumb --server http://gpu1:50051,http://gpu2:50051 score --output-dir scored/ --concurrency 64 texts/
+  plumb score --output-dir scored/ --shard \"$JOB_COMPLETION_INDEX/16\" --keep '*' texts/
   plumb score --model lm --objective mutual-information --hhh-prompt full dialogues.jsonl";
 
 /// Arguments of `plumb score`.
 #[derive(Args)]
 #[command(after_help = EXAMPLES)]
 pub(crate) struct ScoreArgs {
-    /// JSONL files, also packed (.gz, .zst); - is standard input
+    /// Parquet or JSONL files, JSONL also packed (.gz, .zst); - is standard input; with --output-dir also folders
     #[arg(value_name = "FILE", conflicts_with_all = ["text", "prompt"])]
     pub(crate) files: Vec<PathBuf>,
     /// A text to score as it is; may be given several times
@@ -61,26 +70,31 @@ pub(crate) struct ScoreArgs {
     #[arg(long, value_name = "FILE")]
     output: Option<PathBuf>,
     #[command(flatten)]
+    bulk: BulkArgs,
+    #[command(flatten)]
     source: SourceArgs,
     #[command(flatten)]
     scoring: ScoringArgs,
 }
 
 pub(crate) async fn run(global: &Global, args: ScoreArgs) -> anyhow::Result<Outcome> {
+    if args.bulk.is_asked_for() {
+        return bulk::run(global, args).await;
+    }
     let reading = args.source.reading();
     let literal = literals(&args, reading)?;
     let files = if literal.is_empty() { source::files_or_stdin(args.files)? } else { Vec::new() };
-    let lines = match &args.output {
-        Some(path) => Some(Lines::open(Some(path))?),
-        None if global.json => Some(Lines::open(None)?),
-        None => None,
+    let sink = match &args.output {
+        Some(path) => Sink::Lines(Lines::open(Some(path))?),
+        None if global.json => Sink::Lines(Lines::open(None)?),
+        None => Sink::Shown,
     };
     let client = global.connect().await?;
     let scorer = args.scoring.scorer(&client, args.objective, args.hhh_prompt, args.per_token, Priority::Normal);
 
     let progress = if files.is_empty() { Progress::hidden() } else { Progress::files(&files, args.source.limit) };
     let several_files = files.len() > 1;
-    let mut report = Report { lines, progress, several_files, ..Report::new() };
+    let mut report = Report { sink, several_files, ..Report::new(progress) };
     let reads = stream::iter(literal).chain(source::read(files, reading, args.source.limit));
     let batches = scorer.run(reads.flat_map(|read| stream::iter(slots(read))));
     let mut batches = std::pin::pin!(batches);
@@ -218,9 +232,19 @@ impl From<&v1::Score> for Scored {
 /// More rows than this are summed up instead of shown.
 const ROWS: usize = 50;
 
+/// Where the scores go.
+#[derive(Default)]
+enum Sink {
+    /// In the report itself.
+    #[default]
+    Shown,
+    Lines(Lines),
+    Table(Box<Table>),
+}
+
 /// What is said about the items: a line each, or a table, or numbers.
 struct Report {
-    lines: Option<Lines>,
+    sink: Sink,
     progress: Progress,
     several_files: bool,
     model: Option<v1::ModelIdentity>,
@@ -236,10 +260,10 @@ struct Report {
 }
 
 impl Report {
-    fn new() -> Self {
+    fn new(progress: Progress) -> Self {
         Self {
-            lines: None,
-            progress: Progress::hidden(),
+            sink: Sink::Shown,
+            progress,
             several_files: false,
             model: None,
             rows: Vec::new(),
@@ -266,7 +290,7 @@ impl Report {
             }
         }
         self.model = batch.model.or(self.model.take());
-        if let Some(lines) = &mut self.lines {
+        if let Sink::Lines(lines) = &mut self.sink {
             lines.flush()?;
         }
         Ok(())
@@ -282,9 +306,13 @@ impl Report {
         let tokens = outcome.as_ref().map_or(0, |score| u64::from(score.input_tokens));
         self.progress.advance(u64::from(slot.last), 1, tokens);
         self.count(slot.side, &outcome);
-        let Some(lines) = &mut self.lines else {
-            self.row(slot, origin, &outcome);
-            return Ok(());
+        let lines = match &mut self.sink {
+            Sink::Lines(lines) => lines,
+            Sink::Table(table) => return Ok(table.item(slot.side, &outcome, slot.last, model)?),
+            Sink::Shown => {
+                self.row(slot, origin, &outcome);
+                return Ok(());
+            }
         };
         let line = ItemLine {
             origin,
@@ -351,7 +379,11 @@ impl Report {
         self.broken += 1;
         self.progress.advance(1, 0, 0);
         self.progress.note(&format!("plumb: {}: {}", broken.place, broken.reason));
-        let Some(lines) = &mut self.lines else { return Ok(()) };
+        let lines = match &mut self.sink {
+            Sink::Lines(lines) => lines,
+            Sink::Table(table) => return Ok(table.broken(&broken.reason)?),
+            Sink::Shown => return Ok(()),
+        };
         let failure = ItemFailure { code: plumb_client::Code::InvalidArgument, message: broken.reason.clone() };
         Ok(lines.write(&ItemLine {
             origin: &Origin::new(&broken.place, None, self.several_files),
@@ -364,12 +396,13 @@ impl Report {
     }
 
     fn finish(mut self, json_on_stdout: bool) -> anyhow::Result<Outcome> {
-        if let Some(lines) = &mut self.lines {
+        let is_shown = matches!(self.sink, Sink::Shown);
+        if let Sink::Lines(lines) = &mut self.sink {
             lines.flush()?;
         }
         let (items, tokens, seconds) = self.progress.finish();
         let mut text = String::new();
-        if self.lines.is_none() && self.rows.len() <= ROWS && !self.rows.is_empty() {
+        if is_shown && self.rows.len() <= ROWS && !self.rows.is_empty() {
             let header = ["line", "id", "side", "reward", "tokens", "cached", "response", "text"];
             text += &table(header, self.rows);
             text += &self.tokens;
