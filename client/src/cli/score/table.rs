@@ -29,10 +29,12 @@ enum Form {
 impl Form {
     fn of(schema: &Type) -> Self {
         let has = |name: &str| schema.get_fields().iter().any(|field| field.name() == name);
-        match () {
-            () if has("chosen") && has("rejected") => Self::Pair,
-            () if has("candidates") => Self::Candidates,
-            () => Self::Single,
+        if has("chosen") && has("rejected") {
+            Self::Pair
+        } else if has("candidates") {
+            Self::Candidates
+        } else {
+            Self::Single
         }
     }
 
