@@ -5,7 +5,7 @@ use std::io::Write as _;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use clap::{ArgAction, Args, Parser, Subcommand};
+use clap::{ArgAction, Args, CommandFactory as _, Parser, Subcommand};
 use plumb_model::checkpoint::Source;
 use plumb_trainer::evaluate;
 use plumb_trainer::prepare::{Dataset, Options, prepare};
@@ -24,6 +24,8 @@ Examples:
   plumb-train inspect tests/fixtures/llama-pm
   plumb-train publish ./run/checkpoint /checkpoints --name pm
   plumb-server --model-id /checkpoints/pm/1
+  plumb-train --generate bash > ~/.local/share/bash-completion/completions/plumb-train
+  plumb-train --generate man ~/.local/share/man/man1
 
 Exit codes: 0 done, 1 failed, 64 the command line makes no sense.";
 
@@ -207,6 +209,9 @@ impl Programs {
 }
 
 fn main() -> ExitCode {
+    if let Some(code) = plumb_usage::answer(Cli::command(), std::env::args_os()) {
+        return code;
+    }
     let arguments = match with_file(std::env::args_os().collect()) {
         Ok(arguments) => arguments,
         Err(error) => {

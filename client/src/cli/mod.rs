@@ -33,7 +33,7 @@ mod stats;
 use std::fmt;
 use std::process::ExitCode;
 
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory as _, Parser, Subcommand};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -43,6 +43,8 @@ Examples:
   plumb generate --hhh-prompt full 'How do I boil an egg?'
   plumb replay calls/ --label canary --fail-if-flips-over 0.02
   plumb --server http://gpu1:50051,http://gpu2:50051 models
+  plumb --generate bash > ~/.local/share/bash-completion/completions/plumb
+  plumb --generate man ~/.local/share/man/man1
 
 Exit codes:
   0   done
@@ -104,6 +106,9 @@ impl fmt::Display for Usage {
 impl std::error::Error for Usage {}
 
 pub(crate) async fn run() -> ExitCode {
+    if let Some(code) = plumb_usage::answer(Cli::command(), std::env::args_os()) {
+        return code;
+    }
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(message) => {
@@ -149,7 +154,7 @@ fn report(error: &anyhow::Error) -> ExitCode {
 
 #[cfg(test)]
 mod tests {
-    use clap::{CommandFactory, Parser};
+    use clap::{CommandFactory as _, Parser as _};
 
     use super::Cli;
 

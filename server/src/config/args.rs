@@ -43,6 +43,10 @@ Examples:
   # Where does every value come from?
   plumb-server --config plumb.toml --print-config
 
+  # Completions for bash (or elvish, fish, powershell, zsh), and a man page
+  plumb-server --generate bash > ~/.local/share/bash-completion/completions/plumb-server
+  plumb-server --generate man ~/.local/share/man/man1
+
 Precedence: flag, environment variable, --config file, default. The file holds the same names:
   model = [\"pm=./checkpoints/pm/3\"]
   max-batch-tokens = 8192

@@ -300,6 +300,12 @@ pub enum ConfigError {
     Wrong(String),
 }
 
+/// The flags, to be told of.
+#[must_use]
+pub fn command() -> Command {
+    Flags::command()
+}
+
 impl Config {
     /// Reads the command line, the environment and the file that they name.
     ///
