@@ -38,7 +38,7 @@ impl Form {
         }
     }
 
-    /// The new columns, in the order in which [`Table::write`] fills them.
+    /// The new columns, in the order in which [`write_scores`] fills them.
     fn columns(self) -> &'static str {
         match self {
             Self::Single => "optional float reward; optional int64 input_tokens;",
