@@ -13,7 +13,7 @@ use cudarc::cublaslt::sys as blas_sys;
 use cudarc::driver::result::{self, DriverError};
 use cudarc::driver::{CudaContext, sys};
 
-use super::driver::{Argument, Collective, Driver, Exchange, Fetched, Number, Order, Product, Recording, all_of};
+use super::driver::{Argument, Collective, Driver, Exchange, Fetched, Product, Recording, all_of};
 use super::nccl::{self, Communicator, Communicators};
 use super::recording::{Allocations, Validity};
 use super::{Gpu, GpuError, MeetingId, Memory, Result};
