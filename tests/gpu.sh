@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Everything that takes a GPU, in one command:
 #
-#     tests/gpu.sh build FOLDER        on a machine with CUDA's compiler: packs programs and fixtures into FOLDER
-#     FOLDER/gpu.sh run [SECONDS]      on a machine with a GPU, its driver and cuBLAS of CUDA 13, and nothing else
-#     FOLDER/gpu.sh bench [...]        there too, with PyTorch, Transformers and safetensors beside
+#     tests/gpu.sh build FOLDER        on a machine with CUDA's compiler: packs two folders of programs, to be carried alone
+#     FOLDER/run/gpu.sh run [SECONDS]  on a machine with a GPU, its driver and cuBLAS of CUDA 13, and nothing else
+#     FOLDER/bench/gpu.sh bench [...]  there too, with PyTorch, Transformers and safetensors beside
 #
 # `run` prints the device's name, then runs the kernels against their reference, all architectures against Transformers'
 # values in f32 and bf16, where there is NCCL also as parts of a model on all GPUs, and, where there is compute-sanitizer,
@@ -17,23 +17,26 @@ build() {
     local log features=plumb-server/cuda,plumb-trainer/cuda
     log=$(cargo test --release --no-run --locked --workspace --features $features --test gpu \
         --test gpu_gradient --test gpu_gradient_rows --test golden --test gradients 2>&1) || { echo "$log" && exit 1; }
-    mkdir -p "$folder/tests"
+    mkdir -p "$folder"/{run,bench}/tests
     for test in gpu gpu_gradient gpu_gradient_rows golden gradients; do
         local program
         program=$(sed -nE "s|.*Executable tests/$test\.rs \((.*)\)|\1|p" <<<"$log")
-        cp "$program" "$folder/$test"
-        strip "$folder/$test"
+        cp "$program" "$folder/run/$test"
+        strip "$folder/run/$test"
     done
     log=$(cargo bench --no-run --locked --workspace --features $features --bench gpu 2>&1) ||
         { echo "$log" && exit 1; }
-    cp "$(sed -nE 's|.*Executable benches/gpu\.rs \((.*)\)|\1|p' <<<"$log")" "$folder/kernel-benchmark"
+    cp "$(sed -nE 's|.*Executable benches/gpu\.rs \((.*)\)|\1|p' <<<"$log")" "$folder/bench/kernel-benchmark"
     local programs=(plumb-server plumb plumb-train)
     cargo build --release --locked --workspace --features $features "${programs[@]/#/--bin=}"
-    cp "${programs[@]/#/${CARGO_TARGET_DIR:-target}/release/}" "$folder/"
-    strip "$folder/kernel-benchmark" "${programs[@]/#/$folder/}"
-    cp -r tests/fixtures tests/benchmarks "$folder/tests/"
-    cp tests/gpu.sh "$folder/"
-    echo "$folder: $(du -sm "$folder" | cut -f1) MiB, $(($(tar -C "$folder" -cz . | wc -c) >> 20)) MiB as .tar.gz"
+    cp "${programs[@]/#/${CARGO_TARGET_DIR:-target}/release/}" "$folder/bench/"
+    strip "$folder/bench/kernel-benchmark" "${programs[@]/#/$folder/bench/}"
+    cp -r tests/benchmarks "$folder/bench/tests/"
+    for part in run bench; do
+        cp -r tests/fixtures "$folder/$part/tests/"
+        cp tests/gpu.sh "$folder/$part/"
+        echo "$folder/$part: $(($(tar -C "$folder/$part" -cz . | wc -c) >> 20)) MiB as .tar.gz"
+    done
 }
 
 bench() {
