@@ -59,6 +59,8 @@ fn compile_for_gpus(sources: &[PathBuf]) -> Result<(), String> {
         // Registers that go to memory are a bug of a kernel.
         command.args(["-Xptxas=-warn-spills,-Werror", "-o"]).arg(&module).arg(source);
         command.args(TARGETS.map(|target| format!("-gencode={target}")));
+        // As many targets at a time as there are cores.
+        command.arg("--threads=0");
         match command.status() {
             Ok(status) if status.success() => modules.push(format!("module!({module:?})")),
             Ok(status) => return Err(format!("{} {}: {status}", nvcc.display(), source.display())),

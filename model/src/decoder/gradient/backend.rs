@@ -46,8 +46,8 @@ pub(in super::super) trait Gradients: Backend {
     fn list_mut(numbers: &mut Numbers) -> Option<&mut Self::Array<f32>>;
 
     /// A list of numbers of the process, where this computes.
-    fn with_list<R>(&self, values: &[f32], f: impl FnOnce(&Self::Array<f32>) -> Result<R>) -> Result<R>;
-    fn within<'a>(part: Self::Part<'a, f32>, range: Range<usize>) -> Self::Part<'a, f32>;
+    fn with_list<R>(&self, values: &[f32], f: impl FnOnce(Self::Part<'_, f32>) -> Result<R>) -> Result<R>;
+    fn within<'a>(part: &'a Self::Part<'_, f32>, range: Range<usize>) -> Self::Part<'a, f32>;
     fn within_mut<'a, T: Number>(part: &'a mut Self::PartMut<'_, T>, range: Range<usize>) -> Self::PartMut<'a, T>;
     fn len<T: Number>(part: Self::Part<'_, T>) -> usize;
     /// Numbers for the process.

@@ -165,7 +165,7 @@ impl<B: Gradients> Backward<'_, '_, B> {
             let (d, inner) = (B::part(d_inner, 0..wide.len()), B::part_mut(inner, wide));
             let back = backend.resize(d_normed, narrow.len())?;
             backend.activate_back(&layer.up, &backs.up, &mut tape.activations, chunk, d, inner, back)?;
-            let (d, before) = (B::part(d_normed, 0..narrow.len()), B::within(before, narrow.clone()));
+            let (d, before) = (B::part(d_normed, 0..narrow.len()), B::within(&before, narrow.clone()));
             let d_norm = B::part_mut(gradient, ranges.mlp_norm.clone());
             backend.norm_back(&layer.mlp_norm, before, d, B::part_mut(dx, narrow), d_norm, room)?;
         }
@@ -231,7 +231,7 @@ impl<B: Gradients> Backward<'_, '_, B> {
             let narrow = of(&chunk, hidden);
             let d = backend.resize(d_normed, narrow.len())?;
             backend.multiply_back(&layer.qkv, &backs.qkv, B::part(qkv, of(&chunk, width)), d)?;
-            let (d, x) = (B::part(d_normed, 0..narrow.len()), B::within(x, narrow.clone()));
+            let (d, x) = (B::part(d_normed, 0..narrow.len()), B::within(&x, narrow.clone()));
             let d_norm = B::part_mut(gradient, ranges.attention_norm.clone());
             backend.norm_back(&layer.attention_norm, x, d, B::part_mut(dx, narrow), d_norm, room)?;
         }

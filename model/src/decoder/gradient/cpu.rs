@@ -115,11 +115,11 @@ impl<E: Load + Number> Gradients for Cpu<E> {
         }
     }
 
-    fn with_list<R>(&self, values: &[f32], f: impl FnOnce(&Vec<f32>) -> Result<R>) -> Result<R> {
-        f(&values.to_vec())
+    fn with_list<R>(&self, values: &[f32], f: impl FnOnce(&[f32]) -> Result<R>) -> Result<R> {
+        f(values)
     }
 
-    fn within<'a>(part: Self::Part<'a, f32>, range: Range<usize>) -> Self::Part<'a, f32> {
+    fn within<'a>(part: &'a &[f32], range: Range<usize>) -> Self::Part<'a, f32> {
         &part[range]
     }
 

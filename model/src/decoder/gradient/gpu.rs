@@ -121,11 +121,11 @@ where
         }
     }
 
-    fn with_list<R>(&self, values: &[f32], f: impl FnOnce(&Buffer<f32>) -> Result<R>) -> Result<R> {
-        f(&self.gpu.upload(values)?)
+    fn with_list<R>(&self, values: &[f32], f: impl FnOnce(View<'_, f32>) -> Result<R>) -> Result<R> {
+        f(self.gpu.upload(values)?.all())
     }
 
-    fn within<'a>(part: Self::Part<'a, f32>, range: Range<usize>) -> Self::Part<'a, f32> {
+    fn within<'a>(part: &'a View<'_, f32>, range: Range<usize>) -> Self::Part<'a, f32> {
         part.part(range)
     }
 

@@ -170,7 +170,7 @@ impl<B: Gradients> Trains for Inner<B> {
     fn set(&mut self, values: &Numbers) -> Result<()> {
         assert_eq!(values.len(), self.parameters.len(), "as many weights as before");
         B::run(|| match B::list(values) {
-            Some(list) => Inner::set(self, New::There(list)),
+            Some(list) => Inner::set(self, New::There(B::part(list, 0..values.len()))),
             None => {
                 let backend = self.stack.backend.clone();
                 backend.with_list(&values.to_host()?, |values| Inner::set(self, New::There(values)))

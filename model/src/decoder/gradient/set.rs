@@ -13,7 +13,7 @@ use crate::config::{self, Config};
 /// New weights, in the order of the list, of which the decoder takes one tensor after the other.
 pub(in super::super) enum New<'a, B: Gradients> {
     /// They are there.
-    There(&'a B::Array<f32>),
+    There(B::Part<'a, f32>),
     /// An optimiser makes them when they are taken.
     Stepped(Stepped<'a, B>),
 }
@@ -38,11 +38,10 @@ impl<B: Gradients> New<'_, B> {
 
     /// One that was taken.
     pub(super) fn part(&self, range: &Range<usize>) -> B::Part<'_, f32> {
-        let values = match self {
-            Self::There(values) => values,
-            Self::Stepped(step) => &*step.weights,
-        };
-        B::part(values, range.clone())
+        match self {
+            Self::There(values) => B::within(values, range.clone()),
+            Self::Stepped(step) => B::part(step.weights, range.clone()),
+        }
     }
 
     /// A range of whole tensors, rounded to where the decoder has them: as they are made, if they are not there yet.
@@ -114,7 +113,7 @@ impl<B: Gradients> Inner<B> {
                 ordered(new, qkv, hidden, 0..rows)?;
                 ordered(new, bias, 1, rows..all)?;
                 let ranges = [&(0..rows), &(rows..all)];
-                let mut ordered = New::There(&self.ordered);
+                let mut ordered = New::There(B::part(&self.ordered, 0..all));
                 backend.set_linear(&mut layer.qkv, &mut backs.qkv, hidden, &mut ordered, ranges)?;
             } else {
                 backend.set_linear(&mut layer.qkv, &mut backs.qkv, hidden, new, [qkv, bias])?;
@@ -161,7 +160,7 @@ fn order<B: Gradients>(
     let heads = if B::len(rows) == 0 { 0 } else { config.num_heads };
     for (to, from) in interleaved(heads, config.head_dim).enumerate() {
         let to = B::within_mut(&mut ordered, to * len..(to + 1) * len);
-        backend.copy(B::within(rows, from * width..from * width + len), to)?;
+        backend.copy(B::within(&rows, from * width..from * width + len), to)?;
     }
     Ok(())
 }
