@@ -20,6 +20,15 @@ def ids(*values, response_start=None):
     return common_pb2.Input(token_ids=common_pb2.TokenIds(ids=values, response_start=response_start))
 
 
+class Frame:
+    """As a data frame, which iterates over the names of its columns."""
+
+    columns = ("prompt", "response")
+
+    def __iter__(self):
+        return iter(self.columns)
+
+
 class Index:
     """As an integer of numpy."""
 
@@ -72,6 +81,9 @@ def test_options_are_checked(kind):
         (ValueError, lambda: client.score_stream(["a"], on_error="ignore")),
         (ValueError, lambda: client.score_stream(["a"], batch_size=0)),
         (TypeError, lambda: client.score_stream("a text")),
+        (TypeError, lambda: client.score_stream(("q", "a"))),
+        (TypeError, lambda: client.score_stream({"text": ["a"]})),
+        (TypeError, lambda: client.score_stream(Frame())),
         (TypeError, lambda: client.generate_stream("a", colour="red")),
         (ValueError, lambda: kind([])),
         (ValueError, lambda: kind("127.0.0.1:1,")),

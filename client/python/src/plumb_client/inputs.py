@@ -189,13 +189,13 @@ class SamplingOptions(TypedDict, total=False):
     """Drops tokens less likely than this share of the likeliest one."""
     repetition_penalty: float | None
     """Divides the repeated tokens' positive logits and multiplies their negative ones."""
-    banned_strings: Sequence[str]
+    banned_strings: str | Sequence[str]
     """Strings that are never produced."""
     seed: int | None
     """Same seed, same request, same version: same text."""
     max_new_tokens: int | None
     """Most tokens to draw; default: the server's."""
-    stop_strings: Sequence[str]
+    stop_strings: str | Sequence[str]
     """A sample ends before any of these."""
     ignore_eos: bool
     """Go on after an end-of-text token."""
