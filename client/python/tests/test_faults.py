@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import os
 import pickle
 import socket
 import subprocess
@@ -617,6 +618,17 @@ def test_a_stream_is_closed_while_another_thread_waits_for_it():
                 over.set()
             answers.close()
             assert list(answers) == [], name
+
+
+def test_a_client_that_was_connected_is_refused_after_a_fork():
+    with fake(scores) as target, Client(target) as client:
+        client.score(["1"])
+        pid = os.getpid()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(os, "getpid", lambda: pid + 1)
+            with pytest.raises(RuntimeError, match="fork"):
+                client.score(["1"])
+        assert rewards(client.score(["1"])) == [1.0]
 
 
 def test_several_connections():

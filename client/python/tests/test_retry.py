@@ -3,6 +3,7 @@
 import pytest
 
 from plumb_client import (
+    PATIENT,
     DeadlineExceededError,
     Health,
     InternalError,
@@ -86,6 +87,15 @@ def test_tries_share_one_deadline_and_a_busy_server_uses_none_up():
 def test_without_a_deadline_a_busy_server_is_waited_for_as_well():
     attempts = Attempts(RetryPolicy(max_attempts=2), None, jitter=lambda: 0.0)
     assert [attempts.pause(BUSY("busy", retry_after=2.0), may_repeat=True) for _ in range(50)] == [2.0] * 50
+
+
+def test_a_patient_policy_waits_for_ten_minutes_and_says_so(caplog):
+    attempts = Attempts(PATIENT, None, jitter=lambda: 0.5)
+    waited = sum(attempts.pause(AWAY("away"), may_repeat=True) for _ in range(PATIENT.max_attempts - 1))
+    assert 570.0 < waited < 630.0
+    assert len(caplog.records) == 1
+    with pytest.raises(AWAY):
+        attempts.pause(AWAY("away"), may_repeat=True)
 
 
 def test_what_must_not_be_repeated_is_not():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 import time
 from collections.abc import Callable
@@ -53,6 +54,12 @@ class RetryPolicy:
         return delay if remaining is None or delay < remaining else None
 
 
+PATIENT = RetryPolicy(max_attempts=240)
+"""For jobs that outlive a server's restart: at pauses of 2.5 seconds on average, ten minutes without a server."""
+
+_log = logging.getLogger(__name__)
+
+
 class Deadline:
     """The end of a wait; None never ends."""
 
@@ -90,6 +97,9 @@ class Attempts(Deadline):
         delay = self._policy.delay(self._counted, failure, remaining, self._jitter())
         if delay is None:
             raise failure
+        if self._counted == RetryPolicy.max_attempts:
+            # Minutes of waiting should not look like work.
+            _log.warning("still trying after %d tries: %s", self.made, failure)
         return delay
 
 
