@@ -55,6 +55,19 @@ def scores(request: preference_pb2.ScoreRequest, context: Any = None) -> prefere
     return answer
 
 
+def versions(*numbers: int) -> Callable[[Any, Any], preference_pb2.ScoreResponse]:
+    """Answers calls by one version after the other."""
+    turns = iter(numbers)
+
+    def behave(request: preference_pb2.ScoreRequest, context: Any) -> preference_pb2.ScoreResponse:
+        answer = preference_pb2.ScoreResponse(model={"name": "pm", "version": next(turns)})
+        for item in request.items:
+            answer.results.add(score={"reward": len(item.text)})
+        return answer
+
+    return behave
+
+
 def refuse(context: grpc.ServicerContext, code: grpc.StatusCode, *details: Any, pushback: str | None = None) -> None:
     """Ends a call with a status and messages of google.rpc."""
     metadata: list[tuple[str, str | bytes]] = []

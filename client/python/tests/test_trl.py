@@ -1,15 +1,19 @@
 """Reward functions, and trainings of TRL with them."""
 
 import asyncio
+import itertools
 import json
 import logging
 import pickle
 import runpy
 
+import grpc
 import pytest
 from conftest import FIXTURES, PACKAGE, expected
+from fake import fake, refuse, scores, versions
 
-from plumb_client import Client, InvalidArgumentError, NotFoundError, Text
+from plumb_client import PATIENT, Client, InvalidArgumentError, NotFoundError, RetryPolicy, Text, aio
+from plumb_client._proto import preference_pb2
 from plumb_client.trl import AsyncPlumbReward, PlumbReward
 
 QUESTION = [{"role": "user", "content": "What is 2 + 2?"}]
@@ -64,6 +68,83 @@ def test_a_completion_without_a_score(kind, server, caplog):
         ask(kind, server, prompts, completions, model="nobody", on_error="none")
     with pytest.raises(TypeError):
         ask(kind, server, [QUESTION], [[{"role": "assistant", "tool_calls": []}]], model="pm", on_error="raise")
+
+
+@both
+def test_rewards_of_several_versions_are_warned_of(kind, caplog):
+    with fake(versions(1, 1, 2, 2)) as target:
+        reward = (PlumbReward if kind == "sync" else AsyncPlumbReward)(target, batch_size=1, concurrency=1)
+
+        def ask(warnings):
+            found = reward(prompts=["a", "b"], completions=["c", "d"])
+            assert (asyncio.run(found) if kind == "asyncio" else found) == [2.0, 2.0]
+            assert len(caplog.records) == warnings
+
+        ask(0)
+        ask(1)
+
+
+@both
+def test_what_a_completion_calls_is_not_passed_over(kind):
+    call = {"role": "assistant", "content": "5", "tool_calls": [{"function": {"name": "add"}}]}
+    with fake(conversations) as target:
+        kinds = {"sync": PlumbReward, "asyncio": AsyncPlumbReward}
+        for on_error in ("raise", "none"):
+            reward = kinds[kind](target, on_error=on_error)
+
+            def ask(reward=reward):
+                found = reward(prompts=[QUESTION] * 2, completions=[[call], FOUR])
+                return asyncio.run(found) if kind == "asyncio" else found
+
+            if on_error == "none":
+                assert ask() == [None, 2.0]
+            else:
+                with pytest.raises(TypeError, match="calls tools"):
+                    ask()
+
+
+@pytest.mark.parametrize(
+    ("prompt", "completion", "response"),
+    [
+        ("Human: q\n\nAssistant: The answer is ", "4.", "The answer is 4."),
+        ("Human: q\n\nAssistant: The answer is", " 4.", "The answer is 4."),
+        ("Human: q\n\nAssistant: def f():\n    ", "return 4\n", "def f():\n    return 4"),
+        ("Human: q\n\nAssistant: ", "4.", "4."),
+        ("Human: q ", "4.", "4."),
+    ],
+)
+def test_white_space_between_what_was_begun_and_its_completion_stays(prompt, completion, response):
+    seen = []
+    with fake(lambda request, context: conversations(request, seen=seen)) as target:
+        PlumbReward(target, strings="transcript")([prompt], [completion])
+    assert seen == [[("user", "q"), ("assistant", response)]]
+
+
+def conversations(request, context=None, seen=None):
+    """Rewards that are the lengths of the last turns."""
+    answer = preference_pb2.ScoreResponse()
+    for item in request.items:
+        turns = [(turn.role, turn.content) for turn in item.conversation.messages]
+        (seen if seen is not None else []).append(turns)
+        answer.results.add(score={"reward": len(turns[-1][1]) if turns else 0})
+    return answer
+
+
+def test_a_training_waits_for_its_server():
+    assert PlumbReward("127.0.0.1:1").client._options == Client.patient("127.0.0.1:1")._options
+    assert type(AsyncPlumbReward("127.0.0.1:1").client) is aio.Client
+    assert AsyncPlumbReward("127.0.0.1:1").client._options.retry == PATIENT
+    calls = itertools.count()
+
+    def behave(request, context):
+        if next(calls) < 8:
+            refuse(context, grpc.StatusCode.UNAVAILABLE)
+        return scores(request)
+
+    with fake(behave) as target, pytest.MonkeyPatch.context() as patch:
+        delay = RetryPolicy.delay
+        patch.setattr(RetryPolicy, "delay", lambda *given, jitter=0.0: delay(*given[:-1], jitter))
+        assert PlumbReward(target, strings="text")(["1"], ["2"]) == [12.0]
 
 
 def test_names_and_copies(server):

@@ -39,7 +39,7 @@ class PlumbRewardModel(nn.Module):
         """Connects at the first call, in the process that makes it.
 
         Args:
-            target: Addresses as a `Client` takes them, or a client.
+            target: Addresses as a `Client` takes them, asked as `Client.patient` does, or a client.
             tokenizer: The one that makes the `input_ids`; trainers that ask for the reward model's tokenizer
                 (`reward_processing_classes`) get the same one.
             token_ids: Send the ids as they are, for a server's model that has the same tokenizer; the first call
@@ -50,7 +50,7 @@ class PlumbRewardModel(nn.Module):
             options: Those of `Client.score`.
         """
         super().__init__()
-        client = target if isinstance(target, Client) else Client(target)
+        client = target if isinstance(target, Client) else Client.patient(target)
         self.config = PretrainedConfig(name_or_path=name or options.get("model") or "plumb", num_labels=1)
         self.model = _Backbone(client, tokenizer, token_ids, item, options)
         self.score = nn.Identity()
