@@ -9,11 +9,11 @@ import runpy
 
 import grpc
 import pytest
-from conftest import FIXTURES, PACKAGE, expected
+from conftest import FIXTURES, PACKAGE, ROOT, expected
 from fake import fake, refuse, scores, versions
 
 from plumb_client import PATIENT, Client, InvalidArgumentError, NotFoundError, RetryPolicy, Text, aio
-from plumb_client._proto import preference_pb2
+from plumb_client._proto import preference_pb2, tokens_pb2
 from plumb_client.trl import AsyncPlumbReward, PlumbReward
 
 QUESTION = [{"role": "user", "content": "What is 2 + 2?"}]
@@ -205,6 +205,78 @@ def test_a_reward_model_of_texts(tokenizer, server, client):
         wanted = [score.reward for score in client.score([item(text) for text in texts])]
         assert logits[:, 0].tolist() == pytest.approx(wanted, abs=1e-6)
     assert PlumbRewardModel(client, tokenizer).config._name_or_path == "plumb"
+
+
+def test_a_reward_model_of_chats_has_the_logits_of_transformers(tokenizer, server):
+    from plumb_client.reward_model import PlumbRewardModel
+
+    talks = expected("llama-pm")["conversations"]
+    model = PlumbRewardModel(server.url, tokenizer, model="llama-pm")
+    for with_bos in (True, False):
+        texts = [talk["rendered"] if with_bos else talk["rendered"].removeprefix("<|bos|>") for talk in talks]
+        batch = tokenizer(texts, add_special_tokens=False, padding=True, return_tensors="pt")
+        logits = model(**batch).logits
+        assert logits[:, 0].tolist() == pytest.approx([talk["reward"] for talk in talks], abs=1e-4)
+    with pytest.raises(ValueError, match="does not know the special token"):
+        PlumbRewardModel(server.url, tokenizer, model="pm")(**batch)
+
+
+class Recorder:
+    """A server whose tokenizer is one of Transformers, and what it was asked to score and to tokenize."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer, self.scored, self.tokenized = tokenizer, [], []
+
+    def __call__(self, request, context):
+        if isinstance(request, preference_pb2.ScoreRequest):
+            self.scored += [item.text or list(item.token_ids.ids) or item.conversation for item in request.items]
+            return preference_pb2.ScoreResponse(results=[{"score": {"reward": 1.0}} for _ in request.items])
+        self.tokenized.append(len(request.texts))
+        answer = tokens_pb2.TokenizeResponse()
+        for text in request.texts:
+            ids = self.tokenizer.encode(text, add_special_tokens=False)
+            special = [self.tokenizer.added_tokens_decoder.get(i) is not None for i in ids]
+            answer.tokenized.add(tokens=[{"id": i, "special": s} for i, s in zip(ids, special, strict=True)])
+        return answer
+
+
+def test_special_tokens_of_a_decoded_text(torch, tokenizer):
+    from transformers import AutoTokenizer
+
+    from plumb_client.reward_model import PlumbRewardModel
+
+    chat = "<|user|>Hi , you\n<|assistant|>Ho .<|eos|>"
+    ids = tokenizer(["<|bos|>" + chat, "A ."], add_special_tokens=False, padding=True, return_tensors="pt")
+    same, other = Recorder(tokenizer), Recorder(AutoTokenizer.from_pretrained(ROOT / "server" / "models" / "pm"))
+    with fake(same) as target:
+        PlumbRewardModel(target, tokenizer)(**ids)
+        # Who reads the text gets words.
+        PlumbRewardModel(target, tokenizer, item=str)(**ids)
+    assert same.scored == [chat, "A .", chat.removesuffix("<|eos|>"), "A ."]
+    assert max(same.tokenized) == 1
+    tokenizer.pad_token_id = 5
+    ended = torch.tensor([[0, *tokenizer.encode("A .", add_special_tokens=False), 1, 5, 5]])
+    with fake(other) as target:
+        # Where there is no mask, the padding says what counts.
+        PlumbRewardModel(target, tokenizer)(ended)
+        assert other.scored == ["A ."]
+        with pytest.raises(ValueError, match=r"does not know the special token '<\|(user|assistant)\|>'"):
+            PlumbRewardModel(target, tokenizer)(**ids)
+        PlumbRewardModel(target, tokenizer, item=str)(**ids)
+    assert other.scored == ["A .", chat.removesuffix("<|eos|>"), "A ."]
+
+
+def test_few_texts_say_whether_a_tokenizer_is_the_same(torch, tokenizer):
+    from plumb_client.reward_model import PlumbRewardModel
+
+    ids = torch.tensor([tokenizer.encode("A text.")] * 300)
+    recorder = Recorder(tokenizer)
+    with fake(recorder) as target:
+        model = PlumbRewardModel(target, tokenizer, token_ids=True)
+        model(ids)
+        model(ids)
+    assert recorder.tokenized == [16]
+    assert len(recorder.scored) == 600
 
 
 def test_what_ppo_asks_a_reward_model(torch, tokenizer, client):
