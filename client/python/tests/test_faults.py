@@ -449,6 +449,30 @@ def test_items_that_all_fail_have_each_their_own_reason(kind):
 
 
 @both
+def test_an_item_for_which_something_was_away_is_asked_again(kind):
+    asked = []
+
+    def behave(request, context):
+        asked.append([item.text for item in request.items])
+        answer = preference_pb2.ScoreResponse()
+        for item in request.items:
+            if item.text == "gone" and len(request.items) == 1:
+                refuse(context, grpc.StatusCode.UNAVAILABLE)
+            if item.text == "gone" or (item.text == "1" and len(asked) == 1):
+                answer.results.add(error={"code": 14, "message": "no renderer"})
+            else:
+                answer.results.add(score={"reward": len(item.text)})
+        return answer
+
+    with fake(behave) as target:
+        use = lambda c: c.score(["0", "1", "gone", "3"], on_error="return")  # noqa: E731
+        found = ask(kind, target, use, retries=RetryPolicy(max_attempts=2, initial_backoff=0.001))
+    assert [getattr(result, "reward", None) for result in found] == [1.0, 1.0, None, 1.0]
+    assert (type(found[2]), found[2].message, found[2].index) == (UnavailableError, "no renderer", 2)
+    assert asked == [["0", "1", "gone", "3"], ["1"], ["gone"], ["gone"]]
+
+
+@both
 def test_what_cannot_be_sent_does_not_fail_its_neighbours(kind):
     items = ["0", "\ud800", None, [-100], [2**32], "5"]
     with fake(scores) as target:

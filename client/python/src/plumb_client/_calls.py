@@ -16,7 +16,7 @@ import grpc
 
 from . import inputs, results
 from ._proto import common_pb2, generation_pb2, models_pb2, preference_pb2, tokens_pb2, wire_pb2
-from .errors import InvalidArgumentError, PlumbError
+from .errors import InvalidArgumentError, PlumbError, UnavailableError
 from .inputs import CallOptions, GenerateOptions, InputOptions, Item, ModelOptions, Objective, Prompt, TokenIds
 from .options import Options
 from .results import Health, ModelStatus, Ranking, Rendered, Score, Token
@@ -283,6 +283,10 @@ class Batch:
     def parts(self, size: int) -> list[Batch]:
         """Its items in batches of at most this size."""
         return [Batch(self.first + i, self.items[i : i + size]) for i in range(0, len(self.items), size)]
+
+    def away(self, found: list[Score | PlumbError]) -> list[Batch]:
+        """Batches of the items for which something was not there that may be there again."""
+        return [part for part, its in zip(self.parts(1), found, strict=True) if isinstance(its, UnavailableError)]
 
 
 @dataclass

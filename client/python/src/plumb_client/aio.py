@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from typing import TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec, TypeAlias, TypeVar, overload
 
 import grpc
@@ -189,10 +189,14 @@ class Client(Base):
     async def _batch(self, scoring: Scoring, batch: Batch) -> list[Score | PlumbError]:
         began = time.monotonic()
         try:
-            return await self._answer(scoring.call(batch))
+            found = await self._answer(scoring.call(batch))
         except PlumbError as error:
             parts = scoring.parts(error, batch, time.monotonic() - began)
             return [r for part in parts for r in await self._batch(scoring, part)] or scoring.failed(error, batch)
+        with suppress(PlumbError):
+            for part in batch.away(found):
+                [found[part.first - batch.first]] = await self._answer(scoring.call(part))
+        return found
 
 
 class GenerationStream(AsyncIterator[Piece]):

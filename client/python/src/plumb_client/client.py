@@ -207,10 +207,14 @@ class Client(Base):
     def _batch(self, scoring: Scoring, batch: Batch, stop: _Stop) -> list[Score | PlumbError]:
         began = time.monotonic()
         try:
-            return self._answer(scoring.call(batch), stop)
+            found = self._answer(scoring.call(batch), stop)
         except PlumbError as error:
             parts = scoring.parts(error, batch, time.monotonic() - began)
             return [r for part in parts for r in self._batch(scoring, part, stop)] or scoring.failed(error, batch)
+        with suppress(PlumbError):
+            for part in batch.away(found):
+                [found[part.first - batch.first]] = self._answer(scoring.call(part), stop)
+        return found
 
 
 class Stream(Iterator[A]):
