@@ -375,16 +375,16 @@ def test_what_a_server_takes_is_found_once(kind):
     refused = []
 
     def behave(request, context):
-        if len(request.items) > 4:
+        if len(request.items) > 8:
             refused.append(len(request.items))
             refuse(context, grpc.StatusCode.INVALID_ARGUMENT, violation("items"))
         return scores(request)
 
     items = [str(i) for i in range(160)]
     with fake(behave) as target:
-        found = ask(kind, target, lambda c: c.score_stream(items, batch_size=16, concurrency=1))
+        found = ask(kind, target, lambda c: c.score_stream(items, batch_size=32, concurrency=1))
     assert rewards(found) == [float(i) for i in range(160)]
-    assert refused == [16, 8, 8]
+    assert refused == [32, 16, 16]
 
 
 @both

@@ -319,7 +319,8 @@ class Scoring:
         if half == 0:
             return []
         if any(violation.field == "items" for violation in error.details):
-            self.batch_size = min(self.batch_size, half)
+            # Not much less: it may have been long texts, which those that follow are not.
+            self.batch_size = min(self.batch_size, max(half, 8))
             return batch.parts(half)
         # The server says at once what is too much for the deadline, even if it did nothing else.
         if error.code == grpc.StatusCode.DEADLINE_EXCEEDED and (self.timeout is None or spent < self.timeout / 2):
