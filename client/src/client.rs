@@ -266,7 +266,7 @@ impl Client {
             let remaining = deadline.map(|at| at.saturating_duration_since(Instant::now()));
             let (policy, failure) = (&self.shared.retry, failure_of(&status));
             tries += 1;
-            counted += u32::from(policy.counts(failure, remaining));
+            counted += u32::from(policy.counts(failure));
             match policy.delay(counted, failure, remaining, rand::random()) {
                 Some(delay) if may_repeat => sleep(delay).await,
                 _ => return Err(Box::new(CallError::new(&status, tries)).into()),

@@ -8,8 +8,8 @@ use tonic::Code;
 ///
 /// Tried again are `UNAVAILABLE`, and `RESOURCE_EXHAUSTED` only where the server says when to come back (a `RetryInfo`
 /// detail): without it the request itself is too large and would fail for ever. A `RetryInfo` delay is always waited
-/// for in full. A server that is busy and says for how long is asked again until the deadline, however often that is:
-/// such tries are not counted, except where there is no deadline.
+/// for in full. A server that is busy and says for how long is asked again until the deadline, however often that is,
+/// and without a deadline for ever: such tries are not counted.
 #[derive(Clone, Debug, PartialEq)]
 pub struct RetryPolicy {
     /// Most tries that are counted, the first included; 1 never tries again. Default 5.
@@ -40,9 +40,9 @@ impl RetryPolicy {
     }
 
     /// Whether a failure uses up a try.
-    pub fn counts(&self, failure: Failure, remaining: Option<Duration>) -> bool {
+    pub fn counts(&self, failure: Failure) -> bool {
         let busy = failure.code == Code::ResourceExhausted && failure.retry_after.is_some();
-        self.max_attempts <= 1 || remaining.is_none() || !busy
+        self.max_attempts <= 1 || !busy
     }
 
     /// How long to wait before trying again, or `None` if the failure stands.
@@ -56,7 +56,7 @@ impl RetryPolicy {
             Code::ResourceExhausted => failure.retry_after.is_some(),
             _ => false,
         };
-        let used_up = attempt >= self.max_attempts && self.counts(failure, remaining);
+        let used_up = attempt >= self.max_attempts && self.counts(failure);
         if !worth_it || used_up {
             return None;
         }
@@ -110,9 +110,9 @@ mod tests {
         check(1, unavailable, None, Some(100), None);
         check(1, unavailable, None, Some(101), Some(100));
         check(1, exhausted, Some(1000), Some(900), None);
-        // A busy server is asked until the deadline.
+        // A busy server is asked until the deadline, and for ever where there is none.
         check(5, exhausted, Some(1000), Some(2601), Some(2600));
-        check(5, exhausted, Some(1000), None, None);
+        check(5, exhausted, Some(1000), None, Some(2600));
         check(5, unavailable, Some(1000), Some(2601), None);
         // Nothing else is worth it.
         for code in [Code::InvalidArgument, Code::NotFound, Code::Internal, Code::DeadlineExceeded, Code::Unknown] {

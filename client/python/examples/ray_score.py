@@ -9,7 +9,6 @@ import argparse
 
 import ray
 
-from plumb_client import Client, RetryPolicy
 from plumb_client.ray import score_ray_dataset
 
 
@@ -23,11 +22,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--rows", type=int, default=512, help="rows of a batch")
     given = parser.parse_args(arguments)
 
-    # A long job outlives a server's restart.
-    client = Client(given.server, timeout=600.0, retries=RetryPolicy(max_attempts=20))
     scored = score_ray_dataset(
         ray.data.read_parquet(given.source),
-        client,
+        given.server,
         actors=given.actors,
         rows=given.rows,
         on_error="return",

@@ -10,12 +10,15 @@ from typing import Any
 import grpc
 from google.protobuf import any_pb2, duration_pb2
 
-from plumb_client._proto import generation_pb2, preference_pb2, wire_pb2
+from plumb_client._proto import generation_pb2, models_pb2, preference_pb2, tokens_pb2, wire_pb2
 
 REQUESTS = {
     "/plumb.v1.Preference/Score": preference_pb2.ScoreRequest,
     "/plumb.v1.Preference/Rank": preference_pb2.RankRequest,
     "/plumb.v1.Generation/Generate": generation_pb2.GenerateRequest,
+    "/plumb.v1.Models/ListModels": models_pb2.ListModelsRequest,
+    "/plumb.v1.Models/GetModel": models_pb2.GetModelRequest,
+    "/plumb.v1.Tokens/Tokenize": tokens_pb2.TokenizeRequest,
     "/grpc.health.v1.Health/Check": wire_pb2.HealthCheckRequest,
 }
 
@@ -53,6 +56,19 @@ def scores(request: preference_pb2.ScoreRequest, context: Any = None) -> prefere
         else:
             answer.results.add(error={"code": 3, "message": f"items[9]: {item.text}"})
     return answer
+
+
+def versions(*numbers: int) -> Callable[[Any, Any], preference_pb2.ScoreResponse]:
+    """Answers calls by one version after the other."""
+    turns = iter(numbers)
+
+    def behave(request: preference_pb2.ScoreRequest, context: Any) -> preference_pb2.ScoreResponse:
+        answer = preference_pb2.ScoreResponse(model={"name": "pm", "version": next(turns)})
+        for item in request.items:
+            answer.results.add(score={"reward": len(item.text)})
+        return answer
+
+    return behave
 
 
 def refuse(context: grpc.ServicerContext, code: grpc.StatusCode, *details: Any, pushback: str | None = None) -> None:

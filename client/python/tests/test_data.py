@@ -3,8 +3,9 @@
 import math
 
 import pytest
+from fake import fake, scores, versions
 
-from plumb_client import data
+from plumb_client import Client, data
 from plumb_client.data import PairAccuracy, pair_accuracy
 
 
@@ -52,6 +53,73 @@ def test_a_frame_gets_rewards(client, table, options, items):
     assert list(scored.columns) == [*table, "reward", "input_tokens"]
     assert list(scored.index) == list(frame.index)
     assert "reward" not in frame
+
+
+def test_the_columns_that_are_named_are_those_that_are_read():
+    pd = pytest.importorskip("pandas")
+    frame = pd.DataFrame({"prompt": ["1"], "response": ["2"], "text": ["3"], "essay": ["4"]})
+    with fake(scores) as target, Client(target) as client:
+        scored = data.score_frame(frame, client, progress=False, columns={"text": "essay"})
+        assert list(scored["reward"]) == [4.0]
+        with pytest.raises(ValueError, match="anser"):
+            data.score_frame(frame, client, progress=False, columns={"response": "anser"})
+        with pytest.raises(ValueError, match="needs one of"):
+            data.score_frame(frame, client, progress=False, columns={"chosen": "essay"})
+
+
+@pytest.mark.parametrize("table", ["frame", "data set"])
+def test_rewards_of_several_versions_are_warned_of(table, caplog):
+    pd, datasets = pytest.importorskip("pandas"), pytest.importorskip("datasets")
+    texts = {"text": ["a"] * 6}
+
+    def score(client):
+        if table == "frame":
+            return data.score_frame(pd.DataFrame(texts), client, progress=False, batch_size=1, concurrency=1)
+        return data.score_dataset(datasets.Dataset.from_dict(texts), client, rows=1)
+
+    for numbers, warnings in (([1] * 6, 0), ([1, 1, 2, 1, 2, 2], 1), ([1, 2, 3, 3, 3, 3], 2)):
+        caplog.clear()
+        with fake(versions(*numbers)) as target, Client(target) as client:
+            assert len(score(client)) == 6
+        assert len([record for record in caplog.records if record.name.startswith("plumb_client")]) == warnings
+
+
+def test_all_calls_of_a_data_set_have_one_id():
+    datasets = pytest.importorskip("datasets")
+    seen = set()
+
+    def behave(request, context):
+        seen.add(request.request_id)
+        return scores(request)
+
+    split = datasets.Dataset.from_dict({"text": list("123456")})
+    with fake(behave) as target, Client(target) as client:
+        data.score_dataset(datasets.DatasetDict(train=split, test=split), client, rows=1)
+    assert len(seen) == 1
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_what_follows_the_scores_of_a_data_set_is_computed_again(several, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    split = datasets.Dataset.from_dict({"chosen": ["1", "2"], "rejected": ["2", "1"]})
+    (datasets.DatasetDict(train=split) if several else split).save_to_disk(str(tmp_path))
+    sign = 1.0
+
+    def behave(request, context):
+        answer = scores(request)
+        for result in answer.results:
+            result.score.reward *= sign
+        return answer
+
+    def better(row):
+        return row["margin"] > 0
+
+    with fake(behave) as target, Client(target) as client:
+        for sign, rows in ((1.0, ["2"]), (-1.0, ["1"])):  # noqa: B007
+            # As a program does that is run once more.
+            scored = data.score_dataset(datasets.load_from_disk(str(tmp_path)), client)
+            kept = scored.filter(better)
+            assert list((kept["train"] if several else kept)["chosen"]) == rows
 
 
 def test_a_frame_of_pairs(client):

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import os
 import pickle
 import socket
 import subprocess
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 import pytest
@@ -16,6 +18,7 @@ from fake import fake, refuse, retry_info, scores, violation
 
 import plumb_client.aio
 from plumb_client import (
+    CallCancelledError,
     Client,
     DeadlineExceededError,
     Health,
@@ -336,7 +339,7 @@ def test_an_item_that_fails_does_not_fail_its_neighbours(kind):
 )
 def test_a_call_that_fails_as_a_whole(kind, code, details, returned):
     def behave(request, context):
-        if request.items[0].text == "2":
+        if request.items[0].text in ("2", "3"):
             refuse(context, code, *details)
         return scores(request)
 
@@ -365,6 +368,154 @@ def test_a_server_that_takes_fewer_items_gets_smaller_calls(kind):
     with fake(behave) as target:
         assert rewards(ask(kind, target, lambda c: c.score(list("0123456789")))) == [float(i) for i in range(10)]
     assert max(sizes[1:]) <= 5
+
+
+@both
+def test_what_a_server_takes_is_found_once(kind):
+    refused = []
+
+    def behave(request, context):
+        if len(request.items) > 8:
+            refused.append(len(request.items))
+            refuse(context, grpc.StatusCode.INVALID_ARGUMENT, violation("items"))
+        return scores(request)
+
+    items = [str(i) for i in range(160)]
+    with fake(behave) as target:
+        found = ask(kind, target, lambda c: c.score_stream(items, batch_size=32, concurrency=1))
+    assert rewards(found) == [float(i) for i in range(160)]
+    assert refused == [32, 16, 16]
+
+
+@both
+def test_a_call_that_is_too_much_work_is_split(kind):
+    # Of numbers as lengths, ten are the most there is ever room for.
+    def behave(request, context):
+        if sum(int(item.text) for item in request.items) > 10:
+            refuse(context, grpc.StatusCode.INVALID_ARGUMENT, violation("items"))
+        return scores(request)
+
+    with fake(behave) as target:
+        use = lambda c: c.score(["4", "5", "6", "11", "10"], on_error="return")  # noqa: E731
+        found = ask(kind, target, use)
+        assert [getattr(result, "reward", None) for result in found] == [4.0, 5.0, 6.0, None, 10.0]
+        assert (type(found[3]), found[3].index) == (InvalidArgumentError, 3)
+
+
+@both
+def test_a_call_that_cannot_be_done_in_time_is_split(kind):
+    sizes = []
+
+    def behave(request, context):
+        sizes.append(len(request.items))
+        if len(request.items) > 2 or request.items[0].text == "4":
+            refuse(context, grpc.StatusCode.DEADLINE_EXCEEDED)
+        return scores(request)
+
+    with fake(behave) as target:
+        found = ask(kind, target, lambda c: c.score(list("012345"), on_error="return", timeout=PATIENCE))
+        assert [getattr(result, "reward", None) for result in found] == [0.0, 1.0, 2.0, 3.0, None, 5.0]
+        assert (type(found[4]), found[4].index) == (DeadlineExceededError, 4)
+
+
+@both
+def test_a_deadline_that_has_passed_is_not_split(kind):
+    over, calls = threading.Event(), []
+
+    def behave(request, context):
+        calls.append(request)
+        assert over.wait(PATIENCE)
+        return scores(request)
+
+    with fake(behave) as target:
+        try:
+            found = ask(kind, target, lambda c: c.score(["1", "2"], timeout=0.05, on_error="return"))
+        finally:
+            over.set()
+    assert [type(result) for result in found] == [DeadlineExceededError] * 2
+    assert len(calls) == 1
+
+
+@both
+def test_items_that_all_fail_have_each_their_own_reason(kind):
+    def behave(request, context):
+        if len(request.items) > 1 and not any(item.text.isdigit() for item in request.items):
+            refuse(context, grpc.StatusCode.INVALID_ARGUMENT, violation("items[0]"))
+        return scores(request)
+
+    with fake(behave) as target:
+        found = ask(kind, target, lambda c: c.score(["x", "y", "z", "4"], batch_size=3, on_error="return"))
+    assert [(result.message, result.index) for result in found[:3]] == [("x", 0), ("y", 1), ("z", 2)]
+
+
+@both
+def test_an_item_for_which_something_was_away_is_asked_again(kind):
+    asked = []
+
+    def behave(request, context):
+        asked.append([item.text for item in request.items])
+        answer = preference_pb2.ScoreResponse()
+        for item in request.items:
+            if item.text == "gone" and len(request.items) == 1:
+                refuse(context, grpc.StatusCode.UNAVAILABLE)
+            if item.text == "gone" or (item.text == "1" and len(asked) == 1):
+                answer.results.add(error={"code": 14, "message": "no renderer"})
+            else:
+                answer.results.add(score={"reward": len(item.text)})
+        return answer
+
+    with fake(behave) as target:
+        use = lambda c: c.score(["0", "1", "gone", "3"], on_error="return")  # noqa: E731
+        found = ask(kind, target, use, retries=RetryPolicy(max_attempts=2, initial_backoff=0.001))
+    assert [getattr(result, "reward", None) for result in found] == [1.0, 1.0, None, 1.0]
+    assert (type(found[2]), found[2].message, found[2].index) == (UnavailableError, "no renderer", 2)
+    assert asked == [["0", "1", "gone", "3"], ["1"], ["gone"], ["gone"]]
+
+
+@both
+def test_what_cannot_be_sent_does_not_fail_its_neighbours(kind):
+    items = ["0", "\ud800", None, [-100], [2**32], "5"]
+    with fake(scores) as target:
+        for size in (1, 2, 6):
+            found = ask(kind, target, lambda c, size=size: c.score(items, on_error="return", batch_size=size))
+            assert [getattr(result, "reward", None) for result in found] == [0.0, None, None, None, None, 5.0]
+            assert {(type(result), result.index) for result in found[1:5]} == {
+                (InvalidArgumentError, index) for index in range(1, 5)
+            }
+            assert "surrogates" in found[1].message
+        for index, kind_of_error in ((1, ValueError), (2, TypeError), (3, ValueError)):
+            with pytest.raises(kind_of_error, match="item 0"):
+                ask(kind, target, lambda c, index=index: c.score(items[index:]))
+
+
+@both
+def test_all_calls_of_some_items_have_one_id(kind):
+    seen = []
+
+    def behave(request, context):
+        seen.append(request.request_id)
+        return scores(request)
+
+    with fake(behave) as target:
+        for _ in range(2):
+            ask(kind, target, lambda c: c.score(list("0123"), batch_size=1))
+        ask(kind, target, lambda c: c.score(list("01"), batch_size=1, request_id="mine"))
+    assert (len(set(seen[:4])), len(set(seen[4:8])), seen[8:]) == (1, 1, ["mine"] * 2)
+    assert seen[0] != seen[4]
+
+
+@both
+def test_a_string_is_a_list_of_one_where_strings_are_asked_for(kind):
+    seen = []
+
+    def behave(request, context):
+        seen.append((request.sampling.banned_strings, request.stopping.stop_strings))
+        yield from pieces("a")
+
+    with fake(behave) as target:
+        for banned, stop in (("no", "END"), (["no"], ("END",))):
+            ask(kind, target, lambda c, b=banned, s=stop: c.generate_stream("q", banned_strings=b, stop_strings=s))
+    assert seen == [(["no"], ["END"])] * 2
 
 
 @both
@@ -457,6 +608,51 @@ def test_a_stream_that_is_closed_ends_on_the_server(kind):
     with fake(behave) as target:
         assert ask(kind, target, use) == "a"
         assert ended.wait(PATIENCE)
+
+
+def test_a_stream_is_closed_while_another_thread_waits_for_it():
+    asked, over = threading.Event(), threading.Event()
+
+    def wait(request, context):
+        asked.set()
+        assert over.wait(PATIENCE)
+        return scores(request)
+
+    def stream(request, context):
+        yield from pieces("a")
+        wait(request, context)
+
+    opened = {
+        "scores": (wait, lambda client: client.score_stream(["1"], timeout=None)),
+        "many": (wait, lambda client: client.score_stream(itertools.repeat("1"), timeout=None)),
+        "text": (stream, lambda client: client.generate_stream("q", timeout=None)),
+    }
+    for name, (behave, use) in opened.items():
+        asked.clear()
+        over.clear()
+        with fake(behave) as target, Client(target) as client, ThreadPoolExecutor(1) as threads:
+            answers = use(client)
+            found = threads.submit(list, answers)
+            try:
+                assert asked.wait(PATIENCE), name
+                answers.close()
+                with pytest.raises(CallCancelledError):
+                    found.result(PATIENCE)
+            finally:
+                over.set()
+            answers.close()
+            assert list(answers) == [], name
+
+
+def test_a_client_that_was_connected_is_refused_after_a_fork():
+    with fake(scores) as target, Client(target) as client:
+        client.score(["1"])
+        pid = os.getpid()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(os, "getpid", lambda: pid + 1)
+            with pytest.raises(RuntimeError, match="fork"):
+                client.score(["1"])
+        assert rewards(client.score(["1"])) == [1.0]
 
 
 def test_several_connections():

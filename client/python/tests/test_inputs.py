@@ -2,10 +2,11 @@
 
 import pickle
 
+import grpc
 import pytest
 
 import plumb_client
-from plumb_client import Client, InvalidArgumentError, Text, TokenIds, UnavailableError, aio, inputs
+from plumb_client import PATIENT, Client, InvalidArgumentError, Text, Tls, TokenIds, UnavailableError, aio, inputs
 from plumb_client._proto import common_pb2
 from plumb_client.errors import FieldViolation
 from plumb_client.transcript import turns
@@ -20,6 +21,15 @@ def ids(*values, response_start=None):
     return common_pb2.Input(token_ids=common_pb2.TokenIds(ids=values, response_start=response_start))
 
 
+class Frame:
+    """As a data frame, which iterates over the names of its columns."""
+
+    columns = ("prompt", "response")
+
+    def __iter__(self):
+        return iter(self.columns)
+
+
 class Index:
     """As an integer of numpy."""
 
@@ -27,6 +37,16 @@ class Index:
         return 7
 
     __int__ = __index__
+
+
+class Half:
+    """As an element of torch, which has `__index__` whatever it holds."""
+
+    def __index__(self):
+        raise TypeError("only integer tensors can be converted to an index")
+
+    def __int__(self):
+        return 0
 
 
 @pytest.mark.parametrize(
@@ -37,7 +57,7 @@ class Index:
         (("q", "a"), conversation(("user", "q"), ("assistant", "a"))),
         (([{"role": "system", "content": "s"}, {"role": "user", "content": "q"}], "a"),
          conversation(("system", "s"), ("user", "q"), ("assistant", "a"))),
-        ([{"role": "user", "content": "q", "tree": 1}], conversation(("user", "q"))),
+        ([{"role": "user", "content": "q", "tree": 1, "tool_calls": []}], conversation(("user", "q"))),
         ([1, 2], ids(1, 2)),
         ((1, 2), ids(1, 2)),
         ([Index()], ids(7)),
@@ -55,7 +75,13 @@ def test_a_prompt_that_is_a_string_is_the_users_turn():
 
 @pytest.mark.parametrize(
     "item",
-    [None, 1, b"a", [], {}, {"text": "a"}, ["q", "a"], ("q", None), ("q", "a", "b"), [{"role": "user"}], [1, "a"]],
+    [
+        *(None, 1, b"a", [], {}, {"text": "a"}, ["q", "a"], ("q", None), ("q", "a", "b"), [{"role": "user"}], [1, "a"]),
+        [Half()],
+        TokenIds([0.5]),
+        (["q"], "a"),
+        [{"role": "assistant", "content": "", "tool_calls": [{"name": "add"}]}],
+    ],
 )
 def test_what_is_no_item_is_refused_before_anything_is_sent(item):
     with pytest.raises(TypeError):
@@ -72,6 +98,9 @@ def test_options_are_checked(kind):
         (ValueError, lambda: client.score_stream(["a"], on_error="ignore")),
         (ValueError, lambda: client.score_stream(["a"], batch_size=0)),
         (TypeError, lambda: client.score_stream("a text")),
+        (TypeError, lambda: client.score_stream(("q", "a"))),
+        (TypeError, lambda: client.score_stream({"text": ["a"]})),
+        (TypeError, lambda: client.score_stream(Frame())),
         (TypeError, lambda: client.generate_stream("a", colour="red")),
         (ValueError, lambda: kind([])),
         (ValueError, lambda: kind("127.0.0.1:1,")),
@@ -104,14 +133,50 @@ def test_the_environment_is_that_of_the_command(monkeypatch):
     assert (given.model, given.retry.max_attempts) == ("lm", 2)
 
 
+@pytest.mark.parametrize(
+    "given", ["http://a:1,http://b:2", "http://a:1, http://b:2 ", "http://a:1;http://b:2", "http://a:1 http://b:2"]
+)
+def test_several_targets_in_one_string(given):
+    assert Client(given)._options.targets == ("http://a:1", "http://b:2")
+    assert Client([" http://a:1", "http://b:2"])._options.targets == ("http://a:1", "http://b:2")
+
+
+def test_certificates_of_the_environment_are_for_https_alone(monkeypatch, tmp_path):
+    (tmp_path / "ca.pem").write_text("authorities")
+    monkeypatch.setenv("PLUMB_CA_CERT", str(tmp_path / "ca.pem"))
+    asked = []
+    monkeypatch.setattr(Tls, "channel_credentials", lambda tls: asked.append(tls.ca) or "secured")
+    options = Client("http://a:1,https://b:2,c:3")._options
+    assert [(address, tls) for address, tls, _ in options.channels()] == [
+        ("a:1", None),
+        ("b:2", "secured"),
+        ("c:3", None),
+    ]
+    assert asked == [b"authorities"]
+
+
+@pytest.mark.parametrize("kind", [Client, aio.Client])
+def test_a_patient_client(kind, monkeypatch):
+    patient = kind.patient("a:1", client_id="me")._options
+    assert (patient.timeout, patient.retry, patient.client_id) == (600.0, PATIENT, "me")
+    given = kind.patient("a:1", timeout=None, retries=1)._options
+    assert (given.timeout, given.retry.max_attempts) == (None, 2)
+    monkeypatch.setenv("PLUMB_MAX_RETRIES", "7")
+    assert kind.patient("a:1")._options.retry.max_attempts == 8
+
+
 def test_clients_and_errors_go_to_other_processes():
-    client = Client(["a:1", "b:2"], api_key="secret", timeout=None)
+    client = Client(["a:1", "b:2"], api_key="secret", timeout=None, credentials=Tls(ca=b"x"))
     assert pickle.loads(pickle.dumps(client))._options == client._options
+    with pytest.raises(TypeError, match="Tls"):
+        pickle.dumps(Client("a:1", credentials=grpc.ssl_channel_credentials()))
     error = InvalidArgumentError("why", details=(FieldViolation("f", "d"),), retry_after=1.0, attempts=2, index=3)
     again = pickle.loads(pickle.dumps(error))
     assert type(again) is InvalidArgumentError
     assert str(again) == str(error) == "item 3: INVALID_ARGUMENT: why (after 2 tries)"
     assert vars(again) == vars(error)
+    other = error.of_item(7)
+    assert (other.index, error.index, other.attempts, type(other)) == (7, 3, 2, InvalidArgumentError)
     assert not error.retryable
     assert UnavailableError("why").retryable
 

@@ -8,12 +8,15 @@ import os
 import random
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 from conftest import FIXTURES, PATIENCE, ROOT, Server, running
+from fake import fake, refuse, retry_info
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 lm_eval = pytest.importorskip("lm_eval", reason="lm-eval is not installed")
@@ -21,9 +24,11 @@ torch = pytest.importorskip("torch", reason="torch is not installed")
 # Threads that wait for each other on a busy machine take longer than one.
 torch.set_num_threads(1)
 
+from lm_eval.api.instance import Instance  # noqa: E402
 from lm_eval.tasks import TaskManager  # noqa: E402
 
 import plumb_client  # noqa: E402
+from plumb_client._proto import models_pb2, preference_pb2, tokens_pb2  # noqa: E402
 from plumb_client.lm_eval import PlumbLM  # noqa: E402
 
 FOLDERS = {"lm": ROOT / "server" / "models" / "lm", "llama-lm": FIXTURES / "llama-lm"}
@@ -179,3 +184,57 @@ def test_what_cannot_be(served: tuple[Server, str]) -> None:
         PlumbLM(server.url, "qwen2-lm").prefix_token_id  # noqa: B018
     with pytest.raises(ValueError, match="no room for 2000"):
         lm._generate("a", {"max_gen_toks": 2000})
+
+
+class Busy:
+    """A server with a language model of one-byte tokens, which scores nothing before it has refused many calls."""
+
+    def __init__(self, refusals: int) -> None:
+        self.refusals, self.scored, self.tokenized, self._lock = refusals, [], [], threading.Lock()
+
+    def __call__(self, request: Any, context: Any) -> Any:
+        if isinstance(request, models_pb2.GetModelRequest):
+            details = {"kind": "MODEL_KIND_LANGUAGE", "max_input_tokens": 64}
+            return models_pb2.GetModelResponse(model={"model": {"name": "lm", "version": 1}, "details": details})
+        if isinstance(request, tokens_pb2.TokenizeRequest):
+            self.tokenized.append([len(text) for text in request.texts])
+            tokenized = [{"tokens": [{"id": byte} for byte in text.encode()[:8]]} for text in request.texts]
+            return tokens_pb2.TokenizeResponse(tokenized=tokenized)
+        with self._lock:
+            self.refusals -= 1
+            refused = self.refusals >= 0
+        if refused:
+            refuse(context, grpc.StatusCode.RESOURCE_EXHAUSTED, retry_info(1))
+        self.scored.append(len(request.items))
+        scored = [{"score": {"log_probs": {"sum": -float(len(i.token_ids.ids))}}} for i in request.items]
+        return preference_pb2.ScoreResponse(results=scored)
+
+
+def test_a_busy_server_does_not_end_an_evaluation() -> None:
+    server = Busy(200)
+    with fake(server) as target:
+        lm = PlumbLM(target, prefix_token_id=0)
+        requests = [
+            Instance("loglikelihood", {}, (f"{i}", text), i) for i in range(40) for text in (" a", " bc", " d", " e")
+        ]
+        found = lm.loglikelihood(requests, disable_tqdm=True)
+    assert [answer[0] for answer in found] == [-float(len("".join(request.args))) for request in requests]
+    assert server.scored == [4] * 40
+
+
+def test_long_texts_are_tokenized_in_calls_that_a_server_takes() -> None:
+    server = Busy(0)
+    texts = ["a" * 400_000, "b" * 400_000, "c" * 400_000, "d" * 3_000_000, *(f"e{i}" for i in range(64))]
+    with fake(server) as target:
+        lm = PlumbLM(target, prefix_token_id=0)
+        server.tokenized.clear()
+        lm._encode((text, None) for text in texts)
+        assert all(lm.tok_encode(text) == list(text.encode()[:8]) for text in texts)
+    assert all(sum(sizes) <= 1 << 20 or len(sizes) == 1 for sizes in server.tokenized)
+    assert max(map(len, server.tokenized)) <= 32
+
+
+def test_an_evaluation_waits_for_its_server() -> None:
+    with fake(Busy(0)) as target:
+        options = PlumbLM(f"{target}; {target}", prefix_token_id=0).client._options
+    assert (options.targets, options.retry, options.timeout) == ((target, target), plumb_client.PATIENT, None)

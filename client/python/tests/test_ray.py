@@ -1,10 +1,12 @@
 """Data sets of Ray, on a cluster of this machine alone."""
 
+import itertools
 import runpy
 
+import grpc
 import pytest
 from conftest import PACKAGE
-from fake import fake, scores
+from fake import fake, refuse, scores
 
 from plumb_client import Client
 
@@ -102,3 +104,21 @@ def test_actors_use_all_servers(ray):
         rows = scored.take_all()
     assert {row["text"]: row["reward"] for row in rows} == {str(i): float(i) for i in range(64)}
     assert served == [{"actors"}, {"actors"}]
+
+
+def test_a_job_waits_for_its_servers_and_has_one_id(ray):
+    from plumb_client.ray import score_ray_dataset
+
+    seen, calls = set(), itertools.count()
+
+    def behave(request, context):
+        if next(calls) < 6:
+            refuse(context, grpc.StatusCode.UNAVAILABLE)
+        seen.add(request.request_id)
+        return scores(request)
+
+    with fake(behave) as target:
+        source = ray.data.from_items([{"text": str(i)} for i in range(32)], override_num_blocks=4)
+        rows = score_ray_dataset(source, target, rows=4).take_all()
+    assert {row["text"]: row["reward"] for row in rows} == {str(i): float(i) for i in range(32)}
+    assert len(seen) == 1

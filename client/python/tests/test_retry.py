@@ -3,6 +3,7 @@
 import pytest
 
 from plumb_client import (
+    PATIENT,
     DeadlineExceededError,
     Health,
     InternalError,
@@ -34,9 +35,9 @@ AWAY, BUSY = UnavailableError, ResourceExhaustedError
         (1, AWAY, None, 0.1, None),
         (1, AWAY, None, 0.101, 0.1),
         (1, BUSY, 1.0, 0.9, None),
-        # A busy server is asked until the deadline.
+        # A busy server is asked until the deadline, and for ever where there is none.
         (5, BUSY, 1.0, 2.7, 2.6),
-        (5, BUSY, 1.0, None, None),
+        (5, BUSY, 1.0, None, 2.6),
         (5, AWAY, 1.0, 2.7, None),
         # Nothing else is worth it.
         (1, InvalidArgumentError, 0.01, None, None),
@@ -81,6 +82,20 @@ def test_tries_share_one_deadline_and_a_busy_server_uses_none_up():
         attempts.pause(AWAY("away"), may_repeat=True)
     clock.now = 11.0
     assert attempts.remaining() == 0.0
+
+
+def test_without_a_deadline_a_busy_server_is_waited_for_as_well():
+    attempts = Attempts(RetryPolicy(max_attempts=2), None, jitter=lambda: 0.0)
+    assert [attempts.pause(BUSY("busy", retry_after=2.0), may_repeat=True) for _ in range(50)] == [2.0] * 50
+
+
+def test_a_patient_policy_waits_for_ten_minutes_and_says_so(caplog):
+    attempts = Attempts(PATIENT, None, jitter=lambda: 0.5)
+    waited = sum(attempts.pause(AWAY("away"), may_repeat=True) for _ in range(PATIENT.max_attempts - 1))
+    assert 570.0 < waited < 630.0
+    assert len(caplog.records) == 1
+    with pytest.raises(AWAY):
+        attempts.pause(AWAY("away"), may_repeat=True)
 
 
 def test_what_must_not_be_repeated_is_not():

@@ -103,6 +103,9 @@ def test_items_that_fail(kind, server):
     alone = ask(kind, server.url, lambda c: c.score(items, model="pm", on_error="return", batch_size=1))
     assert [type(result) for result in alone] == [type(result) for result in found]
     assert str(alone[0]) == str(found[0])
+    # A call whose items all fail is refused with the first one's reason; the others have their own.
+    failed = ask(kind, server.url, lambda c: c.score([items[0], items[2]], model="pm", on_error="return"))
+    assert [result.message for result in failed] == [found[0].message, found[2].message]
     with pytest.raises(InvalidArgumentError, match="item 0"):
         ask(kind, server.url, lambda c: c.score(items, model="pm"))
     with pytest.raises(NotFoundError):
@@ -220,6 +223,23 @@ def test_models_come_and_go(kind, server):
     assert gone.state in (ModelState.DRAINING, ModelState.ENDED)
     with pytest.raises((NotFoundError, FailedPreconditionError)):
         ask(kind, server.url, lambda c: c.score(["a"], model=name, version=4))
+
+
+@both
+def test_a_split_of_the_calls_does_not_run_through_a_score(kind, server):
+    name = f"split-{kind}"
+    for version, label in ((1, "stable"), (2, "canary")):
+        ask(kind, server.url, lambda c, v=version: c.load_version(name, str(FIXTURES / "llama-pm"), version=v))
+        ask(kind, server.url, lambda c, v=version, at=label: c.set_label(name, at, v))
+    ask(kind, server.url, lambda c: c.set_traffic(name, {"stable": 1, "canary": 1}))
+    use = lambda c: c.score([f"Text {i}." for i in range(12)], model=name, batch_size=1)  # noqa: E731
+    versions = [{score.model.version for score in ask(kind, server.url, use)} for _ in range(16)]
+    assert {len(seen) for seen in versions} == {1}
+    assert set().union(*versions) == {1, 2}
+    ask(kind, server.url, lambda c: c.set_traffic(name, {}))
+    for version, label in ((1, "stable"), (2, "canary")):
+        ask(kind, server.url, lambda c, at=label: c.set_label(name, at, None))
+        ask(kind, server.url, lambda c, v=version: c.unload_version(name, v))
 
 
 @both

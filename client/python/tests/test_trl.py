@@ -1,15 +1,19 @@
 """Reward functions, and trainings of TRL with them."""
 
 import asyncio
+import itertools
 import json
 import logging
 import pickle
 import runpy
 
+import grpc
 import pytest
-from conftest import FIXTURES, PACKAGE, expected
+from conftest import FIXTURES, PACKAGE, ROOT, expected
+from fake import fake, refuse, scores, versions
 
-from plumb_client import Client, InvalidArgumentError, NotFoundError, Text
+from plumb_client import PATIENT, Client, InvalidArgumentError, NotFoundError, RetryPolicy, Text, aio
+from plumb_client._proto import preference_pb2, tokens_pb2
 from plumb_client.trl import AsyncPlumbReward, PlumbReward
 
 QUESTION = [{"role": "user", "content": "What is 2 + 2?"}]
@@ -64,6 +68,83 @@ def test_a_completion_without_a_score(kind, server, caplog):
         ask(kind, server, prompts, completions, model="nobody", on_error="none")
     with pytest.raises(TypeError):
         ask(kind, server, [QUESTION], [[{"role": "assistant", "tool_calls": []}]], model="pm", on_error="raise")
+
+
+@both
+def test_rewards_of_several_versions_are_warned_of(kind, caplog):
+    with fake(versions(1, 1, 2, 2)) as target:
+        reward = (PlumbReward if kind == "sync" else AsyncPlumbReward)(target, batch_size=1, concurrency=1)
+
+        def ask(warnings):
+            found = reward(prompts=["a", "b"], completions=["c", "d"])
+            assert (asyncio.run(found) if kind == "asyncio" else found) == [2.0, 2.0]
+            assert len(caplog.records) == warnings
+
+        ask(0)
+        ask(1)
+
+
+@both
+def test_what_a_completion_calls_is_not_passed_over(kind):
+    call = {"role": "assistant", "content": "5", "tool_calls": [{"function": {"name": "add"}}]}
+    with fake(conversations) as target:
+        kinds = {"sync": PlumbReward, "asyncio": AsyncPlumbReward}
+        for on_error in ("raise", "none"):
+            reward = kinds[kind](target, on_error=on_error)
+
+            def ask(reward=reward):
+                found = reward(prompts=[QUESTION] * 2, completions=[[call], FOUR])
+                return asyncio.run(found) if kind == "asyncio" else found
+
+            if on_error == "none":
+                assert ask() == [None, 2.0]
+            else:
+                with pytest.raises(TypeError, match="calls tools"):
+                    ask()
+
+
+@pytest.mark.parametrize(
+    ("prompt", "completion", "response"),
+    [
+        ("Human: q\n\nAssistant: The answer is ", "4.", "The answer is 4."),
+        ("Human: q\n\nAssistant: The answer is", " 4.", "The answer is 4."),
+        ("Human: q\n\nAssistant: def f():\n    ", "return 4\n", "def f():\n    return 4"),
+        ("Human: q\n\nAssistant: ", "4.", "4."),
+        ("Human: q ", "4.", "4."),
+    ],
+)
+def test_white_space_between_what_was_begun_and_its_completion_stays(prompt, completion, response):
+    seen = []
+    with fake(lambda request, context: conversations(request, seen=seen)) as target:
+        PlumbReward(target, strings="transcript")([prompt], [completion])
+    assert seen == [[("user", "q"), ("assistant", response)]]
+
+
+def conversations(request, context=None, seen=None):
+    """Rewards that are the lengths of the last turns."""
+    answer = preference_pb2.ScoreResponse()
+    for item in request.items:
+        turns = [(turn.role, turn.content) for turn in item.conversation.messages]
+        (seen if seen is not None else []).append(turns)
+        answer.results.add(score={"reward": len(turns[-1][1]) if turns else 0})
+    return answer
+
+
+def test_a_training_waits_for_its_server():
+    assert PlumbReward("127.0.0.1:1").client._options == Client.patient("127.0.0.1:1")._options
+    assert type(AsyncPlumbReward("127.0.0.1:1").client) is aio.Client
+    assert AsyncPlumbReward("127.0.0.1:1").client._options.retry == PATIENT
+    calls = itertools.count()
+
+    def behave(request, context):
+        if next(calls) < 8:
+            refuse(context, grpc.StatusCode.UNAVAILABLE)
+        return scores(request)
+
+    with fake(behave) as target, pytest.MonkeyPatch.context() as patch:
+        delay = RetryPolicy.delay
+        patch.setattr(RetryPolicy, "delay", lambda *given, jitter=0.0: delay(*given[:-1], jitter))
+        assert PlumbReward(target, strings="text")(["1"], ["2"]) == [12.0]
 
 
 def test_names_and_copies(server):
@@ -124,6 +205,78 @@ def test_a_reward_model_of_texts(tokenizer, server, client):
         wanted = [score.reward for score in client.score([item(text) for text in texts])]
         assert logits[:, 0].tolist() == pytest.approx(wanted, abs=1e-6)
     assert PlumbRewardModel(client, tokenizer).config._name_or_path == "plumb"
+
+
+def test_a_reward_model_of_chats_has_the_logits_of_transformers(tokenizer, server):
+    from plumb_client.reward_model import PlumbRewardModel
+
+    talks = expected("llama-pm")["conversations"]
+    model = PlumbRewardModel(server.url, tokenizer, model="llama-pm")
+    for with_bos in (True, False):
+        texts = [talk["rendered"] if with_bos else talk["rendered"].removeprefix("<|bos|>") for talk in talks]
+        batch = tokenizer(texts, add_special_tokens=False, padding=True, return_tensors="pt")
+        logits = model(**batch).logits
+        assert logits[:, 0].tolist() == pytest.approx([talk["reward"] for talk in talks], abs=1e-4)
+    with pytest.raises(ValueError, match="does not know the special token"):
+        PlumbRewardModel(server.url, tokenizer, model="pm")(**batch)
+
+
+class Recorder:
+    """A server whose tokenizer is one of Transformers, and what it was asked to score and to tokenize."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer, self.scored, self.tokenized = tokenizer, [], []
+
+    def __call__(self, request, context):
+        if isinstance(request, preference_pb2.ScoreRequest):
+            self.scored += [item.text or list(item.token_ids.ids) or item.conversation for item in request.items]
+            return preference_pb2.ScoreResponse(results=[{"score": {"reward": 1.0}} for _ in request.items])
+        self.tokenized.append(len(request.texts))
+        answer = tokens_pb2.TokenizeResponse()
+        for text in request.texts:
+            ids = self.tokenizer.encode(text, add_special_tokens=False)
+            special = [self.tokenizer.added_tokens_decoder.get(i) is not None for i in ids]
+            answer.tokenized.add(tokens=[{"id": i, "special": s} for i, s in zip(ids, special, strict=True)])
+        return answer
+
+
+def test_special_tokens_of_a_decoded_text(torch, tokenizer):
+    from transformers import AutoTokenizer
+
+    from plumb_client.reward_model import PlumbRewardModel
+
+    chat = "<|user|>Hi , you\n<|assistant|>Ho .<|eos|>"
+    ids = tokenizer(["<|bos|>" + chat, "A ."], add_special_tokens=False, padding=True, return_tensors="pt")
+    same, other = Recorder(tokenizer), Recorder(AutoTokenizer.from_pretrained(ROOT / "server" / "models" / "pm"))
+    with fake(same) as target:
+        PlumbRewardModel(target, tokenizer)(**ids)
+        # Who reads the text gets words.
+        PlumbRewardModel(target, tokenizer, item=str)(**ids)
+    assert same.scored == [chat, "A .", chat.removesuffix("<|eos|>"), "A ."]
+    assert max(same.tokenized) == 1
+    tokenizer.pad_token_id = 5
+    ended = torch.tensor([[0, *tokenizer.encode("A .", add_special_tokens=False), 1, 5, 5]])
+    with fake(other) as target:
+        # Where there is no mask, the padding says what counts.
+        PlumbRewardModel(target, tokenizer)(ended)
+        assert other.scored == ["A ."]
+        with pytest.raises(ValueError, match=r"does not know the special token '<\|(user|assistant)\|>'"):
+            PlumbRewardModel(target, tokenizer)(**ids)
+        PlumbRewardModel(target, tokenizer, item=str)(**ids)
+    assert other.scored == ["A .", chat.removesuffix("<|eos|>"), "A ."]
+
+
+def test_few_texts_say_whether_a_tokenizer_is_the_same(torch, tokenizer):
+    from plumb_client.reward_model import PlumbRewardModel
+
+    ids = torch.tensor([tokenizer.encode("A text.")] * 300)
+    recorder = Recorder(tokenizer)
+    with fake(recorder) as target:
+        model = PlumbRewardModel(target, tokenizer, token_ids=True)
+        model(ids)
+        model(ids)
+    assert recorder.tokenized == [16]
+    assert len(recorder.scored) == 600
 
 
 def test_what_ppo_asks_a_reward_model(torch, tokenizer, client):

@@ -7,7 +7,7 @@ to TRL's trainers.
 
 from ._calls import SERVICES
 from ._version import __version__
-from .client import Client, GenerationStream
+from .client import Client, GenerationStream, Stream
 from .errors import (
     AbortedError,
     AlreadyExistsError,
@@ -51,9 +51,10 @@ from .results import (
     Token,
     TokenValue,
 )
-from .retry import RetryPolicy
+from .retry import PATIENT, RetryPolicy
 
 __all__ = [
+    "PATIENT",
     "SERVICES",
     "AbortedError",
     "AlreadyExistsError",
@@ -94,6 +95,7 @@ __all__ = [
     "SampleEnd",
     "Score",
     "ScoreOptions",
+    "Stream",
     "Text",
     "Timings",
     "Tls",

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import itertools
+import os
 import random
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ._calls import Calls
-from .options import Credentials, Options, resolve
-from .retry import RetryPolicy
+from .options import Credentials, Options, Tls, resolve
+from .retry import PATIENT, RetryPolicy
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class Base:
@@ -38,9 +42,10 @@ class Base:
         PLUMB_CLIENT_CERT and PLUMB_CLIENT_KEY for https.
 
         Args:
-            target: `http://host:port` or `https://host:port`; several, as a list or separated by commas, are used in
-                turn, and a call that is tried again goes to the next one. A name that stands for several addresses,
-                such as `dns:///plumb:50051`, means all of them in turn. Default: `http://127.0.0.1:50051`.
+            target: `http://host:port` or `https://host:port`; several, as a list or separated by commas, semicolons or
+                spaces, are used in turn, and a call that is tried again goes to the next one. A name that stands for
+                several addresses, such as `dns:///plumb:50051`, means all of them in turn. Default:
+                `http://127.0.0.1:50051`.
             api_key: Sent as `authorization: Bearer ...`.
             credentials: Certificates for TLS; not needed for servers that the usual authorities vouch for.
             client_id: Who calls, sent as `x-client-id`: calls of one id share what the server grants a client.
@@ -73,6 +78,16 @@ class Base:
             )
         )
 
+    @classmethod
+    def patient(cls, target: str | Sequence[str] | None = None, **options: Any) -> Self:
+        """A client for a job that nobody watches, which waits for servers that are away for ten minutes: `timeout` is
+        600 and `retries` is `PATIENT` if not given, the latter unless PLUMB_MAX_RETRIES says otherwise. It is what
+        trainers, Ray and lm-evaluation-harness get where they name an address and no client.
+        """
+        if not os.environ.get("PLUMB_MAX_RETRIES"):
+            options = {"retries": PATIENT, **options}
+        return cls(target, **{"timeout": 600.0, **options})
+
     def _setup(self, options: Options) -> None:
         self._options = options
         self._calls = Calls(options)
@@ -81,9 +96,12 @@ class Base:
         self._turns = itertools.count(random.getrandbits(16))
         self._lock = threading.Lock()
         self._channels: list[Any] | None = None
+        self._process = 0
 
     # A client that goes to another process connects there anew.
     def __getstate__(self) -> Options:
+        if self._options.credentials is not None and not isinstance(self._options.credentials, Tls):
+            raise TypeError("credentials of gRPC cannot go to another process: make the client with `Tls` instead")
         return self._options
 
     def __setstate__(self, options: Options) -> None:
@@ -95,7 +113,11 @@ class Base:
     def _pool(self, plain: Callable[..., Any], secure: Callable[..., Any]) -> list[Any]:
         """The connections, made when they are first asked for."""
         with self._lock:
+            if self._channels is not None and self._process != os.getpid():
+                # They have no threads here: calls would hang.
+                raise RuntimeError("this client was connected before a fork: make another one after it")
             if self._channels is None:
+                self._process = os.getpid()
                 self._channels = [
                     plain(address, options=options)
                     if credentials is None

@@ -10,12 +10,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Siz
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeAlias, TypeVar
+from uuid import uuid4
 
 import grpc
 
 from . import inputs, results
 from ._proto import common_pb2, generation_pb2, models_pb2, preference_pb2, tokens_pb2, wire_pb2
-from .errors import InvalidArgumentError, PlumbError
+from .errors import InvalidArgumentError, PlumbError, UnavailableError
 from .inputs import CallOptions, GenerateOptions, InputOptions, Item, ModelOptions, Objective, Prompt, TokenIds
 from .options import Options
 from .results import Health, ModelStatus, Ranking, Rendered, Score, Token
@@ -74,7 +75,7 @@ class Calls:
         A candidate is text, or token ids where the prompt is. One that fails has an error in its place.
         """
         _check(options, InputOptions)
-        _no_string("candidates", candidates)
+        _listed("candidates", candidates)
         request = preference_pb2.RankRequest(
             model=self._model(options),
             prompt=inputs.item(prompt, is_prompt=True),
@@ -100,8 +101,8 @@ class Calls:
             model=self._model(options),
             prompt=inputs.item(prompt, is_prompt=True),
             text=_text(options),
-            sampling=generation_pb2.Sampling(**_given(options, sampling)),
-            stopping=generation_pb2.Stopping(**_given(options, stopping)),
+            sampling=generation_pb2.Sampling(**_lists(_given(options, sampling), "banned_strings")),
+            stopping=generation_pb2.Stopping(**_lists(_given(options, stopping), "stop_strings")),
             best_of=best_of,
             request_id=options.get("request_id", ""),
             priority=_word("priority", inputs.PRIORITIES, options.get("priority")),
@@ -115,7 +116,7 @@ class Calls:
     ) -> Call[list[tuple[Token, ...]]]:
         """The tokens of every text."""
         _check(options, _NamedOptions)
-        _no_string("texts", texts)
+        _listed("texts", texts)
         request = tokens_pb2.TokenizeRequest(
             model=self._model(options), texts=list(texts), add_special_tokens=add_special_tokens
         )
@@ -227,7 +228,9 @@ class Calls:
     ) -> Scoring:
         """How `items` are cut into calls, and what becomes of these."""
         _check(options, InputOptions)
-        _no_string("items", items)
+        _listed("items", items)
+        if isinstance(items, tuple) and len(items) == 2 and all(isinstance(item, str) for item in items):
+            raise TypeError("items is a list: of one pair [(prompt, response)], of two texts [text, text]")
         if on_error not in ("raise", "return"):
             raise ValueError(f"on_error is `raise` or `return`, not {on_error!r}")
         template = preference_pb2.ScoreRequest(
@@ -235,7 +238,8 @@ class Calls:
             text=_text(options),
             objective=_word("objective", inputs.OBJECTIVES, objective),
             per_token=per_token,
-            request_id=options.get("request_id", ""),
+            # Where calls are split between versions, one id keeps all calls of these items with one version.
+            request_id=options.get("request_id") or uuid4().hex,
             priority=_word("priority", inputs.PRIORITIES, options.get("priority")),
         )
         batch_size = self._options.batch_size if batch_size is None else batch_size
@@ -271,51 +275,74 @@ class Calls:
 
 @dataclass(frozen=True)
 class Batch:
-    """Items of one call, of which the first has the index `first` among all."""
+    """Items of one call, of which the first has the index `first` among all. One that cannot be sent is its error."""
 
     first: int
-    items: list[common_pb2.Input]
+    items: list[common_pb2.Input | PlumbError]
+
+    def parts(self, size: int) -> list[Batch]:
+        """Its items in batches of at most this size."""
+        return [Batch(self.first + i, self.items[i : i + size]) for i in range(0, len(self.items), size)]
+
+    def away(self, found: list[Score | PlumbError]) -> list[Batch]:
+        """Batches of the items for which something was not there that may be there again."""
+        return [part for part, its in zip(self.parts(1), found, strict=True) if isinstance(its, UnavailableError)]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Scoring:
     """Many items, in calls of at most `batch_size`, of which at most `concurrency` are in flight."""
 
     template: preference_pb2.ScoreRequest
     on_error: OnError
     batch_size: int
+    """Becomes less when the server takes fewer."""
     concurrency: int
     timeout: float | None
 
     def call(self, batch: Batch) -> Call[list[Score | PlumbError]]:
         """The call of a batch, which answers a score or an error for every item."""
-        request = preference_pb2.ScoreRequest(items=batch.items)
+        # The server has an error for the empty input that stands where an item cannot be sent.
+        items = [common_pb2.Input() if isinstance(item, PlumbError) else item for item in batch.items]
+        request = preference_pb2.ScoreRequest(items=items)
         request.MergeFrom(self.template)
-        convert = partial(results.scores, asked=len(batch.items), first=batch.first)
+
+        def convert(answer: preference_pb2.ScoreResponse) -> list[Score | PlumbError]:
+            found = results.scores(answer, len(batch.items), batch.first)
+            return [own if isinstance(own, PlumbError) else its for own, its in zip(batch.items, found, strict=True)]
+
         return Call("/plumb.v1.Preference/Score", request, preference_pb2.ScoreResponse, convert, self.timeout)
 
-    def halves(self, error: PlumbError, batch: Batch) -> list[Batch]:
-        """The batch in two, if it has more items than the server takes in a call; else nothing."""
-        too_many = isinstance(error, InvalidArgumentError) and any(v.field == "items" for v in error.details)
-        if not too_many or len(batch.items) < 2:
-            return []
+    def parts(self, error: PlumbError, batch: Batch, spent: float) -> list[Batch]:
+        """The batch in smaller ones, if these may succeed where it failed after so many seconds; else nothing."""
         half = len(batch.items) // 2
-        return [Batch(batch.first, batch.items[:half]), Batch(batch.first + half, batch.items[half:])]
+        if half == 0:
+            return []
+        if any(violation.field == "items" for violation in error.details):
+            # Not much less: it may have been long texts, which those that follow are not.
+            self.batch_size = min(self.batch_size, max(half, 8))
+            return batch.parts(half)
+        # The server says at once what is too much for the deadline, even if it did nothing else.
+        if error.code == grpc.StatusCode.DEADLINE_EXCEEDED and (self.timeout is None or spent < self.timeout / 2):
+            return batch.parts(half)
+        # A call whose items all fail by the same code fails as the first one does. The others have reasons too.
+        return batch.parts(1) if self.on_error == "return" and _is_of_items(error) else []
 
     def failed(self, error: PlumbError, batch: Batch) -> list[Score | PlumbError]:
         """The call's failure as that of its items, where it says something about them; raises it if the next call
         would meet it too."""
-        # A call whose items all fail by the same code fails by it.
-        of_items = any(violation.field.startswith("items[") for violation in error.details)
         passing = error.code in (
             grpc.StatusCode.RESOURCE_EXHAUSTED,
             grpc.StatusCode.DEADLINE_EXCEEDED,
             grpc.StatusCode.INTERNAL,
             grpc.StatusCode.OUT_OF_RANGE,
         )
-        if not (of_items or passing):
+        if not (passing or _is_of_items(error)):
             raise error
-        return [error.of_item(batch.first + i) for i in range(len(batch.items))]
+        return [
+            item if isinstance(item, PlumbError) else error.of_item(batch.first + i)
+            for i, item in enumerate(batch.items)
+        ]
 
     def said(self, result: Score | PlumbError) -> Any:
         """The result as was asked for: an error is raised or returned."""
@@ -324,25 +351,29 @@ class Scoring:
         return result
 
 
+def _is_of_items(error: PlumbError) -> bool:
+    return any(violation.field == "items" or violation.field.startswith("items[") for violation in error.details)
+
+
 @dataclass
 class Cutter:
     """Cuts a stream of items into batches."""
 
     scoring: Scoring
     _first: int = 0
-    _items: list[common_pb2.Input] = field(default_factory=list)
+    _items: list[common_pb2.Input | PlumbError] = field(default_factory=list)
 
     def push(self, item: Item) -> Batch | None:
         """Takes an item; answers a batch that is full by it."""
         try:
-            message = inputs.item(item)
-        except TypeError as error:
+            self._items.append(inputs.item(item))
+        except (TypeError, ValueError) as error:
+            index = self._first + len(self._items)
             if self.scoring.on_error == "raise":
-                raise TypeError(f"item {self._first + len(self._items)}: {error}") from None
-            # The server says of an empty one what it needs.
-            message = common_pb2.Input()
-        self._items.append(message)
-        return self.rest() if len(self._items) == self.scoring.batch_size else None
+                kind = TypeError if isinstance(error, TypeError) else ValueError
+                raise kind(f"item {index}: {error}") from None
+            self._items.append(InvalidArgumentError(str(error), index=index))
+        return self.rest() if len(self._items) >= self.scoring.batch_size else None
 
     def cut(self, items: Iterable[Item]) -> Iterator[Batch]:
         """All batches of what is at hand."""
@@ -381,14 +412,19 @@ def _check(options: Any, known: Any) -> None:
         raise TypeError(f"unexpected keyword argument: {', '.join(sorted(unknown))}")
 
 
-def _no_string(what: str, values: Any) -> None:
-    # It would be taken for a list of its characters.
-    if isinstance(values, str):
-        raise TypeError(f"{what} is a list, not a string")
+def _listed(what: str, values: Any) -> None:
+    # It would be taken for a list of its characters, keys or columns.
+    if isinstance(values, (str, bytes, Mapping)) or hasattr(values, "columns"):
+        raise TypeError(f"{what} is a list, not a {type(values).__name__}")
 
 
 def _given(options: Any, names: Iterable[str]) -> dict[str, Any]:
     return {name: options[name] for name in names if options.get(name) is not None}
+
+
+def _lists(given: dict[str, Any], name: str) -> dict[str, Any]:
+    # As in Transformers, a string is a list of one; it would be taken for one of its characters.
+    return {**given, name: [given[name]]} if isinstance(given.get(name), str) else given
 
 
 def _word(what: str, words: dict[str, Any], word: str | None) -> Any:

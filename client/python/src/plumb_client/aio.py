@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from typing import TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec, TypeAlias, TypeVar, overload
 
 import grpc
@@ -36,10 +37,12 @@ def _answered(build: Callable[Concatenate[Calls, P], Call[A]]) -> Callable[Conca
     return described(method, build)
 
 
-def _streamed(build: Callable[Concatenate[Calls, P], Call[A]]) -> Callable[Concatenate[Client, P], AsyncIterator[A]]:
+def _streamed(
+    build: Callable[Concatenate[Calls, P], Call[A]],
+) -> Callable[Concatenate[Client, P], AsyncGenerator[A, None]]:
     """The method that makes a call and answers messages as they come. Closing the iterator ends the call."""
 
-    def method(self: Client, /, *args: P.args, **kwargs: P.kwargs) -> AsyncIterator[A]:
+    def method(self: Client, /, *args: P.args, **kwargs: P.kwargs) -> AsyncGenerator[A, None]:
         return self._messages(build(self._calls, *args, **kwargs))
 
     return described(method, build)
@@ -78,14 +81,14 @@ class Client(Base):
     @overload
     def score_stream(
         self, items: Items, *, on_error: Literal["raise"] = "raise", **options: Unpack[ScoreOptions]
-    ) -> AsyncIterator[Score]: ...
+    ) -> AsyncGenerator[Score, None]: ...
     @overload
     def score_stream(
         self, items: Items, *, on_error: Literal["return"], **options: Unpack[ScoreOptions]
-    ) -> AsyncIterator[Score | PlumbError]: ...
+    ) -> AsyncGenerator[Score | PlumbError, None]: ...
     def score_stream(
         self, items: Items, *, on_error: OnError = "raise", **options: Unpack[ScoreOptions]
-    ) -> AsyncIterator[Any]:
+    ) -> AsyncGenerator[Any, None]:
         """Scores items as they come, also from an asynchronous iterator, as `plumb_client.Client.score_stream` does."""
         scoring = self._calls.scoring(items, on_error, **options)
         return self._scores(scoring, items)
@@ -184,11 +187,16 @@ class Client(Base):
             await asyncio.gather(*window, return_exceptions=True)
 
     async def _batch(self, scoring: Scoring, batch: Batch) -> list[Score | PlumbError]:
+        began = time.monotonic()
         try:
-            return await self._answer(scoring.call(batch))
+            found = await self._answer(scoring.call(batch))
         except PlumbError as error:
-            halves = scoring.halves(error, batch)
-            return [r for half in halves for r in await self._batch(scoring, half)] or scoring.failed(error, batch)
+            parts = scoring.parts(error, batch, time.monotonic() - began)
+            return [r for part in parts for r in await self._batch(scoring, part)] or scoring.failed(error, batch)
+        with suppress(PlumbError):
+            for part in batch.away(found):
+                [found[part.first - batch.first]] = await self._answer(scoring.call(part))
+        return found
 
 
 class GenerationStream(AsyncIterator[Piece]):

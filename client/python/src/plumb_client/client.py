@@ -7,7 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, contextmanager, suppress
 from typing import TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec, TypeVar, overload
 
 import grpc
@@ -35,10 +35,10 @@ def _answered(build: Callable[Concatenate[Calls, P], Call[A]]) -> Callable[Conca
     return described(method, build)
 
 
-def _streamed(build: Callable[Concatenate[Calls, P], Call[A]]) -> Callable[Concatenate[Client, P], Iterator[A]]:
+def _streamed(build: Callable[Concatenate[Calls, P], Call[A]]) -> Callable[Concatenate[Client, P], Stream[A]]:
     """The method that makes a call and answers messages as they come. Closing the iterator ends the call."""
 
-    def method(self: Client, /, *args: P.args, **kwargs: P.kwargs) -> Iterator[A]:
+    def method(self: Client, /, *args: P.args, **kwargs: P.kwargs) -> Stream[A]:
         return self._messages(build(self._calls, *args, **kwargs))
 
     return described(method, build)
@@ -78,25 +78,28 @@ class Client(Base):
         the first one is raised. What would fail the next call too, such as an unknown model, is always raised.
         `ScoreOptions` has all options.
         """
-        return list(self._scores(self._calls.scoring(items, on_error, **options), items))
+        with self.score_stream(items, on_error=on_error, **options) as stream:
+            return list(stream)
 
     @overload
     def score_stream(
         self, items: Iterable[Item], *, on_error: Literal["raise"] = "raise", **options: Unpack[ScoreOptions]
-    ) -> Iterator[Score]: ...
+    ) -> Stream[Score]: ...
     @overload
     def score_stream(
         self, items: Iterable[Item], *, on_error: Literal["return"], **options: Unpack[ScoreOptions]
-    ) -> Iterator[Score | PlumbError]: ...
+    ) -> Stream[Score | PlumbError]: ...
     def score_stream(
         self, items: Iterable[Item], *, on_error: OnError = "raise", **options: Unpack[ScoreOptions]
-    ) -> Iterator[Any]:
+    ) -> Stream[Any]:
         """Scores items as they come, also without end, and answers in their order.
 
-        At most `batch_size` times `concurrency` items are taken beyond the answers that were read. `timeout` is that of
-        each call. Closing the iterator ends the calls in flight.
+        At most `batch_size` times `concurrency` items are taken beyond the answers that were read. A call waits until
+        it has its `batch_size` items: where the next item follows from an answer, or comes late, let `batch_size` and
+        `concurrency` be 1. `timeout` is that of each call. Closing the iterator ends the calls in flight.
         """
-        return self._scores(self._calls.scoring(items, on_error, **options), items)
+        scoring, stop = self._calls.scoring(items, on_error, **options), _Stop()
+        return Stream(self._scores(scoring, items, stop), stop)
 
     def generate(self, prompt: Prompt, **options: Unpack[GenerateOptions]) -> Generation:
         """Samples text that follows a prompt and answers it whole. `GenerateOptions` has all options."""
@@ -149,8 +152,12 @@ class Client(Base):
                 pause = attempts.pause(of_rpc(error, attempts.made), call.may_repeat)
             stop.sleep(pause)
 
-    def _messages(self, call: Call[A]) -> Generator[A, None, None]:
+    def _messages(self, call: Call[A]) -> Stream[A]:
         """Makes a call that has many answers. It is tried again until the first one comes, not after it."""
+        stop = _Stop()
+        return Stream(self._read(call, stop), stop)
+
+    def _read(self, call: Call[A], stop: _Stop) -> Generator[A, None, None]:
         attempts, turn = Attempts(self._options.retry, call.timeout), next(self._turns)
         while True:
             stub = self._channel(turn + attempts.made).unary_stream(**call.stub())
@@ -158,25 +165,28 @@ class Client(Base):
             attempts.made += 1
             opened = False
             try:
-                for message in rpc:
-                    opened = True
-                    yield call.convert(message)
+                with stop.waiting(rpc):
+                    for message in rpc:
+                        opened = True
+                        yield call.convert(message)
                 return
             except grpc.RpcError as error:
                 pause = attempts.pause(of_rpc(error, attempts.made), call.may_repeat and not opened)
             finally:
                 rpc.cancel()
-            time.sleep(pause)
+            stop.sleep(pause)
 
-    def _scores(self, scoring: Scoring, items: Iterable[Item]) -> Iterator[Any]:
-        with closing(self._window(scoring, items)) as window:
+    def _scores(self, scoring: Scoring, items: Iterable[Item], stop: _Stop) -> Generator[Any, None, None]:
+        with closing(self._window(scoring, items, stop)) as window:
             for results in window:
                 for result in results:
                     yield scoring.said(result)
 
-    def _window(self, scoring: Scoring, items: Iterable[Item]) -> Generator[list[Score | PlumbError], None, None]:
+    def _window(
+        self, scoring: Scoring, items: Iterable[Item], stop: _Stop
+    ) -> Generator[list[Score | PlumbError], None, None]:
         """The batches' results in order, with a bounded number of calls in flight."""
-        cutter, stop = Cutter(scoring), _Stop()
+        cutter = Cutter(scoring)
         if scoring.concurrency == 1:
             for batch in cutter.cut(items):
                 yield self._batch(scoring, batch, stop)
@@ -195,17 +205,45 @@ class Client(Base):
             threads.shutdown(cancel_futures=True)
 
     def _batch(self, scoring: Scoring, batch: Batch, stop: _Stop) -> list[Score | PlumbError]:
+        began = time.monotonic()
         try:
-            return self._answer(scoring.call(batch), stop)
+            found = self._answer(scoring.call(batch), stop)
         except PlumbError as error:
-            halves = scoring.halves(error, batch)
-            return [r for half in halves for r in self._batch(scoring, half, stop)] or scoring.failed(error, batch)
+            parts = scoring.parts(error, batch, time.monotonic() - began)
+            return [r for part in parts for r in self._batch(scoring, part, stop)] or scoring.failed(error, batch)
+        with suppress(PlumbError):
+            for part in batch.away(found):
+                [found[part.first - batch.first]] = self._answer(scoring.call(part), stop)
+        return found
+
+
+class Stream(Iterator[A]):
+    """Answers as they come. Closing it ends the calls, also for a thread that waits for the next answer."""
+
+    def __init__(self, answers: Generator[A, None, None], stop: _Stop) -> None:
+        self._answers, self._stop = answers, stop
+
+    def __next__(self) -> A:
+        return next(self._answers)
+
+    def close(self) -> None:
+        """Ends the calls. Who waits for an answer gets a `CallCancelledError`."""
+        self._stop.all()
+        # That of another thread cannot be closed while it runs, and ends by itself.
+        with suppress(ValueError):
+            self._answers.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 class GenerationStream(Iterator[Piece]):
-    """Generated text as it comes. Closing it ends the call."""
+    """Generated text as it comes. Closing it ends the call, also for a thread that waits for the next piece."""
 
-    def __init__(self, messages: Generator[Any, None, None]) -> None:
+    def __init__(self, messages: Stream[Any]) -> None:
         self._messages, self._collector = messages, Collector()
 
     def __next__(self) -> Piece:
@@ -247,24 +285,31 @@ class _Stop:
         for rpc in waiting:
             rpc.cancel()
 
-    def result(self, rpc: Any) -> Any:
-        """The answer of a call."""
+    @contextmanager
+    def waiting(self, rpc: Any) -> Generator[None, None, None]:
+        """While a call is waited for."""
         with self._lock:
             self._waiting.add(rpc)
             stopped = self._stopped.is_set()
         try:
             if stopped:
                 rpc.cancel()
-            return rpc.result()
+            yield
+        finally:
+            with self._lock:
+                self._waiting.discard(rpc)
+
+    def result(self, rpc: Any) -> Any:
+        """The answer of a call."""
+        try:
+            with self.waiting(rpc):
+                return rpc.result()
         except grpc.FutureCancelledError:
             raise CallCancelledError("the call was given up") from None
         except BaseException:
             # Whoever interrupts the program does not want the answer any more.
             rpc.cancel()
             raise
-        finally:
-            with self._lock:
-                self._waiting.discard(rpc)
 
     def sleep(self, seconds: float) -> None:
         """A pause that the end cuts short."""

@@ -1,8 +1,8 @@
 """Scores of tables: pandas data frames and Hugging Face data sets.
 
 A table has the columns `chosen` and `rejected`, with or without `prompt`; or `prompt` and `response`; or `messages`; or
-`text`: the first of these that there are. A prompt is a user's words or turns, a side of a pair continues it or is a
-whole conversation.
+`text`: the first of these that there are and that have the columns which `columns` names. A prompt is a user's words or
+turns, a side of a pair continues it or is a whole conversation.
 """
 
 from __future__ import annotations
@@ -12,13 +12,14 @@ import numbers
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
+from uuid import uuid4
 
 from . import transcript
 from ._calls import OnError
 from .client import Client
 from .errors import PlumbError
 from .inputs import Item, ScoreOptions
-from .results import Score
+from .results import Score, Versions
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -56,6 +57,7 @@ def score_frame(
     items = (item for row in rows for item in table.items(row))
     scored = client.score_stream(items, on_error=on_error, **options)
     results = list(_bar(scored, len(frame) * table.sides, progress))
+    Versions().see(results)
     kinds = {"input_tokens": "Int64", "error": "string"}
     added = {
         name: pd.array(values, dtype=kinds.get(name, "Float64"))
@@ -77,11 +79,15 @@ def score_dataset(
     """A data set (`Dataset`, `IterableDataset` or a dictionary of these) with columns for the scores.
 
     Columns and options are those of `score_frame`; a value that is missing is null. `rows` are handed to the client at
-    once. Nothing is taken from the cache of `datasets`, which cannot know which version a server serves.
+    once. Nothing is taken from the cache of `datasets`, which cannot know which version a server serves, neither here
+    nor in the steps that follow.
     """
+    run, versions = uuid4().hex, Versions()
+    named: ScoreOptions = {"request_id": run, **options}
 
-    def add(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        return _Table.of(list(batch), columns or {}, split_turns).score(batch, client, on_error, options)
+    # The parameter makes the function another one in each run: later steps find what they cached by the steps before.
+    def add(batch: dict[str, list[Any]], _run: str = run) -> dict[str, list[Any]]:
+        return _Table.of(list(batch), columns or {}, split_turns).score(batch, client, on_error, named, versions)
 
     source: Any = dataset
     how: dict[str, Any] = {"batched": True, "batch_size": rows}
@@ -149,9 +155,13 @@ class _Table:
         known = {word for form in _FORMS for word in form}
         if not names.keys() <= known:
             raise ValueError(f"columns are named for {', '.join(sorted(known))}, not {', '.join(names.keys() - known)}")
+        missing = [name for name in names.values() if name not in present]
+        if missing:
+            raise ValueError(f"the table has the columns {', '.join(map(str, present))}, not {', '.join(missing)}")
         for form in _FORMS:
             found = tuple(names.get(word, word) for word in form)
-            if all(name in present for name in found):
+            # Who names a column wants it read.
+            if names.keys() <= set(form) and all(name in present for name in found):
                 return cls(form, found, split_turns)
         wanted = "; ".join(" and ".join(form) for form in _FORMS)
         raise ValueError(f"the table has the columns {', '.join(map(str, present))}, and needs one of: {wanted}")
@@ -194,12 +204,19 @@ class _Table:
         return list(words)
 
     def score(
-        self, batch: Mapping[str, Sequence[Any]], client: Client, on_error: OnError, options: ScoreOptions
+        self,
+        batch: Mapping[str, Sequence[Any]],
+        client: Client,
+        on_error: OnError,
+        options: ScoreOptions,
+        versions: Versions,
     ) -> dict[str, list[Any]]:
         """The new columns of some rows, which are given by columns."""
         rows = zip(*(batch[name] for name in self.names), strict=True)
         items = [item for row in rows for item in self.items(row)]
-        return self.columns(client.score(items, on_error=on_error, **options), on_error)
+        results = client.score(items, on_error=on_error, **options)
+        versions.see(results)
+        return self.columns(results, on_error)
 
     @staticmethod
     def kind(name: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -59,23 +60,15 @@ class PlumbError(Exception):
 
     def of_item(self, index: int) -> PlumbError:
         """The error of a call, as that of one of its items."""
-        return _rebuild(type(self), _PLACE.sub("", self.message), {**self._state(), "index": index})
-
-    def _state(self) -> dict[str, Any]:
-        names = ("details", "retry_after", "attempts", "index")
-        return {name: getattr(self, name) for name in names}
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _rebuild, (type(self), self.message, self._state())
+        error = copy.copy(self)
+        error.message, error.index = _PLACE.sub("", self.message), index
+        error.args = (error.message,)
+        return error
 
     def __str__(self) -> str:
         item = "" if self.index is None else f"item {self.index}: "
         tries = "" if self.attempts == 1 else f" (after {self.attempts} tries)"
         return f"{item}{self.code.name}: {self.message}{tries}"
-
-
-def _rebuild(kind: type[PlumbError], message: str, state: dict[str, Any]) -> PlumbError:
-    return kind(message, **state)
 
 
 class InvalidArgumentError(PlumbError):

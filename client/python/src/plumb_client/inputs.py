@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import index
 from typing import Any, Literal, TypeAlias, TypedDict
 
 from ._proto import common_pb2, preference_pb2
@@ -26,7 +27,8 @@ class TokenIds:
 
 
 Messages: TypeAlias = Sequence[Mapping[str, str]]
-"""Turns, oldest first: `{"role": ..., "content": ...}`; other keys are passed over."""
+"""Turns, oldest first: `{"role": ..., "content": ...}`. Other keys are passed over, except for calls of tools, which
+have no place in the contract."""
 
 Prompt: TypeAlias = "str | Text | Messages | Sequence[int] | TokenIds"
 """What is answered: a user's words, turns, a raw text to go on with, or token ids."""
@@ -42,7 +44,7 @@ def item(value: Item | Prompt, *, is_prompt: bool = False) -> common_pb2.Input:
     if isinstance(value, Text):
         return common_pb2.Input(text=value.text)
     if isinstance(value, TokenIds):
-        ids = common_pb2.TokenIds(ids=[int(i) for i in value.ids])
+        ids = common_pb2.TokenIds(ids=[index(i) for i in value.ids])
         if value.response_start is not None:
             ids.response_start = value.response_start
         return common_pb2.Input(token_ids=ids)
@@ -67,14 +69,17 @@ def candidate(value: str | Sequence[int] | TokenIds) -> preference_pb2.Candidate
     if isinstance(value, str):
         return preference_pb2.Candidate(text=value)
     ids = value.ids if isinstance(value, TokenIds) else value
-    return preference_pb2.Candidate(token_ids=common_pb2.TokenIds(ids=[int(i) for i in ids]))
+    return preference_pb2.Candidate(token_ids=common_pb2.TokenIds(ids=[index(i) for i in ids]))
 
 
 def _turns(messages: Any) -> list[common_pb2.Message]:
     try:
-        return [_message(turn["role"], turn["content"]) for turn in messages]
+        turns = [_message(turn["role"], turn["content"]) for turn in messages]
     except (KeyError, TypeError) as error:
         raise TypeError(f"{_shown(messages)} has a turn without role or content") from error
+    if any(turn.get("tool_calls") for turn in messages):
+        raise TypeError(f"{_shown(messages)} has a turn that calls tools, which cannot be sent")
+    return turns
 
 
 def _message(role: Any, content: Any) -> common_pb2.Message:
@@ -189,13 +194,13 @@ class SamplingOptions(TypedDict, total=False):
     """Drops tokens less likely than this share of the likeliest one."""
     repetition_penalty: float | None
     """Divides the repeated tokens' positive logits and multiplies their negative ones."""
-    banned_strings: Sequence[str]
+    banned_strings: str | Sequence[str]
     """Strings that are never produced."""
     seed: int | None
     """Same seed, same request, same version: same text."""
     max_new_tokens: int | None
     """Most tokens to draw; default: the server's."""
-    stop_strings: Sequence[str]
+    stop_strings: str | Sequence[str]
     """A sample ends before any of these."""
     ignore_eos: bool
     """Go on after an end-of-text token."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -52,6 +53,8 @@ class Options:
     targets: tuple[str, ...]
     api_key: str | None = field(repr=False)
     credentials: Credentials | None
+    https: Tls
+    """For targets that say https, where there are no other credentials."""
     client_id: str | None
     model: str | None
     timeout: float | None
@@ -81,7 +84,7 @@ class Options:
         if target.startswith("http://"):
             return target.removeprefix("http://").rstrip("/"), None
         if target.startswith("https://"):
-            target, tls = target.removeprefix("https://").rstrip("/"), tls or Tls()
+            target, tls = target.removeprefix("https://").rstrip("/"), tls or self.https
         return target, tls.channel_credentials() if isinstance(tls, Tls) else tls
 
     def _channel_options(self) -> list[tuple[str, Any]]:
@@ -129,7 +132,9 @@ def resolve(
 ) -> Options:
     """Fills in from the environment what was not given, by the variables of the `plumb` command."""
     given = target if target is not None else os.environ.get("PLUMB_SERVER") or DEFAULT_TARGET
-    targets = tuple(given.split(",")) if isinstance(given, str) else tuple(given)
+    # Semicolons and spaces pass where commas separate other things.
+    split = re.split(r"\s*[,;]\s*|\s+", given.strip()) if isinstance(given, str) else given
+    targets = tuple(target.strip() for target in split)
     if not targets or not all(targets):
         raise ValueError("no target given")
     for name, number in [("batch_size", batch_size), ("concurrency", concurrency), ("connections", connections)]:
@@ -139,15 +144,14 @@ def resolve(
         retries = int(os.environ.get("PLUMB_MAX_RETRIES") or 4)
     if isinstance(retries, int):
         retries = RetryPolicy(max_attempts=retries + 1)
-    if credentials is None:
-        files = [os.environ.get(name) or None for name in ("PLUMB_CA_CERT", "PLUMB_CLIENT_CERT", "PLUMB_CLIENT_KEY")]
-        # A target without a scheme stays plain: files in the environment are for https.
-        if any(files) and all(target.startswith("https://") for target in targets):
-            credentials = Tls.from_files(*files)
+    # A target without a scheme stays plain: files in the environment are for https.
+    files = [os.environ.get(name) or None for name in ("PLUMB_CA_CERT", "PLUMB_CLIENT_CERT", "PLUMB_CLIENT_KEY")]
+    asked = credentials is None and any(target.startswith("https://") for target in targets)
     return Options(
         targets=targets,
         api_key=api_key if api_key is not None else os.environ.get("PLUMB_API_KEY") or None,
         credentials=credentials,
+        https=Tls.from_files(*files) if asked else Tls(),
         client_id=client_id if client_id is not None else os.environ.get("PLUMB_CLIENT_ID") or None,
         model=model if model is not None else os.environ.get("PLUMB_MODEL") or None,
         timeout=timeout,

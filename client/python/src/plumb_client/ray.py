@@ -11,9 +11,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
+from uuid import uuid4
 
 from .client import Client
 from .data import _Table
+from .results import Versions
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -39,7 +41,8 @@ def score_ray_dataset(
     """A `ray.data.Dataset` with the columns that `score_dataset` adds, computed when it is read or written.
 
     Args:
-        target: Addresses as a `Client` takes them, or a client, which also has keys, deadlines and retries.
+        target: Addresses as a `Client` takes them, asked as `Client.patient` does, or a client, which also has keys,
+            deadlines and retries.
         actors: How many, or the least and the most.
         rows: Rows of a batch, which an actor's client sends in calls of `batch_size`, `concurrency` at a time.
         num_cpus: CPUs that Ray sets aside for an actor, which mostly waits.
@@ -50,13 +53,20 @@ def score_ray_dataset(
     """
     from ray.data import ActorPoolStrategy
 
-    client = target if isinstance(target, Client) else Client(target)
+    client = target if isinstance(target, Client) else Client.patient(target)
     least, most = (actors, actors) if isinstance(actors, int) else actors
     source: Any = dataset
     scored: D = source.map_batches(
         Scorer,
         fn_constructor_args=(client,),
-        fn_constructor_kwargs={"columns": columns, "split_turns": split_turns, "on_error": on_error, **options},
+        fn_constructor_kwargs={
+            "columns": columns,
+            "split_turns": split_turns,
+            "on_error": on_error,
+            # One for all actors: where calls are split between versions, all rows go to the same one.
+            "request_id": uuid4().hex,
+            **options,
+        },
         compute=ActorPoolStrategy(min_size=least, max_size=most),
         batch_size=rows,
         batch_format="pyarrow",
@@ -79,7 +89,7 @@ class Scorer:
     ) -> None:
         """See `score_ray_dataset`."""
         self._client, self._columns, self._split_turns = client, columns or {}, split_turns
-        self._on_error, self._options = on_error, options
+        self._on_error, self._options, self._versions = on_error, options, Versions()
 
     def __call__(self, batch: Any) -> Any:
         """The table with the columns of its scores."""
@@ -87,7 +97,7 @@ class Scorer:
 
         table = _Table.of(batch.column_names, self._columns, self._split_turns)
         read = {name: batch.column(name).to_pylist() for name in table.names}
-        added = table.score(read, self._client, self._on_error, self._options)
+        added = table.score(read, self._client, self._on_error, self._options, self._versions)
         batch = batch.drop_columns([name for name in added if name in batch.column_names])
         for name, values in added.items():
             batch = batch.append_column(name, pa.array(values, pa.type_for_alias(_Table.kind(name))))

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
 from ._proto import common_pb2, generation_pb2, models_pb2, preference_pb2, tokens_pb2
 from .errors import InternalError, PlumbError, of_item
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -324,6 +328,21 @@ def scores(answer: preference_pb2.ScoreResponse, asked: int, first: int) -> list
         return InternalError("the server sent neither a score nor an error for this item", index=index)
 
     return [one(first + i, result) for i, result in enumerate(answer.results)]
+
+
+class Versions:
+    """Warns when scores that are compared with each other come from several versions, which is no comparison."""
+
+    def __init__(self) -> None:
+        self._seen: set[ModelIdentity] = set()
+
+    def see(self, results: Iterable[Score | PlumbError]) -> None:
+        """Looks at more of these scores."""
+        for model in {result.model for result in results if isinstance(result, Score)} - self._seen:
+            if self._seen:
+                said = " and ".join(f"{m.name} version {m.version} ({m.weights_digest[:12]})" for m in self._seen)
+                _log.warning("rewards of %s and now of version %d (%s)", said, model.version, model.weights_digest[:12])
+            self._seen.add(model)
 
 
 def ranking(answer: preference_pb2.RankResponse, asked: int) -> Ranking:

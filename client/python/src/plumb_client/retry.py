@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 import time
 from collections.abc import Callable
@@ -19,8 +20,8 @@ class RetryPolicy:
 
     Tried again are UNAVAILABLE, and RESOURCE_EXHAUSTED only where the server says when to come back: without that the
     request itself is too large and would fail for ever. The server's delay is always waited for in full. A server that
-    is busy and says for how long is asked again until the deadline, however often that is: such tries are not counted,
-    except where there is no deadline.
+    is busy and says for how long is asked again until the deadline, however often that is, and without a deadline for
+    ever: such tries are not counted.
     """
 
     max_attempts: int = 5
@@ -32,10 +33,10 @@ class RetryPolicy:
     multiplier: float = 2.0
     """Growth of the pause from try to try."""
 
-    def counts(self, failure: PlumbError, remaining: float | None) -> bool:
+    def counts(self, failure: PlumbError) -> bool:
         """Whether a failure uses up a try."""
         busy = failure.code == grpc.StatusCode.RESOURCE_EXHAUSTED and failure.retryable
-        return self.max_attempts <= 1 or remaining is None or not busy
+        return self.max_attempts <= 1 or not busy
 
     def delay(self, attempt: int, failure: PlumbError, remaining: float | None, jitter: float) -> float | None:
         """Seconds to wait before trying again, or None if the failure stands.
@@ -44,13 +45,19 @@ class RetryPolicy:
         time to the deadline. The pause is the server's delay plus `jitter` times the back-off, so that clients that
         failed together come back apart.
         """
-        used_up = attempt >= self.max_attempts and self.counts(failure, remaining)
+        used_up = attempt >= self.max_attempts and self.counts(failure)
         if not failure.retryable or used_up:
             return None
         growth = max(self.multiplier, 1.0) ** min(max(attempt - 1, 0), 64)
         delay = (failure.retry_after or 0.0) + jitter * min(self.initial_backoff * growth, self.max_backoff)
         # A try that would start after the deadline is not worth the wait.
         return delay if remaining is None or delay < remaining else None
+
+
+PATIENT = RetryPolicy(max_attempts=240)
+"""For jobs that outlive a server's restart: at pauses of 2.5 seconds on average, ten minutes without a server."""
+
+_log = logging.getLogger(__name__)
 
 
 class Deadline:
@@ -86,10 +93,13 @@ class Attempts(Deadline):
         if not may_repeat:
             raise failure
         remaining = self.remaining()
-        self._counted += self._policy.counts(failure, remaining)
+        self._counted += self._policy.counts(failure)
         delay = self._policy.delay(self._counted, failure, remaining, self._jitter())
         if delay is None:
             raise failure
+        if self._counted == RetryPolicy.max_attempts:
+            # Minutes of waiting should not look like work.
+            _log.warning("still trying after %d tries: %s", self.made, failure)
         return delay
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 from . import aio, transcript
 from .client import Client
 from .inputs import Item, ScoreOptions, Text
-from .results import Score
+from .results import Score, Versions
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -35,17 +35,46 @@ _log = logging.getLogger(__name__)
 class _Reward:
     """What is scored, and what the scores say to a trainer."""
 
-    def __init__(self, name: str | None, strings: Strings, on_error: Literal["raise", "none"], options: Any) -> None:
+    _kind: Any = Client
+    client: Any
+
+    def __init__(
+        self,
+        target: str | Sequence[str] | Client | aio.Client | None = None,
+        *,
+        name: str | None = None,
+        strings: Strings = "text",
+        on_error: Literal["raise", "none"] = "raise",
+        **options: Unpack[ScoreOptions],
+    ) -> None:
+        """Connects at the first call, in the process that makes it.
+
+        Args:
+            target: Addresses as a `Client` takes them, asked as `Client.patient` does, so that a training outlives a
+                server's restart; or a client, which also has keys, deadlines and retries.
+            name: What the trainer logs the rewards as; default: the model's name.
+            strings: How strings are read. `text`: a completion continues its prompt's text, as it is. `turns`: the
+                prompt is the user's turn, the completion the answer. `transcript`: the prompt has `Human:` and
+                `Assistant:` markers, the completion ends its last turn. Prompts and completions that are turns are
+                scored in the server's chat format.
+            on_error: What becomes of a completion that cannot be scored, such as one that is too long: its error is
+                raised, or it has no reward (None), with a warning. TRL sums a completion's rewards without those that
+                are None, and takes none at all for 0. What fails the whole call is always raised.
+            options: Those of `Client.score`, such as `model`, `label`, `truncation`, `chat_format`. Where neither
+                version nor label is named, a version that is published meanwhile changes the rewards, with a warning.
+        """
         for what, word, words in (
             ("strings", strings, ("text", "turns", "transcript")),
             ("on_error", on_error, ("raise", "none")),
         ):
             if word not in words:
                 raise ValueError(f"{what} is one of {', '.join(words)}, not {word!r}")
+        self.client = target if isinstance(target, self._kind) else self._kind.patient(target)
         self.__name__ = name or options.get("model") or "plumb"
         self._strings = strings
         self._on_error: OnError = "raise" if on_error == "raise" else "return"
         self._options = options
+        self._versions = Versions()
 
     def _items(self, prompts: Sequence[Said], completions: Sequence[Said]) -> list[Item]:
         return [self._item(*both) for both in zip(prompts, completions, strict=True)]
@@ -61,9 +90,11 @@ class _Reward:
         # Only the prompt's markers make turns: a policy does not speak for the user.
         turns = transcript.turns(prompt)
         begun = turns.pop()["content"] if turns and turns[-1]["role"] == "assistant" else ""
-        return turns, (begun + completion).strip()
+        space = prompt[len(prompt.rstrip()) :]
+        return turns, (begun + space + completion).strip()
 
     def _rewards(self, results: Sequence[Score | PlumbError]) -> list[float | None]:
+        self._versions.see(results)
         rewards = [result.reward if isinstance(result, Score) else None for result in results]
         failed = [result for result in results if not isinstance(result, Score)]
         if failed:
@@ -74,31 +105,7 @@ class _Reward:
 class PlumbReward(_Reward):
     """A reward function: the preference model's rewards of completions, or a language model's scores."""
 
-    def __init__(
-        self,
-        target: str | Sequence[str] | Client | None = None,
-        *,
-        name: str | None = None,
-        strings: Strings = "text",
-        on_error: Literal["raise", "none"] = "raise",
-        **options: Unpack[ScoreOptions],
-    ) -> None:
-        """Connects at the first call, in the process that makes it.
-
-        Args:
-            target: Addresses as a `Client` takes them, or a client, which also has keys, deadlines and retries.
-            name: What the trainer logs the rewards as; default: the model's name.
-            strings: How strings are read. `text`: a completion continues its prompt's text, as it is. `turns`: the
-                prompt is the user's turn, the completion the answer. `transcript`: the prompt has `Human:` and
-                `Assistant:` markers, the completion ends its last turn. Prompts and completions that are turns are
-                scored in the server's chat format.
-            on_error: What becomes of a completion that cannot be scored, such as one that is too long: its error is
-                raised, or it has no reward (None), with a warning. TRL sums a completion's rewards without those that
-                are None, and takes none at all for 0. What fails the whole call is always raised.
-            options: Those of `Client.score`, such as `model`, `label`, `truncation`, `chat_format`.
-        """
-        super().__init__(name, strings, on_error, options)
-        self.client = target if isinstance(target, Client) else Client(target)
+    client: Client
 
     def __call__(self, prompts: Sequence[Said], completions: Sequence[Said], **_: Any) -> list[float | None]:
         """A reward for every completion; further columns are passed over."""
@@ -107,20 +114,11 @@ class PlumbReward(_Reward):
 
 
 class AsyncPlumbReward(_Reward):
-    """`PlumbReward` for trainers that await reward functions which are objects, as TRL's do from 1.14 on."""
+    """`PlumbReward` for trainers that await reward functions which are objects, as TRL's do from 1.14 on. A client that
+    it is given is one of `plumb_client.aio`."""
 
-    def __init__(
-        self,
-        target: str | Sequence[str] | aio.Client | None = None,
-        *,
-        name: str | None = None,
-        strings: Strings = "text",
-        on_error: Literal["raise", "none"] = "raise",
-        **options: Unpack[ScoreOptions],
-    ) -> None:
-        """See `PlumbReward`."""
-        super().__init__(name, strings, on_error, options)
-        self.client = target if isinstance(target, aio.Client) else aio.Client(target)
+    _kind = aio.Client
+    client: aio.Client
 
     async def __call__(self, prompts: Sequence[Said], completions: Sequence[Said], **_: Any) -> list[float | None]:
         """A reward for every completion; further columns are passed over."""

@@ -9,7 +9,8 @@ backend, many calls at once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, TypeVar
@@ -30,6 +31,13 @@ __all__ = ["PlumbLM"]
 A = TypeVar("A")
 B = TypeVar("B")
 Encoded = tuple["tuple[str, str] | None", list[int], list[int]]
+
+ITEMS = 4
+"""Most texts in a call that scores: with 64 calls in flight, about what a server lets in at once. A question's answers,
+which begin alike, still come together."""
+
+TEXTS, TEXT_BYTES = 32, 1 << 20
+"""Most texts, and bytes of them, in a call that tokenizes; a server takes 4 MiB."""
 
 SAMPLING = {"top_k": int, "top_p": float, "min_p": float, "repetition_penalty": float, "seed": int}
 """Generation arguments of a task that mean the same to Plumb."""
@@ -60,7 +68,7 @@ class PlumbLM(TemplateLM):  # type: ignore[misc]
         """Connects to a server.
 
         Args:
-            target: Its address, as `Client` takes it.
+            target: Its address, as `Client.patient` takes it; several are separated by semicolons or spaces.
             model: Name of the model; default: the server's language model.
             version: Its version, or `label` of it; default: the one labelled stable, else the newest.
             tokenizer: A folder or repository whose tokenizer and chat template Transformers reads here; default: the
@@ -79,14 +87,15 @@ class PlumbLM(TemplateLM):  # type: ignore[misc]
         super().__init__()
         for name in ("batch_size", "max_batch_size", "device"):
             options.pop(name, None)
-        self.client = Client(target, timeout=timeout, concurrency=concurrency, **options)
+        self.client = Client.patient(target, timeout=timeout, concurrency=concurrency, **options)
         status = self._find(model, version, label)
         assert status.details is not None
         self.status, self._details = status, status.details
         self._model: dict[str, Any] = {"model": status.model.name, "version": status.model.version}
         self.max_length = max_length or self._details.max_input_tokens - 1
         self.max_gen_toks, self.add_bos_token, self.concurrency = max_gen_toks, add_bos_token, concurrency
-        self._ids: dict[tuple[str, bool | None], list[int]] = {}
+        # As packed numbers: all texts of a task are here at once.
+        self._ids: dict[tuple[str, bool | None], array[int]] = {}
         if tokenizer is not None:
             from transformers import AutoTokenizer
 
@@ -97,7 +106,8 @@ class PlumbLM(TemplateLM):  # type: ignore[misc]
         def speaks(status: ModelStatus) -> bool:
             return status.details is not None and status.details.kind is ModelKind.LANGUAGE
 
-        status = self.client.model(model=name, version=version, label=label)
+        # Later a server may be away for a while; at first its address is more likely to be wrong.
+        status = self.client.model(model=name, version=version, label=label, timeout=60.0)
         if name is None and not speaks(status):
             # The default of the other kind.
             status = next((other for other in self.client.models() if other.is_default and speaks(other)), status)
@@ -157,7 +167,7 @@ class PlumbLM(TemplateLM):  # type: ignore[misc]
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
         """Token ids of a text; without `add_special_tokens` as the tokenizer does, but never a second BOS."""
         self._encode([(string, add_special_tokens)])
-        return self._ids[string, self._adds(string, add_special_tokens)]
+        return self._ids[string, self._adds(string, add_special_tokens)].tolist()
 
     def _adds(self, string: str, add_special_tokens: bool | None) -> bool | None:
         if add_special_tokens is None and self._prefix is not None:
@@ -171,16 +181,16 @@ class PlumbLM(TemplateLM):  # type: ignore[misc]
         wanted = {(string, self._adds(string, adds)) for string, adds in strings} - self._ids.keys()
         for adds in {adds for _, adds in wanted}:
             texts = sorted(string for string, its in wanted if its == adds)
-            batches = [texts[i : i + 32] for i in range(0, len(texts), 32)]
+            batches = list(_cut(texts))
             for batch, ids in zip(batches, self._map(partial(self._ask, adds), batches), strict=True):
                 self._ids.update(zip(((text, adds) for text in batch), ids, strict=True))
 
-    def _ask(self, adds: bool | None, texts: list[str]) -> list[list[int]]:
+    def _ask(self, adds: bool | None, texts: list[str]) -> list[array[int]]:
         if self.tokenizer is not None:
             options = {} if adds is None else {"add_special_tokens": adds}
-            return [self.tokenizer.encode(text, **options) for text in texts]
+            return [array("I", self.tokenizer.encode(text, **options)) for text in texts]
         answers = self.client.tokenize(texts, add_special_tokens=adds is not False, **self._model)
-        return [[token.id for token in tokens] for tokens in answers]
+        return [array("I", [token.id for token in tokens]) for tokens in answers]
 
     # What the harness asks of a model.
 
@@ -202,7 +212,7 @@ class PlumbLM(TemplateLM):  # type: ignore[misc]
             ids = (context + continuation)[-(self.max_length + 1) :]
             return TokenIds(ids, max(1, len(ids) - len(continuation)))
 
-        scores = self.client.score_stream(map(item, requests), objective="sum", **self._model)
+        scores = self.client.score_stream(map(item, requests), objective="sum", batch_size=ITEMS, **self._model)
         answers = []
         bar = tqdm(scores, total=len(requests), desc="Running loglikelihood requests", disable=disable_tqdm)
         for (request, *_rest), score in zip(requests, bar, strict=True):
@@ -275,3 +285,18 @@ class PlumbLM(TemplateLM):  # type: ignore[misc]
         """Answers in order, many calls at once."""
         with ThreadPoolExecutor(self.concurrency, thread_name_prefix="plumb") as threads:
             yield from threads.map(call, items)
+
+
+def _cut(texts: list[str]) -> Iterator[list[str]]:
+    """Texts as calls take them; one that is longer has a call of its own."""
+    batch: list[str] = []
+    size = 0
+    for text in texts:
+        more = len(text.encode(errors="replace"))
+        if batch and (len(batch) == TEXTS or size + more > TEXT_BYTES):
+            yield batch
+            batch, size = [], 0
+        batch.append(text)
+        size += more
+    if batch:
+        yield batch
