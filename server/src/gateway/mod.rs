@@ -16,7 +16,7 @@ pub(crate) mod serve;
 mod vllm;
 
 use std::sync::Arc;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use axum::Router;
 use axum::extract::{Request, State};
@@ -56,6 +56,10 @@ const SCORES: [(&str, Protocol); 9] = [
 ];
 /// Where models are listed.
 const MODELS: &str = "/v1/models";
+
+/// How long a call waits for room before it is refused, for its body and again for its work: frameworks try again a few
+/// times within seconds and then go on without a reward, but are patient with an answer.
+const PATIENCE: Duration = Duration::from_secs(60);
 
 /// What the routes work with.
 pub(crate) struct Gateway {
