@@ -111,7 +111,8 @@ impl Gateway {
         body::check_type(&parts.headers)?;
         let caller = Caller::of(&parts.extensions);
         // The room is held until the work is done.
-        let (bytes, _room) = body::read(&self.inflow, self.context.limits.max_message_bytes, &caller, body).await?;
+        let longest = self.context.limits.max_message_bytes;
+        let (bytes, _room) = body::read(&self.inflow, longest, &caller, body, PATIENCE).await?;
         let large = bytes.len() > SMALL as usize;
         let read = move || Body::read(&bytes).and_then(protocol);
         let (ask, answer) = if large { self.context.pool.run(read).await?? } else { read()? };
