@@ -315,7 +315,7 @@ impl Server {
             AbortOnDropHandle::new(tokio::spawn(async move { access.follow().await })),
             AbortOnDropHandle::new(tokio::spawn(follow(tls))),
             AbortOnDropHandle::new(tokio::spawn(metrics::upkeep(exposition))),
-            AbortOnDropHandle::new(tokio::spawn(async move { status.follow().await })),
+            AbortOnDropHandle::new(tokio::spawn(status.follow())),
             AbortOnDropHandle::new(tokio::spawn(async move { follower.follow(kinds, followed).await })),
         ];
 

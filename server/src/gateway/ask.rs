@@ -1,7 +1,7 @@
 //! What is to be scored, in whatever protocol it came, cut into calls that a service takes.
 
 use std::ops::Range;
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant};
 
 use futures::{StreamExt as _, TryStreamExt as _, stream};
 use http::Extensions;
@@ -13,13 +13,12 @@ use tonic::metadata::MetadataMap;
 use tonic::{Code, Request, Status};
 
 use super::json::{Body, question};
+use super::{PATIENCE, now};
 use crate::error::{Error, Result};
 use crate::layers::trace::Arrived;
 use crate::services::Patience;
+use crate::services::limits::MAX_TEXT_BYTES;
 
-/// How long a call waits for room before it is refused: frameworks try again a few times within seconds and then go on
-/// without a reward, but are patient with an answer.
-const PATIENCE: Patience = Patience(Duration::from_secs(60));
 /// Calls of one request at a time: while one is computed, the next is tokenized.
 const AT_A_TIME: usize = 2;
 
@@ -67,6 +66,13 @@ type Answered = (v1::ModelIdentity, Vec<v1::Score>);
 impl Ask {
     /// With what a body says of the model and the text.
     pub(super) fn of(body: Body, field: &'static str, items: Items) -> Result<Self> {
+        // Before there is a copy of it for every part.
+        if let Items::Answers { question, .. } = &items
+            && question.len() > MAX_TEXT_BYTES
+        {
+            let message = format!("the query has {} bytes, {MAX_TEXT_BYTES} are allowed", question.len());
+            return Err(Error::invalid("", message));
+        }
         let (model, text) = (body.model(), body.text_options()?);
         Ok(Self { model, items, field, text, request_id: body.request_id.unwrap_or_default() })
     }
@@ -84,35 +90,31 @@ impl Ask {
         let Self { field, ref request_id, .. } = self;
         let id =
             if request_id.is_empty() { format!("plumb-{:016x}", rand::random::<u64>()) } else { request_id.clone() };
-        let parts = self.parts(at_most);
-        if parts.is_empty() {
+        if self.items.len() == 0 {
             return Err(Error::invalid(field, "at least one is needed").into());
         }
-        let answers = parts.into_iter().map(|(range, part)| async move {
+        let answers = self.parts(at_most).map(|(range, part)| async move {
             // What follows waits for its own kind: much has been spent by then.
-            let patience = if range.start == 0 { PATIENCE } else { Patience::ENDLESS };
+            let patience = if range.start == 0 { Patience(PATIENCE) } else { Patience::ENDLESS };
             let answered = ask(service, part, extensions.clone(), patience).await;
             answered.map_err(|status| renamed(&status, field, range.start))
         });
         let answers: Vec<Answered> = stream::iter(answers).buffered(AT_A_TIME).try_collect().await?;
         let (model, scores) = joined(answers)?;
-        let created = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs());
-        Ok(Scored { model, scores, id, created })
+        Ok(Scored { model, scores, id, created: now() })
     }
 
-    /// Calls of so many items, and which those are.
-    fn parts(self, at_most: usize) -> Vec<(Range<usize>, Part)> {
-        let Self { model, items, field: _, text, request_id } = self;
-        let mut parts: Vec<_> = match items {
-            Items::Inputs(inputs) => cut(inputs, at_most)
-                .map(|(range, items)| {
-                    let request =
-                        v1::ScoreRequest { model: model.clone(), items, text: Some(text), ..Default::default() };
-                    (range, Part::Score(request))
-                })
-                .collect(),
-            Items::Answers { question: query, answers } => cut(answers, at_most)
-                .map(|(range, answers)| {
+    /// Calls of so many items, and which those are. Each is made when it is its turn: all have the question.
+    fn parts(self, at_most: usize) -> impl Iterator<Item = (Range<usize>, Part)> {
+        let Self { model, items, field: _, text, request_id: mut id } = self;
+        let is_cut = items.len() > at_most;
+        let parts: Box<dyn Iterator<Item = _> + Send> = match items {
+            Items::Inputs(inputs) => Box::new(cut(inputs, at_most).map(move |(range, items)| {
+                let request = v1::ScoreRequest { model: model.clone(), items, text: Some(text), ..Default::default() };
+                (range, Part::Score(request))
+            })),
+            Items::Answers { question: query, answers } => {
+                Box::new(cut(answers, at_most).map(move |(range, answers)| {
                     let candidate = |text| v1::Candidate { candidate: Some(v1::candidate::Candidate::Text(text)) };
                     let request = v1::RankRequest {
                         model: model.clone(),
@@ -122,21 +124,29 @@ impl Ask {
                         ..Default::default()
                     };
                     (range, Part::Rank(request))
-                })
-                .collect(),
+                }))
+            }
         };
-        // Where calls are split between versions, those with one id get one version.
-        let id = match &parts[..] {
-            [(_, first), _, ..] if request_id.is_empty() => first.digest(),
-            _ => request_id,
-        };
-        for (_, part) in &mut parts {
-            match part {
+        parts.map(move |(range, mut part)| {
+            // Where calls are split between versions, those with one id get one version.
+            if is_cut && id.is_empty() {
+                id = part.digest();
+            }
+            match &mut part {
                 Part::Score(request) => request.request_id.clone_from(&id),
                 Part::Rank(request) => request.request_id.clone_from(&id),
             }
+            (range, part)
+        })
+    }
+}
+
+impl Items {
+    fn len(&self) -> usize {
+        match self {
+            Self::Inputs(inputs) => inputs.len(),
+            Self::Answers { answers, .. } => answers.len(),
         }
-        parts
     }
 }
 
@@ -229,8 +239,12 @@ fn joined(answers: Vec<Answered>) -> Result<Answered> {
 /// The same in the caller's words: its own name for the items, and where they were in its request.
 fn renamed(status: &Status, field: &str, start: usize) -> Status {
     let message = status.message();
-    let item = ["items[", "candidates["].iter().find_map(|prefix| {
-        let (index, rest) = message.strip_prefix(prefix)?.split_once(']')?;
+    let item = ["items", "candidates"].iter().find_map(|list| {
+        let rest = message.strip_prefix(list)?;
+        if rest.starts_with(": ") {
+            return Some(format!("{field}{rest}"));
+        }
+        let (index, rest) = rest.strip_prefix('[')?.split_once(']')?;
         Some(format!("{field}[{}]{rest}", index.parse::<usize>().ok()? + start))
     });
     let limit = || Some(format!("truncate_prompt_tokens{}", message.strip_prefix("text.max_tokens")?));
@@ -243,6 +257,10 @@ fn renamed(status: &Status, field: &str, start: usize) -> Status {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    use tonic::{Response, Streaming};
+
     use super::super::json::text;
     use super::*;
 
@@ -255,7 +273,7 @@ mod tests {
     fn what_is_too_much_for_a_call_is_cut_and_keeps_its_order() {
         let texts: Vec<String> = (0..5).map(|i| i.to_string()).collect();
         let inputs: Vec<_> = texts.iter().cloned().map(text).collect();
-        let parts = ask(Items::Inputs(inputs.clone())).parts(2);
+        let parts: Vec<_> = ask(Items::Inputs(inputs.clone())).parts(2).collect();
         assert_eq!(parts.iter().map(|(range, _)| range.clone()).collect::<Vec<_>>(), [0..2, 2..4, 4..5]);
         let mut ids = Vec::new();
         for (range, part) in parts {
@@ -269,9 +287,67 @@ mod tests {
             let Part::Rank(request) = part else { panic!("{part:?}") };
             assert_eq!((request.candidates.len(), request.prompt), (range.len(), Some(question("q".into()))));
         }
-        let [(_, Part::Rank(whole))] = &ask(answers()).parts(5)[..] else { panic!("cut without need") };
+        let parts: Vec<_> = ask(answers()).parts(5).collect();
+        let [(_, Part::Rank(whole))] = &parts[..] else { panic!("cut without need") };
         assert_eq!(whole.request_id, "", "a call by itself is told apart by all of it");
-        assert!(ask(Items::Inputs(Vec::new())).parts(5).is_empty());
+    }
+
+    /// Refuses everything, and counts.
+    #[derive(Default)]
+    struct Refuses(AtomicUsize);
+
+    #[tonic::async_trait]
+    impl Preference for Refuses {
+        type ScoreStreamStream = stream::Empty<Result<v1::ScoreResponse, Status>>;
+
+        async fn score(&self, _: Request<v1::ScoreRequest>) -> Result<Response<v1::ScoreResponse>, Status> {
+            self.0.fetch_add(1, Ordering::Relaxed);
+            Err(Error::invalid("items", "too much").into())
+        }
+
+        async fn score_stream(
+            &self,
+            _: Request<Streaming<v1::ScoreRequest>>,
+        ) -> Result<Response<Self::ScoreStreamStream>, Status> {
+            Ok(Response::new(stream::empty()))
+        }
+
+        async fn rank(&self, _: Request<v1::RankRequest>) -> Result<Response<v1::RankResponse>, Status> {
+            self.0.fetch_add(1, Ordering::Relaxed);
+            Err(Error::invalid("candidates", "too much").into())
+        }
+    }
+
+    /// The most memory that this process has ever had, in bytes; `None` where there is no procfs.
+    fn peak_memory() -> Option<u64> {
+        let status = std::fs::read_to_string("/proc/self/status").ok()?;
+        let kib = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?.trim().strip_suffix("kB")?;
+        Some(kib.trim().parse::<u64>().ok()? << 10)
+    }
+
+    #[tokio::test]
+    async fn a_question_is_not_multiplied_by_its_calls() {
+        let question =
+            |bytes: usize| Items::Answers { question: "q".repeat(bytes), answers: vec![String::new(); 1 << 17] };
+        let service = Refuses::default();
+        let before = peak_memory();
+        let refused = ask(question(4 << 20)).run(&service, &Extensions::new(), 256).await.unwrap_err();
+        // All 512 calls are 2 GiB; other tests run beside this one.
+        let grown = peak_memory().zip(before).map_or(0, |(after, before)| after - before);
+        assert!(grown < 1 << 30, "{grown} bytes");
+        assert!(refused.message() == "query: too much" && service.0.into_inner() <= AT_A_TIME, "{refused}");
+
+        let error = Ask::of(Body::default(), "documents", question((4 << 20) + 1)).unwrap_err();
+        assert_eq!(error.to_string(), "the query has 4194305 bytes, 4194304 are allowed");
+    }
+
+    #[tokio::test]
+    async fn nothing_is_asked_for_nothing() {
+        for items in [Items::Inputs(Vec::new()), Items::Answers { question: "q".into(), answers: Vec::new() }] {
+            let service = Refuses::default();
+            let refused = ask(items).run(&service, &Extensions::new(), 5).await.unwrap_err();
+            assert_eq!((refused.message(), service.0.into_inner()), ("query: at least one is needed", 0));
+        }
     }
 
     #[test]
@@ -281,6 +357,9 @@ mod tests {
             assert_eq!((status.code(), status.message()), (Code::InvalidArgument, expected));
         };
         check("items[3]: the input is empty", "query[259]: the input is empty");
+        check("items: why", "query: why");
+        check("candidates: why", "query: why");
+        check("items of a list", "items of a list");
         check("candidates[0].text: why", "query[256].text: why");
         check("text.max_tokens: 9 is not in 1..=8", "truncate_prompt_tokens: 9 is not in 1..=8");
         check("no model is named `items[0]`", "no model is named `items[0]`");

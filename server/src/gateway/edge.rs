@@ -24,6 +24,8 @@ pub(super) const JSON: &str = "application/json";
 pub(super) const GRPC_STATUS: HeaderName = HeaderName::from_static("grpc-status");
 /// How long a caller waits, in seconds.
 const TIMEOUT: &str = "x-request-timeout";
+/// When to come back where nobody says so: the error of an item does not.
+const RETRY_AFTER: Duration = Duration::from_secs(1);
 /// Milliseconds that fit into gRPC's header.
 const MAX_MILLIS: f64 = 99_999_999.0;
 
@@ -93,9 +95,12 @@ fn value(text: String) -> HeaderValue {
 
 /// A status as the protocols have it.
 fn failed(status: &Status) -> Response {
-    let mut response = said(http_status(status.code()), status.message(), code_name(status.code()));
+    let code = http_status(status.code());
+    let is_busy = code == StatusCode::SERVICE_UNAVAILABLE;
+    let mut response = said(code, status.message(), code_name(status.code()));
     let headers = response.headers_mut();
-    if let Some(delay) = status.get_error_details().retry_info().and_then(|info| info.retry_delay) {
+    let delay = status.get_error_details().retry_info().and_then(|info| info.retry_delay);
+    if let Some(delay) = delay.or(is_busy.then_some(RETRY_AFTER)) {
         headers.insert(header::RETRY_AFTER, whole_seconds(delay).into());
         // What OpenAI's clients read first.
         headers.insert("retry-after-ms", u64::try_from(delay.as_millis()).unwrap_or(u64::MAX).into());
@@ -166,6 +171,19 @@ mod tests {
         check(Error::Draining, 503, "UNAVAILABLE", Some("1")).await;
         check(Error::DeviceLost, 503, "UNAVAILABLE", Some("5")).await;
         check(Error::DeadlineExceeded, 504, "DEADLINE_EXCEEDED", None).await;
+    }
+
+    #[test]
+    fn every_503_says_when_to_come_back() {
+        // As from an item's error, which has a code and a message.
+        for code in [Code::Unavailable, Code::ResourceExhausted] {
+            let headers = failed(&Status::new(code, "why")).headers().clone();
+            assert_eq!(
+                (&headers[header::RETRY_AFTER], &headers["retry-after-ms"]),
+                (&"1".parse().unwrap(), &"1000".parse().unwrap())
+            );
+        }
+        assert!(!failed(&Status::internal("why")).headers().contains_key(header::RETRY_AFTER));
     }
 
     #[test]

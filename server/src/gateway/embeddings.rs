@@ -1,14 +1,11 @@
 //! `/v1/embeddings` as SGLang has it for reward models: a vector whose only number is the reward. verl's
 //! `reward_model.rollout.name: sglang` asks here.
 
-use base64::Engine as _;
-use base64::engine::general_purpose::STANDARD;
-use plumb_proto::v1;
-use serde_json::{Value, json};
+use serde_json::json;
 
 use super::ask::{Ask, Items, Scored};
 use super::json::{Body, Encoding};
-use super::{Answer, reward, usage};
+use super::{Answer, reward, usage, vector};
 use crate::error::Result;
 
 pub(super) fn embeddings(mut body: Body) -> Result<(Ask, Answer)> {
@@ -17,7 +14,7 @@ pub(super) fn embeddings(mut body: Body) -> Result<(Ask, Answer)> {
     let ask = Ask::of(body, field, Items::Inputs(inputs))?;
     let answer = move |scored: &Scored| {
         let data = scored.scores.iter().enumerate().map(
-            |(index, score)| json!({ "object": "embedding", "index": index, "embedding": vector(score, encoding) }),
+            |(index, score)| json!({ "object": "embedding", "index": index, "embedding": vector(reward(score), encoding) }),
         );
         json!({
             "object": "list",
@@ -27,14 +24,6 @@ pub(super) fn embeddings(mut body: Body) -> Result<(Ask, Answer)> {
         })
     };
     Ok((ask, Box::new(answer)))
-}
-
-fn vector(score: &v1::Score, encoding: Encoding) -> Value {
-    match encoding {
-        Encoding::Float => json!([reward(score)]),
-        // What OpenAI's client asks for: f32, little-endian.
-        Encoding::Base64 => json!(STANDARD.encode(score.reward.to_le_bytes())),
-    }
 }
 
 #[cfg(test)]

@@ -36,8 +36,9 @@ pub(super) struct Body {
 
     pub(super) truncate_prompt_tokens: Option<i64>,
     pub(super) truncation_side: Option<Side>,
-    #[serde(alias = "activation")]
-    pub(super) use_activation: Option<bool>,
+    use_activation: Option<bool>,
+    /// Its former name, which some send beside it.
+    activation: Option<bool>,
     pub(super) top_n: Option<usize>,
     pub(super) return_documents: Option<bool>,
     pub(super) encoding_format: Option<Encoding>,
@@ -119,7 +120,7 @@ impl Body {
 
     /// Whether probabilities are asked for instead of rewards.
     pub(super) fn wants_probability(&self, default: bool) -> bool {
-        self.use_activation.unwrap_or(default)
+        self.use_activation.or(self.activation).unwrap_or(default)
     }
 
     /// `input` or `messages`, as items.
@@ -410,7 +411,7 @@ mod tests {
             ]
         });
         proptest!(|(json in json)| {
-            for protocol in super::super::tests::PROTOCOLS {
+            for (_, protocol) in super::super::SCORES {
                 let _ = read(&json).and_then(protocol);
             }
         });

@@ -16,12 +16,15 @@ pub(crate) mod serve;
 mod vllm;
 
 use std::sync::Arc;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use axum::Router;
 use axum::extract::{Request, State};
 use axum::middleware::from_fn;
 use axum::response::{IntoResponse as _, Response};
 use axum::routing::{get, post};
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
 use http::{HeaderValue, StatusCode, header};
 use plumb_proto::v1;
 use serde_json::{Value, json};
@@ -29,16 +32,34 @@ use tokio::sync::watch;
 use tonic::Status;
 
 use self::ask::{Ask, Scored};
-use self::json::Body;
+use self::json::{Body, Encoding};
 use crate::error::{Error, Result};
 use crate::layers::caller::Caller;
 use crate::layers::inflow::{Inflow, SMALL};
-use crate::layers::rpc::HTTP;
 use crate::services::{Context, ModelsService, PreferenceService};
 
 /// What is asked, and what makes an answer of it.
 type Protocol = fn(Body) -> Result<(Ask, Answer)>;
 type Answer = Box<dyn FnOnce(&Scored) -> Value + Send>;
+
+/// Where scores are asked for, and how.
+const SCORES: [(&str, Protocol); 9] = [
+    ("/get_reward", openrlhf::get_reward),
+    ("/score", vllm::score),
+    ("/v1/score", vllm::score),
+    ("/classify", vllm::classify),
+    ("/pooling", vllm::pooling),
+    ("/rerank", rerank::rerank),
+    ("/v1/rerank", rerank::rerank),
+    ("/v2/rerank", rerank::cohere),
+    ("/v1/embeddings", embeddings::embeddings),
+];
+/// Where models are listed.
+const MODELS: &str = "/v1/models";
+
+/// How long a call waits for room before it is refused, for its body and again for its work: frameworks try again a few
+/// times within seconds and then go on without a reward, but are patient with an answer.
+const PATIENCE: Duration = Duration::from_secs(60);
 
 /// What the routes work with.
 pub(crate) struct Gateway {
@@ -63,20 +84,11 @@ impl Gateway {
 
     /// All routes. `around` puts the layers of every call around those that are calls.
     pub(crate) fn routes(self: Arc<Self>, around: impl FnOnce(Router) -> Router) -> Router {
-        let calls = HTTP.into_iter().fold(Router::new(), |router, (path, rpc)| {
-            let scores = |protocol: Protocol| {
-                post(move |State(gateway): State<Arc<Self>>, request| answered(gateway, protocol, request))
-            };
-            let route = match rpc.name {
-                "http/get_reward" => scores(openrlhf::get_reward),
-                "http/score" => scores(vllm::score),
-                "http/classify" => scores(vllm::classify),
-                "http/pooling" => scores(vllm::pooling),
-                "http/rerank" => scores(rerank::rerank),
-                "http/embeddings" => scores(embeddings::embeddings),
-                _ => get(listed),
-            };
-            router.route(path, route)
+        let calls = SCORES.into_iter().fold(Router::new().route(MODELS, get(listed)), |router, (path, protocol)| {
+            router.route(
+                path,
+                post(move |State(gateway): State<Arc<Self>>, request| answered(gateway, protocol, request)),
+            )
         });
         // A check of health is no call, and neither is what is not there.
         around(calls.with_state(Arc::clone(&self)))
@@ -99,7 +111,8 @@ impl Gateway {
         body::check_type(&parts.headers)?;
         let caller = Caller::of(&parts.extensions);
         // The room is held until the work is done.
-        let (bytes, _room) = body::read(&self.inflow, self.context.limits.max_message_bytes, &caller, body).await?;
+        let longest = self.context.limits.max_message_bytes;
+        let (bytes, _room) = body::read(&self.inflow, longest, &caller, body, PATIENCE).await?;
         let large = bytes.len() > SMALL as usize;
         let read = move || Body::read(&bytes).and_then(protocol);
         let (ask, answer) = if large { self.context.pool.run(read).await?? } else { read()? };
@@ -113,7 +126,7 @@ impl Gateway {
     async fn list(&self) -> Result<Response, Status> {
         use v1::models_server::Models as _;
         let listed = self.models.list_models(tonic::Request::new(v1::ListModelsRequest {})).await?;
-        Ok(said(models::list(&listed.into_inner().models).to_string(), None))
+        Ok(said(models::list(&listed.into_inner().models, now()).to_string(), None))
     }
 }
 
@@ -148,6 +161,11 @@ fn malformed(error: &serde_json::Error) -> Error {
     Error::invalid("", format!("the body is not what is expected here: {error}"))
 }
 
+/// Seconds since 1970.
+fn now() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs())
+}
+
 /// The reward as the double that equals it, so that whoever reads doubles has its exact value.
 fn reward(score: &v1::Score) -> f64 {
     f64::from(score.reward)
@@ -159,6 +177,15 @@ fn number(score: &v1::Score, squashed: bool) -> f64 {
     if squashed { 1.0 / (1.0 + (-reward).exp()) } else { reward }
 }
 
+/// A vector of one number.
+fn vector(number: f64, encoding: Encoding) -> Value {
+    match encoding {
+        Encoding::Float => json!([number]),
+        // What OpenAI's client asks for: f32, little-endian.
+        Encoding::Base64 => json!(STANDARD.encode((number as f32).to_le_bytes())),
+    }
+}
+
 /// Tokens of a request.
 fn usage(scored: &Scored) -> Value {
     let tokens: u64 = scored.scores.iter().map(|score| u64::from(score.input_tokens)).sum();
@@ -168,9 +195,18 @@ fn usage(scored: &Scored) -> Value {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::layers::rpc::{Class, HTTP};
 
-    pub(super) const PROTOCOLS: [Protocol; 6] =
-        [openrlhf::get_reward, vllm::score, vllm::classify, vllm::pooling, rerank::rerank, embeddings::embeddings];
+    /// What is not in both is answered 404, or asks everybody for an admin's key.
+    #[test]
+    fn every_route_has_a_name_and_a_class() {
+        let mut answered: Vec<_> = SCORES.iter().map(|(path, _)| (*path, Class::Score)).collect();
+        answered.push((MODELS, Class::Read));
+        let mut known: Vec<_> = HTTP.iter().map(|(path, rpc)| (*path, rpc.class)).collect();
+        answered.sort_by_key(|(path, _)| *path);
+        known.sort_by_key(|(path, _)| *path);
+        assert_eq!(answered, known);
+    }
 
     /// What a body asks for, and what is answered for so many rewards.
     pub(super) fn asked(protocol: Protocol, body: Value) -> (Ask, impl FnOnce(&[f32]) -> Value) {

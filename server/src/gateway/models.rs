@@ -3,8 +3,9 @@
 use plumb_proto::v1;
 use serde_json::{Value, json};
 
-/// The models of which a version is available; `id` is what the other routes take as `model`.
-pub(super) fn list(statuses: &[v1::ModelStatus]) -> Value {
+/// The models of which a version is available; `id` is what the other routes take as `model`. OpenAI's clients want to
+/// know when each was created, which no checkpoint says: it is `now`, as in vLLM.
+pub(super) fn list(statuses: &[v1::ModelStatus], now: u64) -> Value {
     let mut models: Vec<Value> = Vec::new();
     for status in statuses.iter().filter(|status| status.state() == v1::ModelState::Available) {
         let v1::ModelIdentity { name, version, weights_digest } = status.model.clone().unwrap_or_default();
@@ -26,6 +27,7 @@ pub(super) fn list(statuses: &[v1::ModelStatus]) -> Value {
             None => models.push(json!({
                 "id": name,
                 "object": "model",
+                "created": now,
                 "owned_by": "plumb",
                 "kind": match details.kind() {
                     v1::ModelKind::Preference => "preference",
@@ -68,9 +70,9 @@ mod tests {
         ];
         let version = |version| json!({ "version": version, "weights_digest": "d", "labels": ["stable"], "root": "/pm", "max_model_len": 8 });
         let expected = json!({
-            "id": "pm", "object": "model", "owned_by": "plumb", "kind": "preference", "is_default": true,
+            "id": "pm", "object": "model", "created": 7, "owned_by": "plumb", "kind": "preference", "is_default": true,
             "versions": [version(1), version(2)],
         });
-        assert_eq!(list(&statuses), json!({ "object": "list", "data": [expected] }));
+        assert_eq!(list(&statuses, 7), json!({ "object": "list", "data": [expected] }));
     }
 }

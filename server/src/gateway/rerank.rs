@@ -10,13 +10,23 @@ use super::json::{Body, Texts};
 use super::{Answer, number, reward, usage};
 use crate::error::{Error, Result};
 
-pub(super) fn rerank(mut body: Body) -> Result<(Ask, Answer)> {
+/// As vLLM and Jina have it, whose results bring their documents along.
+pub(super) fn rerank(body: Body) -> Result<(Ask, Answer)> {
+    ranked(body, true)
+}
+
+/// As the second version of Cohere's has it, whose results do not.
+pub(super) fn cohere(body: Body) -> Result<(Ask, Answer)> {
+    ranked(body, false)
+}
+
+fn ranked(mut body: Body, return_documents: bool) -> Result<(Ask, Answer)> {
     let question = match body.query.take().map(|Texts(mut texts)| (texts.pop(), texts.pop())) {
         Some((Some(query), None)) => query,
         _ => return Err(Error::invalid("query", "one text is needed")),
     };
     let answers = body.documents.take().ok_or_else(|| Error::invalid("documents", "a list of texts is needed"))?.0;
-    let documents = (body.return_documents == Some(true)).then(|| answers.clone());
+    let documents = body.return_documents.unwrap_or(return_documents).then(|| answers.clone());
     let squashed = body.wants_probability(true);
     // vLLM's way of saying all.
     let top_n = body.top_n.filter(|n| *n > 0).unwrap_or(usize::MAX);
@@ -48,8 +58,15 @@ pub(super) fn rerank(mut body: Body) -> Result<(Ask, Answer)> {
 mod tests {
     use serde_json::Value;
 
+    use super::super::Protocol;
     use super::super::tests::{asked, refused};
     use super::*;
+
+    /// With more fields.
+    fn with(mut body: Value, more: Value) -> Value {
+        body.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        body
+    }
 
     fn indices(answer: &Value) -> Vec<u64> {
         answer["results"].as_array().unwrap().iter().map(|result| result["index"].as_u64().unwrap()).collect()
@@ -58,11 +75,7 @@ mod tests {
     #[test]
     fn documents_are_ordered_by_their_rewards() {
         let documents = json!(["a", { "text": "b" }, "c", "d"]);
-        let ask_for = |more: Value| {
-            let mut body = json!({ "query": "q", "documents": documents });
-            body.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
-            asked(rerank, body)
-        };
+        let ask_for = |more: Value| asked(cohere, with(json!({ "query": "q", "documents": documents }), more));
         let (ask, answer) = ask_for(json!({}));
         let answers = ["a", "b", "c", "d"].map(str::to_owned).into();
         assert_eq!((ask.field, ask.items), ("documents", Items::Answers { question: "q".into(), answers }));
@@ -78,11 +91,24 @@ mod tests {
         ] {
             assert_eq!(indices(&ask_for(more).1(&[0.0, 1.0, 2.0, 3.0])), expected);
         }
-        let raw = ask_for(json!({ "use_activation": false, "return_documents": true })).1(&[0.0, 7.0, 2.0, 3.0]);
-        assert_eq!(
-            raw["results"][0],
-            json!({ "index": 1, "relevance_score": 7.0, "reward": 7.0, "document": { "text": "b" } })
-        );
+        let raw = ask_for(json!({ "use_activation": false })).1(&[0.0, 7.0, 2.0, 3.0]);
+        assert_eq!(raw["results"][0], json!({ "index": 1, "relevance_score": 7.0, "reward": 7.0 }));
+    }
+
+    #[test]
+    fn results_bring_their_documents_where_the_protocol_does() {
+        let check = |protocol: Protocol, more: Value, expected: Value| {
+            let (_, answer) = asked(protocol, with(json!({ "query": "q", "documents": ["a", { "text": "b" }] }), more));
+            assert_eq!(answer(&[1.0, 2.0])["results"][0]["document"], expected);
+        };
+        let (asked_for, not) = (json!({ "return_documents": true }), json!({ "return_documents": false }));
+        let (document, none) = (json!({ "text": "b" }), Value::Null);
+        for (more, by_vllm, by_cohere) in
+            [(json!({}), &document, &none), (asked_for, &document, &document), (not, &none, &none)]
+        {
+            check(rerank, more.clone(), by_vllm.clone());
+            check(cohere, more, by_cohere.clone());
+        }
     }
 
     #[test]

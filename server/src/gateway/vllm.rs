@@ -5,8 +5,8 @@
 use serde_json::{Value, json};
 
 use super::ask::{Ask, Items, Scored};
-use super::json::{Body, pair};
-use super::{Answer, number, usage};
+use super::json::{Body, Encoding, pair};
+use super::{Answer, number, usage, vector};
 use crate::error::{Error, Result};
 
 /// Scores pairs: one query with many documents, or as many of the ones as of the others.
@@ -40,7 +40,8 @@ pub(super) fn classify(mut body: Body) -> Result<(Ask, Answer)> {
 /// A vector of one number.
 pub(super) fn pooling(mut body: Body) -> Result<(Ask, Answer)> {
     let (field, inputs) = body.inputs()?;
-    let entry = |index, score| json!({ "index": index, "object": "pooling", "data": [score] });
+    let encoding = body.encoding_format.unwrap_or(Encoding::Float);
+    let entry = move |index, score| json!({ "index": index, "object": "pooling", "data": vector(score, encoding) });
     answered(body, field, Items::Inputs(inputs), entry)
 }
 
@@ -120,6 +121,22 @@ mod tests {
         check(json!({ "input": "a", "use_activation": true }), 0.880_797_077_977_882_3);
         check(json!({ "input": "a", "activation": false }), 2.0);
         check(json!({ "messages": [{ "role": "user", "content": "a" }] }), 2.0);
-        assert_eq!(asked(pooling, json!({ "input": [1, 2] })).1(&[2.0])["data"][0]["data"], json!([2.0]));
+        check(json!({ "input": "a", "activation": true, "use_activation": false }), 2.0);
+        // What a client sends that knows both names.
+        check(json!({ "input": "a", "activation": null, "use_activation": false }), 2.0);
+        check(json!({ "input": "a", "activation": true, "use_activation": null }), 0.880_797_077_977_882_3);
+    }
+
+    #[test]
+    fn a_vector_is_written_as_asked_for() {
+        let pooled = |more: Value| {
+            let mut body = json!({ "input": [1, 2] });
+            body.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+            asked(pooling, body).1(&[0.5])["data"][0]["data"].clone()
+        };
+        assert_eq!(pooled(json!({})), json!([0.5]));
+        assert_eq!(pooled(json!({ "encoding_format": "float" })), json!([0.5]));
+        // python3 -c 'import base64, struct; print(base64.b64encode(struct.pack("<f", 0.5)))'
+        assert_eq!(pooled(json!({ "encoding_format": "base64" })), json!("AAAAPw=="));
     }
 }

@@ -46,8 +46,8 @@ pub(crate) struct Inflow {
     clients: Mutex<HashMap<Arc<str>, Arc<Semaphore>>>,
     /// Longer messages are refused where they are decoded.
     longest: usize,
-    /// How long a message may take to arrive once there is room for it.
-    arrival: Duration,
+    /// How long a message, or a body over HTTP, may take to arrive once there is room for it.
+    pub(crate) arrival: Duration,
 }
 
 impl Inflow {

@@ -16,16 +16,18 @@ use tonic::Status;
 
 use super::rpc::Rpc;
 
-/// Ends a request that is not there in time. A stream of requests may take as long as it likes.
+/// Ends a request that is not there in time. A stream of requests may take as long as it likes, and a body over HTTP has
+/// its time from when there is room for it: the gateway looks at its clock.
 pub(crate) async fn receive(State(timeout): State<Duration>, request: Request, next: Next) -> Response {
-    if Rpc::of(&request).streams_requests() {
+    let rpc = Rpc::of(&request);
+    if rpc.streams_requests() || rpc.is_http() {
         return next.run(request).await;
     }
     next.run(request.map(|inner| Body::new(Timed { inner, timeout, end: Box::pin(sleep(timeout)) }))).await
 }
 
 /// Why a request, or a message of a stream, is not waited for.
-pub(super) fn late(timeout: Duration) -> Status {
+pub(crate) fn late(timeout: Duration) -> Status {
     Status::deadline_exceeded(format!("the request did not arrive within {} s", timeout.as_secs_f64()))
 }
 

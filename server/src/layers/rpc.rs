@@ -75,7 +75,12 @@ impl Rpc {
 
     /// In which protocol it is called, as traces name it.
     pub(crate) fn system(self) -> &'static str {
-        if self.name.starts_with("http/") { "http" } else { "grpc" }
+        if self.is_http() { "http" } else { "grpc" }
+    }
+
+    /// Whether it is a route of the gateway.
+    pub(crate) fn is_http(self) -> bool {
+        self.name.starts_with("http/")
     }
 
     /// Whether the caller may take as long as it likes between the messages of its request.

@@ -10,8 +10,8 @@ use crate::error::{Error, Result};
 pub(crate) const MAX_REQUEST_ID_BYTES: usize = 128;
 /// Name of a model or label.
 const MAX_NAME_BYTES: usize = 128;
-/// Texts to tokenize: as much as one may have.
-const MAX_TEXTS_BYTES: usize = 4 << 20;
+/// A text, and texts to tokenize together.
+pub(crate) const MAX_TEXT_BYTES: usize = 4 << 20;
 /// Role of a turn.
 const MAX_ROLE_BYTES: usize = 64;
 /// A path, repository or revision.
@@ -105,7 +105,7 @@ pub(super) fn strings(field: &str, strings: &[String]) -> Result<()> {
 
 /// Texts that are tokenized and described token by token, in one call.
 pub(super) fn texts(texts: &[String]) -> Result<()> {
-    at_most("texts", texts.iter().map(String::len).sum(), MAX_TEXTS_BYTES)
+    at_most("texts", texts.iter().map(String::len).sum(), MAX_TEXT_BYTES)
 }
 
 /// A prompt is joined to each of its candidates: together they may have as many bytes as a message.

@@ -75,11 +75,14 @@ impl Context {
     /// is the call's error, so that whoever sends a single item gets a plain status.
     pub(super) async fn score(&self, call: ScoreCall) -> Result<Scored> {
         let ScoreCall { model, inputs, field, text, objective, per_token, priority, call, permit } = call;
+        // What is too much work in all is the list's fault, so that its sender may halve it, or that of its only item.
+        let all = if inputs.len() == 1 { format!("{field}[0]") } else { field.to_owned() };
         let permit = match permit {
             Some(permit) => permit,
             None => {
                 let (tokens, certain) = self.estimate(&model, &inputs, objective);
-                self.admit(&call, priority, Work::prompt(tokens), certain).await?
+                let admitted = self.admit(&call, priority, Work::prompt(tokens), certain).await;
+                admitted.map_err(|error| error.within(&all))?
             }
         };
         let sizes: Vec<Size> = inputs.iter().map(|input| input.as_ref().map_or(Size::default(), Size::of)).collect();
@@ -96,7 +99,8 @@ impl Context {
         Tokenized { model: model.name(), duration: tokenize }.emit();
         self.learn(&model, &sizes, &prepared);
 
-        let mut outputs = self.run_all(&model, &prepared, priority, call.deadline, permit).await?.into_iter();
+        let outputs = self.run_all(&model, &prepared, priority, call.deadline, permit).await;
+        let mut outputs = outputs.map_err(|error| error.within(&all))?.into_iter();
         let mut clock = Clock::default();
         let mut results = Vec::with_capacity(prepared.len());
         for (i, prepared) in prepared.into_iter().enumerate() {

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use axum::Router;
 use axum::http::{StatusCode, header};
-use axum::response::{Html, IntoResponse};
+use axum::response::{Html, IntoResponse, Response};
 use axum::routing::get;
 use hyper::server::conn::http1;
 use hyper_util::rt::{TokioIo, TokioTimer};
@@ -46,7 +46,7 @@ pub(crate) fn routes(metrics: PrometheusHandle, probes: Probes, status: Arc<Stat
         .route("/metrics", get(move || std::future::ready(exposition(&metrics))))
         .route("/healthz", get(move || std::future::ready(probe(*alive.borrow()))))
         .route("/readyz", get(move || std::future::ready(probe(*ready.borrow()))))
-        .route("/", get(move || std::future::ready(page(&status))))
+        .route("/", get(move || page(Arc::clone(&status))))
         .route("/status.css", get(([(header::CONTENT_TYPE, "text/css; charset=utf-8")], status::STYLE)))
 }
 
@@ -86,8 +86,8 @@ fn exposition(metrics: &PrometheusHandle) -> impl IntoResponse + use<> {
     ([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], metrics.render())
 }
 
-fn page(status: &Status) -> impl IntoResponse + use<> {
-    match status.page() {
+async fn page(status: Arc<Status>) -> Response {
+    match status.page().await {
         Ok(page) => {
             let headers = [
                 (header::CONTENT_SECURITY_POLICY, status::POLICY),

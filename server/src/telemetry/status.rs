@@ -3,7 +3,7 @@
 
 use std::collections::VecDeque;
 use std::ops::Range;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use metrics_exporter_prometheus::PrometheusHandle;
@@ -11,6 +11,8 @@ use minijinja::{Environment, UndefinedBehavior, Value, context};
 use plumb_proto::v1;
 use time::OffsetDateTime;
 use time::macros::format_description;
+use tokio::task::spawn_blocking;
+use tokio::time::MissedTickBehavior;
 use v1::ModelState;
 
 use super::events::{kind_name, state_name};
@@ -39,6 +41,8 @@ pub(super) const POLICY: &str =
 const WINDOW: Duration = Duration::from_secs(60);
 /// How often a reading is kept to compare with.
 const SAMPLED_EVERY: Duration = Duration::from_secs(10);
+/// How old a page may be: a hundred browsers cost no more than one.
+const KEPT_FOR: Duration = Duration::from_secs(1);
 /// What rates are made of.
 const RATED: &[Metric] =
     &[REQUESTS, REQUEST_DURATION, ADMISSION_REFUSALS, INPUT_TOKENS, PREFIX_CACHED_TOKENS, GENERATED_TOKENS];
@@ -64,8 +68,27 @@ pub(crate) struct Status {
     probes: Probes,
     started: Instant,
     /// The oldest first.
-    readings: Mutex<VecDeque<(Instant, Reading)>>,
+    readings: Mutex<VecDeque<(Instant, Arc<Reading>)>>,
     pages: Environment<'static>,
+    kept: Kept,
+}
+
+/// What many ask for, made again when it is old. Who asks meanwhile waits for it.
+#[derive(Default)]
+struct Kept(Mutex<Option<(Instant, String)>>);
+
+impl Kept {
+    fn get(&self, kept_for: Duration, make: impl FnOnce() -> Result<String>) -> Result<String> {
+        let mut kept = lock(&self.0);
+        if let Some((made, page)) = &*kept
+            && made.elapsed() < kept_for
+        {
+            return Ok(page.clone());
+        }
+        let page = make()?;
+        *kept = Some((Instant::now(), page.clone()));
+        Ok(page)
+    }
 }
 
 impl Status {
@@ -73,28 +96,37 @@ impl Status {
     /// If the template is wrong.
     pub(crate) fn new(metrics: PrometheusHandle, registry: Arc<Registry>, probes: Probes) -> Result<Arc<Self>> {
         let pages = pages().map_err(|error| wrong(&error))?;
-        Ok(Arc::new(Self { metrics, registry, probes, started: Instant::now(), readings: Mutex::default(), pages }))
+        let (started, readings, kept) = (Instant::now(), Mutex::default(), Kept::default());
+        Ok(Arc::new(Self { metrics, registry, probes, started, readings, pages, kept }))
     }
 
     /// Keeps readings to compare with, for as long as it is polled.
-    pub(crate) async fn follow(&self) {
+    pub(crate) async fn follow(self: Arc<Self>) {
         let mut interval = tokio::time::interval(SAMPLED_EVERY);
+        // Readings that are made up for would all be of one time.
+        interval.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             interval.tick().await;
-            let reading = self.read().only(RATED);
-            let mut readings = self.readings.lock().unwrap_or_else(PoisonError::into_inner);
+            let status = Arc::clone(&self);
+            let Ok(reading) = spawn_blocking(move || status.read().only(RATED)).await else { continue };
+            let mut readings = lock(&self.readings);
             while readings.front().is_some_and(|(at, _)| at.elapsed() > WINDOW) {
                 readings.pop_front();
             }
-            readings.push_back((Instant::now(), reading));
+            readings.push_back((Instant::now(), Arc::new(reading)));
         }
     }
 
-    /// The page as it is now.
+    /// The page as it is now, or was a moment ago. It takes milliseconds, which the threads of calls do not have.
     ///
     /// # Errors
     /// If the template asks for what is not there.
-    pub(super) fn page(&self) -> Result<String> {
+    pub(super) async fn page(self: Arc<Self>) -> Result<String> {
+        let page = spawn_blocking(move || self.kept.get(KEPT_FOR, || self.render())).await;
+        page.map_err(|_| Error::internal("the status page: not made"))?
+    }
+
+    fn render(&self) -> Result<String> {
         let page = self.pages.get_template(NAME).map_err(|error| wrong(&error))?;
         page.render(self.view()).map_err(|error| wrong(&error))
     }
@@ -124,12 +156,16 @@ impl Status {
 
     /// What was counted in the last minute, or in as much of it as there has been, and its seconds.
     fn growth(&self, now: &Reading) -> (Reading, f64) {
-        let readings = self.readings.lock().unwrap_or_else(PoisonError::into_inner);
-        match readings.front() {
-            Some((at, before)) => (now.only(RATED).since(before), at.elapsed().as_secs_f64().max(1.0)),
+        let oldest = lock(&self.readings).front().cloned();
+        match oldest {
+            Some((at, before)) => (now.only(RATED).since(&before), at.elapsed().as_secs_f64().max(1.0)),
             None => (Reading::default(), 1.0),
         }
     }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 fn pages() -> Result<Environment<'static>, minijinja::Error> {
@@ -365,6 +401,17 @@ mod tests {
         {
             assert_eq!(span(Duration::from_secs(seconds)), text);
         }
+    }
+
+    #[test]
+    fn a_page_is_made_once_for_all_who_ask_at_a_time() {
+        let (kept, long) = (Kept::default(), Duration::from_secs(3600));
+        let get = |kept_for, page: &str| kept.get(kept_for, || Ok(page.to_owned()));
+        assert!(kept.get(long, || Err(Error::internal("why"))).is_err(), "an error is not kept");
+        assert_eq!(get(long, "first").unwrap(), "first");
+        assert_eq!(get(long, "second").unwrap(), "first");
+        assert_eq!(get(Duration::ZERO, "third").unwrap(), "third");
+        assert_eq!(get(long, "fourth").unwrap(), "third");
     }
 
     #[test]

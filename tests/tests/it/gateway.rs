@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use plumb_client::{Client, conversation, text, v1};
-use plumb_tests::call::{ids, items, named, occupy, rewards, version};
+use plumb_tests::call::{candidate_ids, ids, items, named, occupy, rewards, version};
 use plumb_tests::fixture::{Copied, fixture};
 use plumb_tests::{Launch, Server};
 use serde_json::{Value, json};
@@ -16,6 +16,7 @@ use tokio_rustls::TlsConnector;
 use tokio_rustls::rustls::pki_types::{CertificateDer, ServerName, pem::PemObject as _};
 use tokio_rustls::rustls::{ClientConfig, RootCertStore, crypto::ring};
 
+use crate::errors::invalid;
 use crate::security::{Authority, Files};
 
 const GATEWAY: &str = "--http-port 0";
@@ -152,13 +153,12 @@ async fn every_route_answers_what_grpc_answers() {
 
     let mut order = [0, 1, 2];
     order.sort_by(|&a, &b| f32::from_bits(scores[b]).total_cmp(&f32::from_bits(scores[a])));
-    for path in ["/rerank", "/v1/rerank", "/v2/rerank"] {
-        let body = json!({ "query": "What is 2 + 2?", "documents": documents, "return_documents": true });
-        let answer = post(&server, path, body).await;
+    for (path, brings) in [("/rerank", true), ("/v1/rerank", true), ("/v2/rerank", false)] {
+        let answer = post(&server, path, json!({ "query": "What is 2 + 2?", "documents": documents })).await;
         for (place, &index) in order.iter().enumerate() {
             let result = &answer.body["results"][place];
             assert_eq!((result["index"].as_u64(), bits(&result["reward"])), (Some(index as u64), scores[index]));
-            assert_eq!(result["document"]["text"], documents[index]);
+            assert_eq!(result["document"], if brings { json!({ "text": documents[index] }) } else { Value::Null });
             let relevance = result["relevance_score"].as_f64().unwrap();
             assert!((relevance - 1.0 / (1.0 + (-f64::from(f32::from_bits(scores[index]))).exp())).abs() < 1e-12);
         }
@@ -179,6 +179,7 @@ async fn every_route_answers_what_grpc_answers() {
     let models = get(&server, "/v1/models").await;
     let names: Vec<_> = models.body["data"].as_array().unwrap().iter().map(|model| model["id"].clone()).collect();
     assert_eq!(names, ["llama-lm", "llama-pm", "openrlhf-pm"]);
+    assert!(models.body["data"][0]["created"].as_u64().unwrap() > 1_700_000_000, "{models:?}");
 
     let is_counted = |m: &plumb_tests::Exposition| {
         m.value("plumb_requests_total", &[("rpc", "http/score"), ("code", "OK")]) == 3.0
@@ -207,9 +208,11 @@ async fn what_makes_no_sense_is_refused_in_the_callers_words() {
     let answer = get(&server, "/get_reward").await;
     answer.failed(405, bad, "Method Not Allowed");
     assert_eq!(answer.headers["allow"], "POST");
-    // As from a form of a page in a browser.
-    let plain = request("POST", "/get_reward", &[("content-type", "text/plain")], r#"{"query": ["a"]}"#);
-    ask(&mut connect(&server).await, &plain).await.failed(400, bad, "`application/json` is expected");
+    // As from a page in a browser, which may send these without asking.
+    for plain in ["text/plain", "text/plain;x=json"] {
+        let plain = request("POST", "/get_reward", &[("content-type", plain)], r#"{"query": ["a"]}"#);
+        ask(&mut connect(&server).await, &plain).await.failed(400, bad, "`application/json` is expected");
+    }
 
     // Nothing is cut unless somebody asks for it.
     let long = "word ".repeat(2000);
@@ -346,6 +349,51 @@ async fn a_call_waits_for_room_as_long_as_it_says() {
     server.until("it waits", waits).await;
     drop(running);
     assert_eq!(Answer::read(&mut stream).await.status, 200);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_body_that_waits_for_memory_is_not_late() {
+    let lm = Copied::long_lm();
+    let flags = "--receive-timeout-secs 0.2 --max-message-bytes 500000 --max-request-memory-mib 1";
+    let server = Launch::new().model("lm", lm.path()).flags(ONE_PLACE).flags(flags).start().await;
+    let client = server.client().await;
+    let running = occupy(&client, "lm").await;
+    // One takes most of what a client may have; what nobody reads takes room too.
+    let body = json!({ "query": ["in the queue"], "labels": ["x".repeat(400_000)] });
+    let begin = async || {
+        let mut stream = connect(&server).await;
+        stream.write_all(request("POST", "/get_reward", &[JSON], &body.to_string()).as_bytes()).await.unwrap();
+        stream
+    };
+    let mut first = begin().await;
+    server.until("it is queued", |m| m.value("plumb_queue_sequences", &[]) == 1.0).await;
+    let mut second = begin().await;
+    let waits = |m: &plumb_tests::Exposition| m.value("plumb_requests_in_flight", &[("rpc", "http/get_reward")]) == 2.0;
+    server.until("another waits", waits).await;
+    // Longer than a body may take to arrive.
+    let third = post_with(&server, "/get_reward", &[("x-request-timeout", "0.5")], &body).await;
+    third.failed(504, "DEADLINE_EXCEEDED", "the deadline passed");
+    drop(running);
+    assert_eq!(Answer::read(&mut first).await.status, 200);
+    let second = Answer::read(&mut second).await;
+    assert_eq!(second.status, 200, "{second:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_too_much_work_at_a_time_is_the_lists_fault() {
+    let server = Launch::of(["llama-pm"]).flags("--http-port 0 --max-queue-tokens 1000").start().await;
+    let client = server.client().await;
+    let words = "tokens of work, 1000 are allowed at a time; split it";
+    invalid(client.score(items(None, vec![ids(&[5; 600]); 2])).await, "items", words);
+    let texts = (0..10).map(|i| text(format!("{i} {}", "word ".repeat(200))));
+    invalid(client.score(items(None, texts.collect())).await, "items", words);
+    // Who has only one cannot halve it.
+    invalid(client.score(items(None, vec![ids(&[5; 1001])])).await, "items[0]", words);
+    let candidates = vec![candidate_ids(&[5; 500]); 2];
+    let ranked = client.rank(v1::RankRequest { prompt: Some(ids(&[5; 100])), candidates, ..Default::default() }).await;
+    invalid(ranked, "candidates", words);
+    let answer = post(&server, "/classify", json!({ "input": vec![vec![5; 600]; 2] })).await;
+    answer.failed(400, "INVALID_ARGUMENT", "input: the call is 1200 tokens of work");
 }
 
 #[tokio::test(flavor = "multi_thread")]

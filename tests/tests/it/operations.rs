@@ -276,11 +276,16 @@ async fn the_status_page_tells_what_is_served() {
     // A version that fails is told with its reason.
     let failed = v1::LoadVersionRequest { name: "pm".into(), source: "/nowhere".into(), ..Default::default() };
     client.load_version(failed).await.unwrap_err();
-    let (_, page) = server.page("/").await;
-    assert!(
-        page.contains("<span class=\"badge failed\">failed</span>") && page.contains("version 3 failed after"),
-        "{page}"
-    );
+    let began = Instant::now();
+    loop {
+        let (_, page) = server.page("/").await;
+        if page.contains("<span class=\"badge failed\">failed</span>") && page.contains("version 3 failed after") {
+            break;
+        }
+        // A page is kept for a second.
+        assert!(began.elapsed() < PATIENCE, "{page}");
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
