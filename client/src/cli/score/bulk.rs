@@ -398,11 +398,10 @@ impl Job {
             (Sink::Lines(Lines::open(Some(&shard.part))?), None)
         };
         let mut target = Target::new(sink);
-        let reads = source::read(vec![shard.source.clone()], self.reading, None)
-            .map(move |read| match form {
-                Some(form) => form.check(read),
-                None => read,
-            });
+        let reads = source::read(vec![shard.source.clone()], self.reading, None).map(move |read| match form {
+            Some(form) => form.check(read),
+            None => read,
+        });
         let next_turn = stream::poll_fn(move |_| {
             turn.take();
             Poll::Ready(None)

@@ -14,6 +14,7 @@ use parquet::file::reader::{FileReader, SerializedFileReader};
 use parquet::file::writer::{SerializedFileWriter, SerializedRowGroupWriter};
 use parquet::schema::parser::parse_message_type;
 use parquet::schema::types::Type;
+use plumb_client::parquet::guarded;
 use plumb_client::{ItemFailure, v1};
 
 use crate::cli::input::Body;
@@ -140,6 +141,10 @@ impl Table {
     /// # Errors
     /// If the input is no Parquet file, lacks a column that is kept, or has one that would be added.
     pub(super) fn create(source: &Path, keep: &Keep, to: File) -> Result<Self> {
+        guarded(|| Self::begin(source, keep, to))
+    }
+
+    fn begin(source: &Path, keep: &Keep, to: File) -> Result<Self> {
         let file = File::open(source)?;
         let bytes = file.metadata()?.len();
         let source = SerializedFileReader::new(file.try_clone()?)?;
@@ -220,7 +225,7 @@ impl Table {
 
     fn end_row(&mut self) -> Result<()> {
         self.rows.push(std::mem::take(&mut self.row));
-        self.write_full_groups()
+        guarded(|| self.write_full_groups())
     }
 
     /// Writes the group whose rows are complete, and groups without rows.
@@ -246,7 +251,7 @@ impl Table {
     /// # Errors
     /// If rows of the input are missing, or it cannot be written.
     pub(super) fn finish(mut self) -> Result<()> {
-        self.write_full_groups()?;
+        guarded(|| self.write_full_groups())?;
         if self.group < self.source.metadata().num_row_groups() || !self.rows.is_empty() {
             return Err(ParquetError::General("not as many rows as the file says that it has".to_owned()));
         }
@@ -354,4 +359,31 @@ fn write_column<T: DataType>(
     let mut column = out.next_column()?.ok_or_else(|| ParquetError::General("too many columns".to_owned()))?;
     column.typed::<T>().write_batch(values, Some(definition), repetition)?;
     column.close()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_damaged_file_is_an_error_or_a_table() {
+        let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures/parquet");
+        let whole = std::fs::read(fixtures.join("dialogues.parquet")).unwrap();
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("damaged.parquet");
+        let copied = |bytes: &[u8]| -> Result<()> {
+            std::fs::write(&path, bytes).unwrap();
+            let mut table = Table::create(&path, &Keep::All, tempfile::tempfile().unwrap())?;
+            for _ in 0..2 {
+                table.broken("not read")?;
+            }
+            table.finish()
+        };
+        copied(&whole).unwrap();
+        for at in 0..whole.len() {
+            let mut changed = whole.clone();
+            changed[at] ^= 0x15;
+            let _ = copied(&changed);
+        }
+    }
 }
