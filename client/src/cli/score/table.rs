@@ -380,7 +380,7 @@ mod tests {
             table.finish()
         };
         copied(&whole).unwrap();
-        for at in 0..whole.len() {
+        for at in (0..whole.len()).step_by(3) {
             let mut changed = whole.clone();
             changed[at] ^= 0x15;
             let _ = copied(&changed);
