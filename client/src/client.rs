@@ -99,7 +99,7 @@ impl Client {
         requests: impl Stream<Item = v1::ScoreRequest> + Send + 'static,
     ) -> Result<Answers<v1::ScoreResponse>, Error> {
         let request = self.request(requests, None);
-        let mut stub = preference(self.channel(), self.limit());
+        let mut stub = preference(self.channel(self.turn()), self.limit());
         let answer = stub.score_stream(request).await.map_err(|status| Box::new(CallError::new(&status, 1)))?;
         Ok(Answers::new(answer.into_inner(), None))
     }
@@ -210,9 +210,12 @@ impl Client {
         self.call_timeout.map(|timeout| Instant::now() + timeout)
     }
 
-    fn channel(&self) -> Channel {
-        // A retry takes the next turn, hence another server where there is one.
-        let turn = self.shared.next.fetch_add(1, Ordering::Relaxed);
+    /// Where a call begins: the next endpoint.
+    fn turn(&self) -> usize {
+        self.shared.next.fetch_add(1, Ordering::Relaxed)
+    }
+
+    fn channel(&self, turn: usize) -> Channel {
         self.shared.channels[turn % self.shared.channels.len()].clone()
     }
 
@@ -256,9 +259,12 @@ impl Client {
         message: Q,
         rpc: impl Fn(Channel, Request<Q>) -> F,
     ) -> Result<A, Error> {
-        let (mut tries, mut counted) = (0, 0);
+        let (mut tries, mut counted) = (0_u32, 0);
+        let first = self.turn();
         loop {
-            let answer = rpc(self.channel(), self.request(message.clone(), deadline));
+            // The endpoint after the one that failed, whatever turns other calls have taken meanwhile.
+            let channel = self.channel(first.wrapping_add(tries as usize));
+            let answer = rpc(channel, self.request(message.clone(), deadline));
             let status = match within(deadline, answer).await {
                 Ok(response) => return Ok(response.into_inner()),
                 Err(status) => status,

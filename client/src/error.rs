@@ -61,10 +61,7 @@ pub struct CallError {
 
 impl fmt::Display for CallError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}: {}", code_name(self.code), self.message)?;
-        for violation in &self.field_violations {
-            write!(f, "; {violation}")?;
-        }
+        write!(f, "{}: {}", code_name(self.code), self.words())?;
         if self.attempts > 1 {
             write!(f, " (after {} tries)", self.attempts)?;
         }
@@ -75,6 +72,17 @@ impl fmt::Display for CallError {
 impl std::error::Error for CallError {}
 
 impl CallError {
+    /// The message, with the violations that it does not name by itself.
+    fn words(&self) -> String {
+        let mut words = self.message.clone();
+        for violation in self.field_violations.iter().map(FieldViolation::to_string) {
+            if !words.contains(&violation) {
+                words += &format!("; {violation}");
+            }
+        }
+        words
+    }
+
     pub(crate) fn new(status: &Status, attempts: u32) -> Self {
         let violations = status.get_details_bad_request().map(|d| d.field_violations).unwrap_or_default();
         Self {
@@ -93,7 +101,7 @@ impl CallError {
 /// A field of the request that the server refused.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct FieldViolation {
-    /// Path of the field, such as `items[3].conversation`.
+    /// Path of the field, such as `items[3].conversation`; empty for the request as a whole.
     pub field: String,
     /// What is wrong with it.
     pub description: String,
@@ -101,7 +109,11 @@ pub struct FieldViolation {
 
 impl fmt::Display for FieldViolation {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}: {}", self.field, self.description)
+        match self.field.as_str() {
+            // The request as a whole.
+            "" => f.write_str(&self.description),
+            field => write!(f, "{field}: {}", self.description),
+        }
     }
 }
 
@@ -123,13 +135,10 @@ impl From<&v1::ItemError> for ItemFailure {
 
 impl From<&Error> for ItemFailure {
     fn from(error: &Error) -> Self {
-        let mut message = match error {
-            Error::Call(call) => call.message.clone(),
+        let message = match error {
+            Error::Call(call) => call.words(),
             other => other.to_string(),
         };
-        if let Error::Call(call) = error {
-            call.field_violations.iter().for_each(|violation| message += &format!("; {violation}"));
-        }
         Self { code: error.code(), message }
     }
 }

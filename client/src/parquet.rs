@@ -24,7 +24,8 @@ pub fn is_parquet(path: &Path) -> bool {
 /// If it cannot be read or is no Parquet file.
 pub fn count_rows(path: &Path) -> io::Result<u64> {
     let file = File::open(path)?;
-    let rows = guarded(|| Ok(SerializedFileReader::new(file)?.metadata().file_metadata().num_rows()))?;
+    let rows =
+        guarded(|| Ok(SerializedFileReader::new(file)?.metadata().file_metadata().num_rows())).map_err(invalid)?;
     Ok(rows.max(0).cast_unsigned())
 }
 
@@ -61,6 +62,7 @@ impl Rows {
             let columns = Type::group_type_builder(schema.name()).with_fields(fields).build()?;
             Ok(Self(RowIter::from_file_into(Box::new(reader)).project(Some(columns))?))
         })
+        .map_err(invalid)
     }
 }
 
@@ -68,17 +70,22 @@ impl Iterator for Rows {
     type Item = io::Result<Vec<u8>>;
 
     fn next(&mut self) -> Option<Self::Item> {
-        let row = guarded(|| self.0.next().transpose()).transpose()?;
+        let row = guarded(|| self.0.next().transpose()).map_err(invalid).transpose()?;
         Some(row.map(|row| object(&row).to_string().into_bytes()))
     }
 }
 
-/// The crate panics at column types that it does not know, and at some files that are broken.
-fn guarded<T>(read: impl FnOnce() -> parquet::errors::Result<T>) -> io::Result<T> {
+/// Makes an error of a panic: the crate panics at column types that it does not know, and at some files that are broken.
+///
+/// # Errors
+/// Those of `read`, and if it panics.
+pub fn guarded<T>(read: impl FnOnce() -> parquet::errors::Result<T>) -> parquet::errors::Result<T> {
     let panicked = |_| Err(ParquetError::General("a column that cannot be read".to_owned()));
-    catch_unwind(AssertUnwindSafe(read))
-        .unwrap_or_else(panicked)
-        .map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))
+    catch_unwind(AssertUnwindSafe(read)).unwrap_or_else(panicked)
+}
+
+fn invalid(error: ParquetError) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidData, error)
 }
 
 fn object(row: &Row) -> Value {

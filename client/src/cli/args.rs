@@ -81,9 +81,9 @@ pub(crate) struct Global {
         default_value = "5",
     )]
     connect_timeout_secs: Duration,
-    /// How often a call that may succeed later is tried again
-    #[arg(long, global = true, help_heading = SERVER, env = "PLUMB_MAX_RETRIES", value_name = "N", default_value_t = 4)]
-    max_retries: u32,
+    /// How often a call that may succeed later is tried again [default: 4; for score --output-dir: until its time is up]
+    #[arg(long, global = true, help_heading = SERVER, env = "PLUMB_MAX_RETRIES", value_name = "N")]
+    max_retries: Option<u32>,
     /// Write JSON lines instead of tables
     #[arg(long, global = true, help_heading = SERVER)]
     pub(crate) json: bool,
@@ -92,8 +92,17 @@ pub(crate) struct Global {
 impl Global {
     /// Connects as asked.
     pub(crate) async fn connect(&self) -> anyhow::Result<Client> {
-        self.connect_with(RetryPolicy { max_attempts: self.max_retries.saturating_add(1), ..RetryPolicy::default() })
-            .await
+        self.connect_with(self.retries(4)).await
+    }
+
+    /// Connects for work that waits for a server to come back: a call's deadline alone ends its tries.
+    pub(crate) async fn connect_patiently(&self) -> anyhow::Result<Client> {
+        self.connect_with(self.retries(u32::MAX)).await
+    }
+
+    fn retries(&self, usual: u32) -> RetryPolicy {
+        let max_attempts = self.max_retries.unwrap_or(usual).saturating_add(1);
+        RetryPolicy { max_attempts, ..RetryPolicy::default() }
     }
 
     /// Connects with another retry policy.

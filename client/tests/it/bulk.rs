@@ -7,23 +7,28 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use parquet::data_type::{ByteArray, ByteArrayType, Int64Type};
+use parquet::file::metadata::ParquetMetaDataWriter;
 use parquet::file::properties::WriterProperties;
+use parquet::file::reader::{FileReader, SerializedFileReader};
 use parquet::file::writer::SerializedFileWriter;
 use parquet::schema::parser::parse_message_type;
 use plumb_client::parquet::Rows;
 use serde_json::{Value, json};
 use tempfile::TempDir;
+use tonic::Status;
 
-use crate::command::{plumb, shown};
+use crate::command::{Run, plumb, shown};
 use crate::fake::{Fake, Step};
 
-/// A table of ids and one or two columns of words, in groups of rows.
+/// A table of ids, two columns of words and a note, in groups of rows.
 fn table(path: &Path, columns: [&str; 2], rows: &[(i64, &str, &str)], group: usize) {
-    let [first, second] = columns;
-    let text = "(STRING)";
-    let schema = format!(
-        "message m {{ required int64 id; optional binary {first} {text}; optional binary {second} {text}; optional binary note {text}; }}"
-    );
+    let rows: Vec<_> = rows.iter().map(|&(id, first, second)| (id, [first, second, "n"])).collect();
+    wide_table(path, [columns[0], columns[1], "note"], &rows, group);
+}
+
+fn wide_table(path: &Path, columns: [&str; 3], rows: &[(i64, [&str; 3])], group: usize) {
+    let columns = columns.map(|name| format!("optional binary {name} (STRING);")).concat();
+    let schema = format!("message m {{ required int64 id; {columns} }}");
     fs::create_dir_all(path.parent().unwrap()).unwrap();
     let schema = Arc::new(parse_message_type(&schema).unwrap());
     let properties = Arc::new(WriterProperties::builder().build());
@@ -34,9 +39,7 @@ fn table(path: &Path, columns: [&str; 2], rows: &[(i64, &str, &str)], group: usi
         let mut column = out.next_column().unwrap().unwrap();
         column.typed::<Int64Type>().write_batch(&ids, None, None).unwrap();
         column.close().unwrap();
-        let words: [Vec<&str>; 3] =
-            [rows.iter().map(|r| r.1).collect(), rows.iter().map(|r| r.2).collect(), vec!["n"; rows.len()]];
-        for words in words {
+        for words in [0, 1, 2].map(|column| rows.iter().map(|row| row.1[column]).collect::<Vec<_>>()) {
             // A dash is null.
             let levels: Vec<i16> = words.iter().map(|word| i16::from(*word != "-")).collect();
             let values: Vec<ByteArray> = words.into_iter().filter(|word| *word != "-").map(ByteArray::from).collect();
@@ -118,8 +121,13 @@ async fn a_row_of_scores_for_every_row() {
     assert_eq!((&one["rows"], &one["errors"], &one["tokens"]), (&json!(5), &json!(1), &json!(12)));
     assert_eq!(one["input"]["path"], "one.parquet");
     assert_eq!(one["models"], json!([{"model": "pm", "version": 3, "weights_digest": "0123456789abcdef"}]));
-    let left: Vec<_> = fs::read_dir(out.join("_manifests")).unwrap().map(|e| e.unwrap().file_name()).collect();
-    assert_eq!(left.len(), 3, "locks or parts are left: {left:?}");
+    assert_eq!(files_of(&out, "part"), 0);
+}
+
+/// Of the manifests' folder itself, by extension.
+fn files_of(out: &Path, extension: &str) -> usize {
+    let files = fs::read_dir(out.join("_manifests")).unwrap().map(|entry| entry.unwrap().path());
+    files.filter(|path| path.extension().is_some_and(|found| found == extension)).count()
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -148,7 +156,9 @@ async fn only_what_is_due_is_scored() {
     assert!(score(&["--hhh-prompt", "full", "--overwrite"]).await.2.contains("0 files scored"));
     assert!(score(&["--overwrite"]).await.2.contains("3 files scored\n"));
     assert!(score(&["--retry-errors"]).await.2.contains("3 files scored\n"));
-    fs::remove_file(out.join("_manifests/one.parquet.json")).unwrap();
+    for extension in ["json", "lock"] {
+        fs::remove_file(out.join("_manifests/one.parquet").with_added_extension(extension)).unwrap();
+    }
     let (code, _, said) = score(&[]).await;
     assert!(code == 64 && said.contains("was not made by plumb score"), "{said}");
     // As a run leaves it that is killed before it has written the manifest.
@@ -226,6 +236,7 @@ async fn folders_that_would_mix() {
     let one = format!("{input}/one.parquet");
     for (args, reason) in [
         (vec!["--output-dir", &input, &input], "lies within"),
+        (vec!["--output-dir", &format!("{input}/not/there"), &input], "lies within"),
         (vec!["--output-dir", &input, &one], "lies within"),
         (vec!["--output-dir", &output, &one, &one], "for two of the files"),
         (vec!["--output-dir", &output, "--shard", "2/2", &one], "I from 0 to N - 1"),
@@ -253,9 +264,28 @@ async fn shares_are_disjoint_and_cover_all() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_file_that_comes_late_moves_no_other_to_another_share() {
+    let fake = Fake::start([]).await;
+    let folder = tempfile::tempdir().unwrap();
+    let (input, output) = (folder.path().join("in"), shown(&folder.path().join("out")));
+    let line = |name: String| {
+        fs::create_dir_all(&input).unwrap();
+        fs::write(input.join(name), "{\"text\": \"a\"}\n").unwrap();
+    };
+    (10..26).for_each(|n| line(format!("{n}.jsonl")));
+    for share in ["0/3", "1/3", "2/3"] {
+        plumb(&fake, &["score", "--output-dir", &output, "--shard", share, &shown(&input)]).await.ok();
+        // Before all others.
+        line(format!("0{}.jsonl", &share[..1]));
+    }
+    let missing: Vec<_> = (10..26).filter(|n| !Path::new(&output).join(format!("{n}.jsonl")).exists()).collect();
+    assert!(missing.is_empty(), "in no share: {missing:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn runs_at_the_same_time_leave_each_other_their_files() {
-    // The first run holds its first file until the second is at its last.
-    let fake = Fake::start([Step::HoldUntilCalls(3)]).await;
+    // The first run has no answer until the second asks.
+    let fake = Fake::start([Step::HoldUntilCalls(2)]).await;
     let (folder, input, output) = texts();
     let args = ["score", "--output-dir", &output, "--concurrency", "1", &input];
     let (first, second) = tokio::join!(plumb(&fake, &args), async {
@@ -264,9 +294,29 @@ async fn runs_at_the_same_time_leave_each_other_their_files() {
         }
         plumb(&fake, &args).await
     });
-    assert!(first.out.contains("1 files scored, 2 left to another run"), "{}", first.out);
-    assert!(second.out.contains("2 files scored, 1 left to another run"), "{}", second.out);
+    let scored = |run: &Run| -> u64 {
+        let counts = run.out.lines().last().unwrap();
+        let numbers: Vec<u64> = counts.split(' ').filter_map(|word| word.parse().ok()).collect();
+        assert!(counts.contains("left to another run") && numbers[0] + numbers[1] == 3, "{counts}");
+        numbers[0]
+    };
+    assert_eq!(scored(&first) + scored(&second), 3);
     assert_eq!(read(&folder.path().join("out/one.parquet")).len(), 5);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_run_that_waited_for_a_lock_has_it() {
+    let fake = Fake::start([]).await;
+    let (folder, input, output) = texts();
+    let one = format!("{input}/one.parquet");
+    let manifests = folder.path().join("out/_manifests");
+    fs::create_dir_all(&manifests).unwrap();
+    // As a run that opens the lock while another has it.
+    let waiting = File::create(manifests.join("one.parquet.lock")).unwrap();
+    assert!(plumb(&fake, &["score", "--output-dir", &output, &one]).await.out.contains("1 files scored\n"));
+    waiting.try_lock().unwrap();
+    let run = plumb(&fake, &["score", "--output-dir", &output, "--overwrite", "--hhh-prompt", "full", &one]).await;
+    assert!(run.out.contains("0 files scored, 1 left to another run"), "{}{}", run.out, run.err);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -329,6 +379,178 @@ async fn every_row_once_however_often_the_run_is_killed() {
         let expected: Vec<_> = (0..60).map(|n| (Some(file * 100 + n), Some(n as f64 + 1.0))).collect();
         assert_eq!(found, expected, "file {file}");
     }
-    let left: Vec<_> = fs::read_dir(output.join("_manifests")).unwrap().map(|e| e.unwrap().file_name()).collect();
-    assert_eq!(left.len(), 6, "{left:?}");
+    assert_eq!((files_of(&output, "json"), files_of(&output, "part")), (6, 0));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_row_that_cannot_be_scored_does_not_end_the_run() {
+    let fake = Fake::start([]).await;
+    let (folder, _, output) = texts();
+    let input = folder.path().join("rows");
+    let words = [vec!["a"; 32], vec!["refuse"]].concat();
+    let rows: Vec<_> = (0..).zip(words).map(|(id, word)| (id, "q", word)).collect();
+    table(&input.join("a.parquet"), ["prompt", "response"], &rows, 50);
+    table(&input.join("b.parquet"), ["prompt", "response"], &[(0, "q", "infinite")], 1);
+    let run = plumb(&fake, &["score", "--output-dir", &output, &shown(&input)]).await;
+    assert!(run.code == 1 && run.out.contains("2 files scored\n"), "{}{}", run.out, run.err);
+    let rows = read(&folder.path().join("out/a.parquet"));
+    assert_eq!((rows.len(), &rows[31]["reward"]), (33, &json!(1.0)));
+    assert_eq!(rows[32]["error"], "INVALID_ARGUMENT: items[0]: too long");
+    let run = plumb(&fake, &["score", "--output-dir", &output, &shown(&input)]).await;
+    assert!(run.ok().contains("0 files scored, 2 done before"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_failure_that_may_pass_leaves_the_file_for_the_next_run() {
+    let slow = Fake::start([Step::Hang]).await;
+    let short = Fake::start([Step::Forget]).await;
+    for (fake, reason) in [(slow, "DEADLINE_EXCEEDED"), (short, "does not fit")] {
+        let (folder, input, output) = texts();
+        let out = folder.path().join("out");
+        let args = ["--timeout-secs", "1", "score", "--output-dir", &output, "--concurrency", "1", &input];
+        let run = plumb(&fake, &args).await;
+        assert!(run.code == 2 && run.out.contains("2 files scored, 1 not done"), "{}{}", run.out, run.err);
+        assert!(run.err.contains(reason) && run.err.contains("1 files are not done"), "{}", run.err);
+        assert_eq!(files_of(&out, "json") + usize::from(out.join("_manifests/deep/two.parquet.json").exists()), 2);
+        let run = plumb(&fake, &args).await;
+        assert!(run.out.contains("1 files scored, 2 done before"), "{}{}", run.out, run.err);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_server_that_is_away_is_waited_for() {
+    let away = || Step::Fail(Status::unavailable("away"));
+    let fake = Fake::start(std::iter::repeat_with(away).take(6)).await;
+    let (_folder, input, output) = texts();
+    let pairs = format!("{input}/deep");
+    let run = plumb(&fake, &["score", "--output-dir", &output, &pairs]).await;
+    assert!(run.out.contains("1 files scored\n"), "{}{}", run.out, run.err);
+    let fake = Fake::start([away(), away()]).await;
+    let args = ["--max-retries", "1", "score", "--output-dir", &output, "--concurrency", "1", &input];
+    let run = plumb(&fake, &args).await;
+    assert!(run.code == 2 && run.err.contains("UNAVAILABLE: away (after 2 tries)"), "{}", run.err);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_next_file_does_not_wait_for_the_last_answer() {
+    let fake = Fake::start([Step::HoldUntilCalls(4)]).await;
+    let folder = tempfile::tempdir().unwrap();
+    let input = folder.path().join("in");
+    fs::create_dir_all(&input).unwrap();
+    for n in 0..4 {
+        fs::write(input.join(format!("{n}.jsonl")), "{\"text\": \"a\"}\n").unwrap();
+    }
+    let output = shown(&folder.path().join("out"));
+    let run = plumb(&fake, &["--timeout-secs", "20", "score", "--output-dir", &output, &shown(&input)]).await;
+    assert!(run.ok().contains("4 files scored\n"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn other_models_and_labels_do_not_mix() {
+    let fake = Fake::start([]).await;
+    let (_folder, input, output) = texts();
+    let score = |model: &'static [&str]| {
+        let (fake, input, output) = (fake.clone(), input.clone(), output.clone());
+        async move {
+            let args = [&["score", "--output-dir", &output, "--mixed-versions"], model, &[&input]].concat();
+            plumb(&fake, &args).await
+        }
+    };
+    assert!(score(&["--model", "a", "--label", "stable"]).await.out.contains("3 files scored\n"));
+    assert!(score(&["--model", "a", "--label", "stable"]).await.ok().contains("3 done before"));
+    for other in [&["--model", "b", "--label", "stable"][..], &["--model", "a", "--label", "canary"]] {
+        let run = score(other).await;
+        assert!(run.code == 64 && run.err.contains("was scored with the options"), "{}{}", run.out, run.err);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn shares_do_not_mix_versions() {
+    let fake = Fake::start([]).await;
+    let (folder, input, output) = texts();
+    plumb(&fake, &["score", "--output-dir", &output, &input]).await;
+    let path = folder.path().join("out/_manifests/one.parquet.json");
+    let changed = fs::read_to_string(&path).unwrap().replace("0123456789abcdef", "fedcba9876543210");
+    fs::write(&path, changed).unwrap();
+    // In the share of one of the two, and refused by both.
+    for share in ["0/2", "1/2"] {
+        let run = plumb(&fake, &["score", "--output-dir", &output, "--shard", share, &input]).await;
+        assert!(run.code == 64 && run.err.contains("and now pm version 3"), "{share}: {}{}", run.out, run.err);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn every_row_with_an_error_is_counted() {
+    // The sides of the second pair are scored by different versions.
+    let fake = Fake::start([Step::Answer, Step::Answer, Step::Answer, Step::OtherWeights]).await;
+    let (folder, _, output) = texts();
+    let input = folder.path().join("wide");
+    let rows = [(0, ["aa", "b", "-"]), (1, ["cc", "d", "-"]), (2, ["-", "-", "only a text"])];
+    wide_table(&input.join("wide.parquet"), ["chosen", "rejected", "text"], &rows, 8);
+    let input = shown(&input);
+    let args =
+        ["score", "--output-dir", &output, "--mixed-versions", "--batch-size", "1", "--concurrency", "1", &input];
+    let run = plumb(&fake, &args).await;
+    assert!(run.code == 1 && run.out.contains("1 items failed") && run.out.contains("1 broken lines"), "{}", run.out);
+    let out = folder.path().join("out");
+    let rows = read(&out.join("wide.parquet"));
+    assert_eq!((&rows[0]["margin"], rows[0].get("error")), (&json!(1.0), None));
+    assert_eq!(rows[1]["error"], "ABORTED: scored by another version than the row");
+    assert_eq!((&rows[1]["chosen_reward"], rows[1].get("margin")), (&json!(2.0), None));
+    assert_eq!(rows[2]["error"], "INVALID_ARGUMENT: asks for something else than the columns say");
+    let manifest = manifest(&out, "wide.parquet.json");
+    assert_eq!((&manifest["rows"], &manifest["errors"]), (&json!(3), &json!(2)));
+    let run = plumb(&fake, &[&args[..], &["--retry-errors"]].concat()).await;
+    assert!(run.code == 1 && run.out.contains("1 files scored\n"), "{}{}", run.out, run.err);
+    assert_eq!(read(&out.join("wide.parquet"))[1]["margin"], 1.0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_damaged_column_that_is_kept_does_not_end_the_run() {
+    let fake = Fake::start([]).await;
+    let (_folder, input, output) = texts();
+    // The note of every row is said to lie where there is no file any more.
+    let one = Path::new(&input).join("one.parquet");
+    let mut metadata = SerializedFileReader::new(File::open(&one).unwrap()).unwrap().metadata().clone().into_builder();
+    let groups = metadata.take_row_groups().into_iter().map(|group| {
+        let mut group = group.into_builder();
+        let mut columns = group.take_columns();
+        let note = columns.pop().unwrap().into_builder().set_total_compressed_size(1 << 40).build().unwrap();
+        columns.push(note);
+        group.set_column_metadata(columns).build().unwrap()
+    });
+    let groups = groups.collect();
+    let metadata = metadata.set_row_groups(groups).build();
+    let mut file = File::options().append(true).open(&one).unwrap();
+    ParquetMetaDataWriter::new(&mut file, &metadata).finish().unwrap();
+    let run = plumb(&fake, &["score", "--output-dir", &output, "--keep", "note", &input]).await;
+    assert!(run.code == 1 && run.out.contains("2 files scored, 1 unreadable"), "{}{}", run.out, run.err);
+    assert!(run.err.contains("one.parquet: ") && run.err.contains("ends after the file"), "{}", run.err);
+}
+
+#[cfg(target_os = "linux")]
+#[tokio::test(flavor = "multi_thread")]
+async fn a_name_that_no_manifest_can_hold_is_refused_at_once() {
+    use std::os::unix::ffi::OsStrExt;
+
+    let fake = Fake::start([]).await;
+    let (_folder, input, output) = texts();
+    let name = std::ffi::OsStr::from_bytes(b"caf\xe9.jsonl");
+    fs::write(Path::new(&input).join(name), "{\"text\": \"a\"}\n").unwrap();
+    let run = plumb(&fake, &["score", "--output-dir", &output, &input]).await;
+    assert!(run.code == 64 && run.err.contains("must be UTF-8") && fake.calls() == 0, "{}{}", run.out, run.err);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_manifest_of_another_version_is_left_alone() {
+    let fake = Fake::start([]).await;
+    let (folder, input, output) = texts();
+    let one = format!("{input}/one.parquet");
+    plumb(&fake, &["score", "--output-dir", &output, &one]).await;
+    let path = folder.path().join("out/_manifests/one.parquet.json");
+    fs::write(&path, "{\"plumb_manifest\": 2, \"rows\": \"in another form\"}").unwrap();
+    let run = plumb(&fake, &["score", "--output-dir", &output, &one]).await;
+    assert!(run.code == 64 && run.err.contains("has a manifest of version 2"), "{}{}", run.out, run.err);
+    let run = plumb(&fake, &["score", "--output-dir", &output, "--overwrite", &one]).await;
+    assert!(run.out.contains("1 files scored\n"), "{}{}", run.out, run.err);
 }

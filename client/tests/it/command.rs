@@ -9,7 +9,7 @@ use tempfile::TempDir;
 use tonic::{Code, Status};
 use tonic_health::ServingStatus;
 
-use crate::fake::{Fake, Step};
+use crate::fake::{Fake, ROOM, Step};
 
 /// What a run left behind.
 pub(crate) struct Run {
@@ -188,6 +188,38 @@ async fn a_failed_call_fails_its_items_and_a_refused_one_ends_the_run() {
     let ended = run(fake).await;
     assert_eq!((ended.code, ended.json().len()), (2, 1), "{}", ended.err);
     assert!(ended.err.contains("NOT_FOUND: no model named pm"), "{}", ended.err);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_item_that_cannot_be_scored_does_not_end_the_run() {
+    let fake = Fake::start([]).await;
+    let lines = |texts: &[&str]| texts.iter().map(|text| json!({"text": text}).to_string() + "\n").collect::<String>();
+    for (bad, code) in [("refuse", "INVALID_ARGUMENT"), ("infinite", "INTERNAL")] {
+        // The last one is a call of its own; then a call of such items only.
+        for texts in [[vec!["a"; 32], vec![bad]].concat(), vec![bad; 5]] {
+            let run = plumb_with(&fake.url, &lines(&texts), &["--json", "score"]).await;
+            assert_eq!((run.code, run.json().len()), (1, texts.len()), "{}", run.err);
+            for (text, line) in texts.iter().zip(run.json()) {
+                match *text == bad {
+                    true => assert_eq!(line["error"]["code"], code),
+                    false => assert_eq!(line["reward"], 1.0),
+                }
+            }
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_call_that_is_too_large_is_split() {
+    let fake = Fake::start([]).await;
+    let (long, longer) = ("x".repeat(ROOM / 10), "x".repeat(ROOM + 1));
+    let lines = |texts: &[&str]| texts.iter().map(|text| json!({"text": text}).to_string() + "\n").collect::<String>();
+    let run = plumb_with(&fake.url, &lines(&[long.as_str(); 32]), &["--json", "score"]).await;
+    run.ok();
+    assert_eq!((run.json().len(), run.json()[31]["line"].as_u64(), fake.calls()), (32, Some(32), 7));
+    let run = plumb_with(&fake.url, &lines(&["a", &longer, "a"]), &["--json", "score"]).await;
+    assert_eq!((run.code, &run.json()[2]["reward"]), (1, &json!(1.0)));
+    assert_eq!(run.json()[1]["error"]["message"], "too many tokens of work; split it");
 }
 
 #[tokio::test(flavor = "multi_thread")]

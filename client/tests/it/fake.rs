@@ -1,7 +1,8 @@
 //! A server of the contract with made-up models, which fails and waits as a test tells it to.
 //!
 //! A text's reward is the number of its last turn's characters, negative behind the full HHH prompt. A text with
-//! `refuse` in it is refused. The model `lm` is a language model.
+//! `refuse` in it is refused, one with `infinite` has no finite reward, and a call of more than [`ROOM`] characters is
+//! too large. The model `lm` is a language model.
 
 use std::collections::VecDeque;
 use std::pin::Pin;
@@ -20,6 +21,10 @@ use tonic::metadata::MetadataMap;
 use tonic::transport::{Identity, Server, ServerTlsConfig};
 use tonic::{Code, Request, Response, Status};
 use tonic_health::ServingStatus;
+use tonic_types::{ErrorDetails, StatusExt};
+
+/// Most characters of a call's texts.
+pub(crate) const ROOM: usize = 10_000;
 
 /// What the next Score or Generate call meets; calls without a step are answered.
 #[derive(Clone, Debug)]
@@ -135,6 +140,9 @@ fn scored(words: &str, request: &v1::ScoreRequest) -> Result<v1::Score, v1::Item
     if words.contains("refuse") {
         return Err(v1::ItemError { code: Code::InvalidArgument as i32, message: "too long".into() });
     }
+    if words.contains("infinite") {
+        return Err(v1::ItemError { code: Code::Internal as i32, message: "the reward is not finite".into() });
+    }
     let length = words.chars().count();
     let full = request.text.is_some_and(|t| t.hhh_prompt() == v1::HhhPrompt::Full);
     let language = request.model.as_ref().is_some_and(|m| m.name == "lm");
@@ -169,11 +177,32 @@ fn score_response(request: &v1::ScoreRequest) -> v1::ScoreResponse {
     }
 }
 
+/// The call's own failure, if all items failed with the same code or are too many.
+fn refused(request: &v1::ScoreRequest, response: &v1::ScoreResponse) -> Result<(), Status> {
+    let invalid = |said: String, field: &str, reason: &str| {
+        Status::with_error_details(Code::InvalidArgument, said, ErrorDetails::with_bad_request_violation(field, reason))
+    };
+    if request.items.iter().map(|item| words(item).len()).sum::<usize>() > ROOM {
+        let reason = "too many tokens of work; split it";
+        return Err(invalid(reason.to_owned(), "", reason));
+    }
+    let failure = |result: &v1::ScoreResult| plumb_client::score(result).err();
+    let Some(first) = response.results.first().and_then(failure) else { return Ok(()) };
+    match response.results.iter().all(|result| failure(result).is_some_and(|other| other.code == first.code)) {
+        true if first.code == Code::InvalidArgument => {
+            Err(invalid(format!("items[0]: {}", first.message), "items[0]", &first.message))
+        }
+        true => Err(Status::new(first.code, first.message)),
+        false => Ok(()),
+    }
+}
+
 #[tonic::async_trait]
 impl Preference for Fake {
     async fn score(&self, request: Request<v1::ScoreRequest>) -> Result<Response<v1::ScoreResponse>, Status> {
         let (complete, usual) = self.next_step(request.metadata()).await?;
         let mut response = score_response(request.get_ref());
+        refused(request.get_ref(), &response)?;
         if let Some(model) = response.model.as_mut().filter(|_| !usual) {
             model.weights_digest = "fedcba9876543210".into();
         }

@@ -137,6 +137,9 @@ async fn items_fail_alone() {
     let answer = client.score(v1::ScoreRequest { items, ..Default::default() }).await.unwrap();
     let rewards: Vec<_> = answer.results.iter().map(|r| reward(r).map_err(|f| f.to_string())).collect();
     assert_eq!(rewards, [Ok(3.0), Err("INVALID_ARGUMENT: too long".into()), Ok(2.0)]);
+    // All of them: that is the call's error, which says it once.
+    let refused = client.score(v1::ScoreRequest { items: vec![text("refuse")], ..Default::default() }).await;
+    assert_eq!(refused.unwrap_err().to_string(), "INVALID_ARGUMENT: items[0]: too long");
 }
 
 /// An address at which nobody listens.
@@ -191,6 +194,19 @@ async fn calls_take_turns_and_pass_a_dead_server_over() {
     }
     assert_eq!(a.calls() + b.calls(), 12);
     assert!(a.calls() >= 4 && b.calls() >= 4, "{} {}", a.calls(), b.calls());
+}
+
+#[tokio::test]
+async fn calls_at_the_same_time_pass_a_dead_server_over() {
+    let (sick, well) = (Fake::start(vec![fail(Code::Unavailable, None); 100]).await, Fake::start([]).await);
+    let endpoints = vec![sick.url.clone(), well.url.clone()];
+    // A try at each.
+    let retry = RetryPolicy { max_attempts: 2, ..options("").retry };
+    let client = Client::connect(ClientOptions { endpoints, retry, ..options("") }).await.unwrap();
+    for answer in futures::future::join_all((0..40).map(|_| client.score(one_item()))).await {
+        answer.unwrap();
+    }
+    assert_eq!((sick.calls(), well.calls()), (20, 40));
 }
 
 #[tokio::test]

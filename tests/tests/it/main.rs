@@ -5,6 +5,7 @@
 
 #![expect(clippy::unwrap_used, clippy::panic, reason = "a test may stop where it stands, in its helpers too")]
 
+mod bulk;
 mod command;
 mod errors;
 mod evaluate;

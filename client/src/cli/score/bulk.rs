@@ -4,28 +4,35 @@
 //! by a manifest. A run does what has no manifest, or one that does not fit; a lock keeps runs at the same time apart.
 //! A run asks for one version by its number from start to end, and holds every answer's digest against it.
 
+use std::cell::RefCell;
 use std::collections::HashSet;
 use std::ffi::OsStr;
 use std::fs::{self, File, TryLockError};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
+use std::sync::Arc;
+use std::task::Poll;
 
-use anyhow::Context;
+use anyhow::{Context, anyhow};
 use clap::Args;
 use futures::{StreamExt, stream};
+use parquet::errors::ParquetError;
 use plumb_client::parquet::is_parquet;
 use plumb_client::{Error, v1};
 use serde_json::{Value, json};
+use sha2::{Digest, Sha256};
+use tokio::sync::Semaphore;
 
 use super::manifest::{self, Input, Manifest, Output, Stamp, rename, sha256};
 use super::table::{Keep, Table};
-use super::{Report, ScoreArgs, Sink, Slot, slots};
+use super::target::{Sink, Target};
+use super::{Report, ScoreArgs, slots};
 use crate::cli::args::{Global, Priority};
 use crate::cli::input::Reading;
-use crate::cli::output::{Lines, Model, describe, print, print_json};
+use crate::cli::output::{Lines, describe, print, print_json};
 use crate::cli::progress::Progress;
-use crate::cli::scoring::{self, Scorer};
+use crate::cli::scoring::{Scorer, is_passing};
 use crate::cli::{Outcome, Usage, source};
 
 /// Folders and files that begin so are none of the data's, to other programs too.
@@ -60,11 +67,19 @@ impl BulkArgs {
     }
 }
 
-/// Every `of`th file, from the `index`th.
+/// One of `of` shares of the files.
 #[derive(Clone, Copy, Debug)]
 struct Share {
-    index: usize,
-    of: usize,
+    index: u64,
+    of: u64,
+}
+
+impl Share {
+    /// By the name alone: whichever files come and go while the machines begin, each belongs to one of them.
+    fn has(self, shard: &Shard) -> bool {
+        let digest = Sha256::digest(shard.key.as_bytes());
+        digest.first_chunk().copied().map_or(0, u64::from_be_bytes) % self.of == self.index
+    }
 }
 
 impl FromStr for Share {
@@ -82,58 +97,86 @@ impl FromStr for Share {
 pub(super) async fn run(global: &Global, args: ScoreArgs) -> anyhow::Result<Outcome> {
     let bulk = args.bulk;
     let folder = bulk.output_dir.clone().unwrap_or_default();
-    let mut shards = shards(&args.files, &folder)?;
+    let shards = shards(&args.files, &folder)?;
     if !bulk.keep.is_empty()
         && let Some(shard) = shards.iter().find(|shard| !is_parquet(&shard.source))
     {
         return Err(Usage(format!("--keep is for Parquet files, which {} is not", shard.source.display())).into());
     }
-    if let Some(Share { index, of }) = bulk.shard {
-        shards = shards.into_iter().skip(index).step_by(of).collect();
+    let client = global.connect_patiently().await?;
+    let scorer = args.scoring.scorer(&client, args.objective, args.hhh_prompt, false, Priority::Normal);
+    let mut scorer = scorer.strict();
+    let answers = scorer.model().await?;
+    let mut asked = v1::ModelSpec { name: answers.name.clone(), choice: None };
+    if bulk.mixed_versions {
+        asked.choice = args.scoring.model.spec().choice;
+    } else {
+        scorer.pin(&answers);
     }
-    let client = global.connect().await?;
-    let mut scorer = args.scoring.scorer(&client, args.objective, args.hhh_prompt, false, Priority::Normal);
-    let model = if bulk.mixed_versions { None } else { Some(scorer.pin().await?) };
     let reading = args.source.reading();
-    let keep = Keep::new(&bulk.keep);
-    let options = json!({"request": scorer.options()?, "split_turns": reading.split_turns, "keep": bulk.keep});
-    let job = Job { scorer, model, reading, keep, options, args: bulk };
+    let options = json!({
+        "model": asked,
+        "request": scorer.options()?,
+        "split_turns": reading.split_turns,
+        "keep": bulk.keep,
+    });
+    let model = (!bulk.mixed_versions).then_some(answers);
+    let (keep, turn) = (Keep::new(&bulk.keep), Arc::new(Semaphore::new(1)));
+    let job = Job { scorer, model, reading, keep, options, turn, args: bulk };
 
-    // Before anything is computed: what must not be done is said now.
+    // Before anything is computed: what must not be done is said now, be it in another's share.
     let mut due = Vec::new();
     let mut counts = Counts::default();
     for shard in shards {
-        match job.is_due(&shard)? {
-            true => due.push(shard),
-            false => counts.before += 1,
+        let is_due = job.is_due(&shard)?;
+        match job.args.shard.is_none_or(|share| share.has(&shard)) {
+            true if is_due => due.push(shard),
+            true => counts.before += 1,
+            false => {}
         }
     }
     let files: Vec<_> = due.iter().map(|shard| shard.source.clone()).collect();
-    let mut report = Report { model: job.model.clone(), ..Report::new(Progress::files(&files, None)) };
-    for shard in &due {
-        let ended = job.score(shard, &mut report).await.with_context(|| shard.source.display().to_string())?;
-        report.sink = Sink::Shown;
-        match ended {
-            Ended::Scored(manifest) if global.json => {
+    let report = Report { model: job.model.clone(), ..Report::new(Progress::files(&files, None)) };
+    let report = RefCell::new(report);
+    let score = async |shard| (shard, job.score(shard, &report).await);
+    let files_at_a_time = FILES.min(args.scoring.flow.concurrency as usize + 1);
+    let mut work = Box::pin(stream::iter(&due).map(score).buffer_unordered(files_at_a_time));
+    while let Some((shard, ended)) = work.next().await {
+        let name = shard.source.display();
+        let note = |reason: String| report.borrow().progress.note(&format!("plumb: {name}: {reason}"));
+        match ended.with_context(|| name.to_string())? {
+            Ended::Scored(manifest) => {
                 counts.scored += 1;
-                print_json(&manifest)?;
+                if global.json {
+                    print_json(&manifest)?;
+                }
             }
-            Ended::Scored(_) => counts.scored += 1,
             Ended::Elsewhere => counts.elsewhere += 1,
             Ended::Unreadable(reason) => {
                 counts.unreadable += 1;
-                report.progress.note(&format!("plumb: {}: {reason}", shard.source.display()));
+                note(reason);
+            }
+            Ended::Undone(reason) => {
+                counts.undone += 1;
+                note(reason);
             }
         }
     }
-    let outcome = report.finish(global.json)?;
+    drop(work);
+    let outcome = report.into_inner().finish(&Target::default(), global.json)?;
     if global.json {
         eprint!("{counts}");
     } else {
         print(counts.to_string())?;
     }
+    if counts.undone > 0 {
+        return Err(anyhow!("{} files are not done; start again to score them", counts.undone));
+    }
     Ok(if counts.unreadable > 0 { Outcome::SomeFailed } else { outcome })
 }
+
+/// Most files that are open at a time: one is read, the others wait for their last answers.
+const FILES: usize = 64;
 
 /// What became of the files.
 #[derive(Default)]
@@ -142,14 +185,18 @@ struct Counts {
     before: u64,
     elsewhere: u64,
     unreadable: u64,
+    undone: u64,
 }
 
 impl std::fmt::Display for Counts {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "{} files scored", self.scored)?;
-        for (n, what) in
-            [(self.before, "done before"), (self.elsewhere, "left to another run"), (self.unreadable, "unreadable")]
-        {
+        for (n, what) in [
+            (self.before, "done before"),
+            (self.elsewhere, "left to another run"),
+            (self.unreadable, "unreadable"),
+            (self.undone, "not done"),
+        ] {
             if n > 0 {
                 write!(f, ", {n} {what}")?;
             }
@@ -163,30 +210,36 @@ struct Shard {
     source: PathBuf,
     /// Below the folder that was named.
     name: PathBuf,
+    /// The output's name below the folder of outputs.
+    key: String,
     output: PathBuf,
     manifest: PathBuf,
     /// The output while it is written.
     part: PathBuf,
-    /// Held by the run that writes; removed when the manifest is there.
+    /// Locked by the run that writes. It stays: who waits for a file that is removed locks nothing.
     lock: PathBuf,
 }
 
 impl Shard {
-    fn new(source: PathBuf, name: PathBuf, folder: &Path) -> Self {
+    fn new(source: PathBuf, name: PathBuf, folder: &Path) -> Result<Self, Usage> {
         let output = match name.extension().and_then(OsStr::to_str) {
             Some("gz" | "zst") => name.with_extension(""),
             _ => name.clone(),
         };
+        // Manifests are JSON.
+        let Some(key) = output.to_str().map(str::to_owned) else {
+            return Err(Usage(format!("{}: a file's name must be UTF-8", source.display())));
+        };
         let beside = |extension| folder.join(MANIFESTS).join(&output).with_added_extension(extension);
         let (manifest, part, lock) = (beside("json"), beside("part"), beside("lock"));
-        Self { source, name, output: folder.join(output), manifest, part, lock }
+        Ok(Self { source, name, key, output: folder.join(output), manifest, part, lock })
     }
 }
 
 /// The files that were named and those in folders, in the order of their names, which does not depend on the machine.
 fn shards(paths: &[PathBuf], folder: &Path) -> anyhow::Result<Vec<Shard>> {
     let mut shards = Vec::new();
-    let both = |path: &Path| path.canonicalize().ok().zip(folder.canonicalize().ok());
+    let both = |path: &Path| path.canonicalize().ok().zip(real(folder).ok());
     for path in paths {
         if path.is_dir() {
             if both(path).is_some_and(|(path, folder)| folder.starts_with(path)) {
@@ -196,7 +249,7 @@ fn shards(paths: &[PathBuf], folder: &Path) -> anyhow::Result<Vec<Shard>> {
             walk(path, &mut found).with_context(|| path.display().to_string())?;
             for file in found {
                 let name = file.strip_prefix(path).unwrap_or(&file).to_owned();
-                shards.push(Shard::new(file, name, folder));
+                shards.push(Shard::new(file, name, folder)?);
             }
         } else {
             File::open(path).map_err(|e| Usage(format!("{}: {e}", path.display())))?;
@@ -204,7 +257,7 @@ fn shards(paths: &[PathBuf], folder: &Path) -> anyhow::Result<Vec<Shard>> {
                 return Err(Usage(format!("{} lies within --output-dir", path.display())).into());
             }
             let name = path.file_name().unwrap_or_default().into();
-            shards.push(Shard::new(path.clone(), name, folder));
+            shards.push(Shard::new(path.clone(), name, folder)?);
         }
     }
     if shards.is_empty() {
@@ -216,6 +269,13 @@ fn shards(paths: &[PathBuf], folder: &Path) -> anyhow::Result<Vec<Shard>> {
         Some(twice) => Err(Usage(format!("{}: for two of the files", twice.output.display())).into()),
         None => Ok(shards),
     }
+}
+
+/// The path without links of what may not be there yet.
+fn real(path: &Path) -> io::Result<PathBuf> {
+    let path = std::path::absolute(path)?;
+    let there = |part: &Path| Some(part.canonicalize().ok()?.join(path.strip_prefix(part).ok()?));
+    Ok(path.ancestors().find_map(there).unwrap_or_else(|| path.clone()))
 }
 
 /// Files of the known kinds, also in folders further down; what begins with . or _ is none of the data's.
@@ -243,6 +303,9 @@ struct Job {
     reading: Reading,
     keep: Keep,
     options: Value,
+    /// Had by the file that is read. The next one is read while the last answers of this one are awaited, so that the
+    /// servers have work between files, and no more files than needed are begun.
+    turn: Arc<Semaphore>,
     args: BulkArgs,
 }
 
@@ -252,6 +315,8 @@ enum Ended {
     /// Another run does it, or has done it meanwhile.
     Elsewhere,
     Unreadable(String),
+    /// By a failure that may pass.
+    Undone(String),
 }
 
 impl Job {
@@ -263,12 +328,20 @@ impl Job {
         let output = shard.output.display();
         let written = fs::metadata(&shard.output).ok().map(|metadata| metadata.len());
         let Some(manifest) = Manifest::read(&shard.manifest)? else {
-            // A run that was ended between the two leaves its lock.
+            // A run that was ended between the two has left its lock.
             if written.is_some() && !shard.lock.exists() && !self.args.overwrite {
                 let reason = "exists and was not made by plumb score; name another folder, or --overwrite";
                 return Err(Usage(format!("{output}: {reason}")).into());
             }
             return Ok(true);
+        };
+        let manifest = match manifest {
+            Ok(manifest) => manifest,
+            Err(_) if self.args.overwrite => return Ok(true),
+            Err(version) => {
+                let reason = format!("has a manifest of version {version}; name another folder, or --overwrite");
+                return Err(Usage(format!("{output} {reason}")).into());
+            }
         };
         if written != Some(manifest.output.bytes) || !manifest.input.is(&shard.source)? {
             return Ok(true);
@@ -283,9 +356,6 @@ impl Job {
     }
 
     fn difference(&self, manifest: &Manifest) -> Option<String> {
-        if manifest.plumb_manifest != manifest::VERSION {
-            return Some(format!("has a manifest of version {}", manifest.plumb_manifest));
-        }
         if manifest.options != self.options {
             return Some(format!("was scored with the options {}, not {}", manifest.options, self.options));
         }
@@ -297,7 +367,8 @@ impl Job {
     }
 
     /// Scores a file, unless another run has it.
-    async fn score(&self, shard: &Shard, report: &mut Report) -> anyhow::Result<Ended> {
+    async fn score(&self, shard: &Shard, report: &RefCell<Report>) -> anyhow::Result<Ended> {
+        let mut turn = Some(Arc::clone(&self.turn).acquire_owned().await?);
         for path in [&shard.output, &shard.lock] {
             fs::create_dir_all(path.parent().unwrap_or(path))?;
         }
@@ -310,37 +381,58 @@ impl Job {
             Err(TryLockError::Error(error)) => return Err(error.into()),
         }
         if !self.is_due(shard)? {
-            fs::remove_file(&shard.lock)?;
             return Ok(Ended::Elsewhere);
         }
 
         let stamp = Stamp::of(&shard.source)?;
         let digest = blocking(&shard.source, sha256);
-        report.sink = if is_parquet(&shard.source) {
+        let (sink, form) = if is_parquet(&shard.source) {
             match Table::create(&shard.source, &self.keep, File::create(&shard.part)?) {
-                Ok(table) => Sink::Table(Box::new(table)),
+                Ok(table) => {
+                    let form = table.form();
+                    (Sink::Table(Box::new(table)), Some(form))
+                }
                 Err(error) => return Ok(Ended::Unreadable(error.to_string())),
             }
         } else {
-            Sink::Lines(Lines::open(Some(&shard.part))?)
+            (Sink::Lines(Lines::open(Some(&shard.part))?), None)
         };
-        let mut totals = Totals::default();
-        let reads = source::read(vec![shard.source.clone()], self.reading, None);
-        let batches = self.scorer.run(reads.flat_map(|read| stream::iter(slots(read))));
+        let mut target = Target::new(sink);
+        let reads = source::read(vec![shard.source.clone()], self.reading, None).map(move |read| match form {
+            Some(form) => form.check(read),
+            None => read,
+        });
+        let next_turn = stream::poll_fn(move |_| {
+            turn.take();
+            Poll::Ready(None)
+        });
+        let batches = self.scorer.run(reads.flat_map(|read| stream::iter(slots(read))).chain(next_turn));
         let mut batches = std::pin::pin!(batches);
         while let Some(batch) = batches.next().await {
-            let batch = batch?;
+            let batch = match batch {
+                Ok(batch) => batch,
+                Err(error) if is_passing(error.code()) => return Ok(Ended::Undone(error.to_string())),
+                Err(error) => return Err(error.into()),
+            };
             self.check(batch.model.as_ref())?;
-            if let Some(reason) = totals.add(&batch) {
-                return Ok(Ended::Unreadable(reason));
+            let mut broken = batch.items.iter().filter_map(|(slot, _)| slot.record.as_ref().err());
+            if let Some(last) = broken.find(|broken| broken.is_last) {
+                return Ok(Ended::Unreadable(last.reason.clone()));
             }
-            report.batch(batch)?;
+            if let Err(error) = report.borrow_mut().batch(&mut target, batch) {
+                return unreadable(error);
+            }
         }
-        match std::mem::take(&mut report.sink) {
-            Sink::Table(table) => table.finish()?,
+        match target.sink {
+            Sink::Table(table) => {
+                if let Err(error) = table.finish() {
+                    return unreadable(error.into());
+                }
+            }
             Sink::Lines(mut lines) => lines.flush()?,
             Sink::Shown => {}
         }
+        let totals = target.totals;
         let digest = digest.await??;
         if Stamp::of(&shard.source)? != stamp {
             return Ok(Ended::Unreadable("changed while it was read".to_owned()));
@@ -364,7 +456,6 @@ impl Job {
         }
         rename(&shard.part, &shard.output)?;
         manifest.write(&shard.manifest)?;
-        fs::remove_file(&shard.lock)?;
         Ok(Ended::Scored(Box::new(manifest)))
     }
 
@@ -382,41 +473,11 @@ impl Job {
     }
 }
 
-/// What a manifest says of the rows.
-#[derive(Default)]
-struct Totals {
-    models: Vec<Model>,
-    rows: u64,
-    errors: u64,
-    tokens: u64,
-    /// Whether an item of the row that is not complete has failed.
-    has_failed: bool,
-}
-
-impl Totals {
-    /// Counts a batch; answers why the file cannot be read any further, if so.
-    fn add(&mut self, batch: &scoring::Batch<Slot>) -> Option<String> {
-        if let Some(model) = batch.model.as_ref().map(Model::from)
-            && !self.models.contains(&model)
-        {
-            self.models.push(model);
-        }
-        for (slot, outcome) in &batch.items {
-            if let Err(broken) = &slot.record
-                && broken.is_last
-            {
-                return Some(broken.reason.clone());
-            }
-            match outcome {
-                Some(Ok(score)) => self.tokens += u64::from(score.input_tokens),
-                _ => self.has_failed = true,
-            }
-            if slot.last {
-                self.rows += 1;
-                self.errors += u64::from(std::mem::take(&mut self.has_failed));
-            }
-        }
-        None
+/// What is wrong with a table is a file's own failure, unless reading or writing as such fails.
+fn unreadable(error: anyhow::Error) -> anyhow::Result<Ended> {
+    match error.downcast::<ParquetError>()? {
+        ParquetError::External(cause) => Err(anyhow::Error::from_boxed(cause)),
+        error => Ok(Ended::Unreadable(error.to_string())),
     }
 }
 

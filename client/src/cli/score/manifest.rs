@@ -73,13 +73,22 @@ impl Input {
 }
 
 impl Manifest {
-    /// `None` if there is none that can be understood.
-    pub(super) fn read(path: &Path) -> io::Result<Option<Self>> {
-        match fs::read(path) {
-            Ok(bytes) => Ok(serde_json::from_slice(&bytes).ok()),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
-            Err(error) => Err(error),
+    /// `None` if there is none that can be understood; the format's version if it is another than [`VERSION`].
+    pub(super) fn read(path: &Path) -> io::Result<Option<Result<Self, u32>>> {
+        #[derive(Deserialize)]
+        struct Format {
+            plumb_manifest: u32,
         }
+        let bytes = match fs::read(path) {
+            Ok(bytes) => bytes,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(error),
+        };
+        Ok(match serde_json::from_slice(&bytes) {
+            Ok(Format { plumb_manifest: VERSION }) => serde_json::from_slice(&bytes).ok().map(Ok),
+            Ok(Format { plumb_manifest }) => Some(Err(plumb_manifest)),
+            Err(_) => None,
+        })
     }
 
     /// Appears whole or not at all.

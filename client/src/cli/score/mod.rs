@@ -4,6 +4,7 @@ mod bulk;
 
 mod manifest;
 mod table;
+mod target;
 
 use std::path::PathBuf;
 
@@ -13,7 +14,7 @@ use plumb_client::{ItemFailure, v1};
 use serde::Serialize;
 
 use self::bulk::BulkArgs;
-use self::table::Table;
+use self::target::{Sink, Target};
 use super::args::{Global, HhhPrompt, Objective, Priority};
 use super::input::{Body, Reading, Record, preview, prompt_input, with_response};
 use super::output::{Failure, Lines, Model, Origin, describe, print, table, visible};
@@ -94,15 +95,16 @@ pub(crate) async fn run(global: &Global, args: ScoreArgs) -> anyhow::Result<Outc
 
     let progress = if files.is_empty() { Progress::hidden() } else { Progress::files(&files, args.source.limit) };
     let several_files = files.len() > 1;
-    let mut report = Report { sink, several_files, ..Report::new(progress) };
+    let mut report = Report { several_files, ..Report::new(progress) };
+    let mut target = Target::new(sink);
     let reads = stream::iter(literal).chain(source::read(files, reading, args.source.limit));
     let batches = scorer.run(reads.flat_map(|read| stream::iter(slots(read))));
     let mut batches = std::pin::pin!(batches);
     while let Some(batch) = batches.next().await {
-        report.batch(batch?)?;
+        report.batch(&mut target, batch?)?;
     }
     // With JSON on standard output the summary belongs beside it.
-    report.finish(global.json && args.output.is_none())
+    report.finish(&target, global.json && args.output.is_none())
 }
 
 fn literals(args: &ScoreArgs, reading: Reading) -> Result<Vec<ReadLine>, Usage> {
@@ -232,19 +234,8 @@ impl From<&v1::Score> for Scored {
 /// More rows than this are summed up instead of shown.
 const ROWS: usize = 50;
 
-/// Where the scores go.
-#[derive(Default)]
-enum Sink {
-    /// In the report itself.
-    #[default]
-    Shown,
-    Lines(Lines),
-    Table(Box<Table>),
-}
-
 /// What is said about the items: a line each, or a table, or numbers.
 struct Report {
-    sink: Sink,
     progress: Progress,
     several_files: bool,
     model: Option<v1::ModelIdentity>,
@@ -252,7 +243,6 @@ struct Report {
     tokens: String,
     rewards: Distribution,
     pairs: Preferences,
-    chosen: Option<f32>,
     cached: u64,
     truncated: u64,
     failed: u64,
@@ -262,7 +252,6 @@ struct Report {
 impl Report {
     fn new(progress: Progress) -> Self {
         Self {
-            sink: Sink::Shown,
             progress,
             several_files: false,
             model: None,
@@ -270,7 +259,6 @@ impl Report {
             tokens: String::new(),
             rewards: Distribution::default(),
             pairs: Preferences::default(),
-            chosen: None,
             cached: 0,
             truncated: 0,
             failed: 0,
@@ -278,19 +266,20 @@ impl Report {
         }
     }
 
-    fn batch(&mut self, batch: Batch<Slot>) -> anyhow::Result<()> {
+    fn batch(&mut self, target: &mut Target, batch: Batch<Slot>) -> anyhow::Result<()> {
+        target.totals.answered_by(batch.model.as_ref());
         for (slot, outcome) in batch.items {
             match (&slot.record, outcome) {
                 (Ok(record), Some(outcome)) => {
                     let origin = Origin::new(&record.place, record.id.as_ref(), self.several_files);
-                    self.item(&slot, &origin, outcome, batch.model.as_ref())?;
+                    self.item(target, &slot, &origin, outcome, batch.model.as_ref())?;
                 }
                 (Ok(_), None) => {}
-                (Err(broken), _) => self.broken(broken)?,
+                (Err(broken), _) => self.broken(target, broken)?,
             }
         }
         self.model = batch.model.or(self.model.take());
-        if let Sink::Lines(lines) = &mut self.sink {
+        if let Sink::Lines(lines) = &mut target.sink {
             lines.flush()?;
         }
         Ok(())
@@ -298,17 +287,19 @@ impl Report {
 
     fn item(
         &mut self,
+        target: &mut Target,
         slot: &Slot,
         origin: &Origin,
         outcome: Result<v1::Score, ItemFailure>,
         model: Option<&v1::ModelIdentity>,
     ) -> anyhow::Result<()> {
+        let outcome = target.count(outcome, model, slot.last);
         let tokens = outcome.as_ref().map_or(0, |score| u64::from(score.input_tokens));
         self.progress.advance(u64::from(slot.last), 1, tokens);
-        self.count(slot.side, &outcome);
-        let lines = match &mut self.sink {
+        self.count(&mut target.chosen, slot.side, &outcome);
+        let lines = match &mut target.sink {
             Sink::Lines(lines) => lines,
-            Sink::Table(table) => return Ok(table.item(slot.side, &outcome, slot.last, model)?),
+            Sink::Table(table) => return Ok(table.item(&outcome, slot.last, model)?),
             Sink::Shown => {
                 self.row(slot, origin, &outcome);
                 return Ok(());
@@ -325,7 +316,7 @@ impl Report {
         Ok(lines.write(&line)?)
     }
 
-    fn count(&mut self, side: Option<Side>, outcome: &Result<v1::Score, ItemFailure>) {
+    fn count(&mut self, first: &mut Option<f32>, side: Option<Side>, outcome: &Result<v1::Score, ItemFailure>) {
         let reward = outcome.as_ref().ok().map(|score| score.reward);
         match outcome {
             Ok(score) => {
@@ -336,9 +327,9 @@ impl Report {
             Err(_) => self.failed += 1,
         }
         match side {
-            Some(Side::Chosen) => self.chosen = reward,
+            Some(Side::Chosen) => *first = reward,
             Some(Side::Rejected) => {
-                if let (Some(chosen), Some(rejected)) = (self.chosen.take(), reward) {
+                if let (Some(chosen), Some(rejected)) = (first.take(), reward) {
                     self.pairs.add(chosen, rejected);
                 }
             }
@@ -375,11 +366,12 @@ impl Report {
         }
     }
 
-    fn broken(&mut self, broken: &source::Broken) -> anyhow::Result<()> {
+    fn broken(&mut self, target: &mut Target, broken: &source::Broken) -> anyhow::Result<()> {
+        target.count_broken();
         self.broken += 1;
         self.progress.advance(1, 0, 0);
         self.progress.note(&format!("plumb: {}: {}", broken.place, broken.reason));
-        let lines = match &mut self.sink {
+        let lines = match &mut target.sink {
             Sink::Lines(lines) => lines,
             Sink::Table(table) => return Ok(table.broken(&broken.reason)?),
             Sink::Shown => return Ok(()),
@@ -395,11 +387,8 @@ impl Report {
         })?)
     }
 
-    fn finish(mut self, json_on_stdout: bool) -> anyhow::Result<Outcome> {
-        let is_shown = matches!(self.sink, Sink::Shown);
-        if let Sink::Lines(lines) = &mut self.sink {
-            lines.flush()?;
-        }
+    fn finish(self, target: &Target, json_on_stdout: bool) -> anyhow::Result<Outcome> {
+        let is_shown = matches!(target.sink, Sink::Shown);
         let (items, tokens, seconds) = self.progress.finish();
         let mut text = String::new();
         if is_shown && self.rows.len() <= ROWS && !self.rows.is_empty() {

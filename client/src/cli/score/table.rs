@@ -14,13 +14,15 @@ use parquet::file::reader::{FileReader, SerializedFileReader};
 use parquet::file::writer::{SerializedFileWriter, SerializedRowGroupWriter};
 use parquet::schema::parser::parse_message_type;
 use parquet::schema::types::Type;
+use plumb_client::parquet::guarded;
 use plumb_client::{ItemFailure, v1};
 
-use super::Side;
+use crate::cli::input::Body;
+use crate::cli::source::{Broken, ReadLine};
 
 /// What the rows of a file ask for, by its columns.
 #[derive(Clone, Copy, PartialEq)]
-enum Form {
+pub(super) enum Form {
     Single,
     Pair,
     Candidates,
@@ -36,6 +38,16 @@ impl Form {
         } else {
             Self::Single
         }
+    }
+
+    /// A row that asks for something else has no place among the columns.
+    pub(super) fn check(self, read: ReadLine) -> ReadLine {
+        let record = read?;
+        if (self == Self::Pair) == matches!(record.body, Body::Pair { .. }) {
+            return Ok(record);
+        }
+        let reason = "asks for something else than the columns say".to_owned();
+        Err(Broken { place: record.place, reason, is_last: false })
     }
 
     /// The new columns, in the order in which [`write_scores`] fills them.
@@ -88,6 +100,8 @@ impl Keep {
 /// A file that is being written; its groups of rows are those of the input. Holds the scores of one group.
 pub(super) struct Table {
     file: File,
+    /// Of the file.
+    bytes: u64,
     source: SerializedFileReader<File>,
     /// Leaves of the input's schema that are copied.
     kept: Vec<usize>,
@@ -127,7 +141,12 @@ impl Table {
     /// # Errors
     /// If the input is no Parquet file, lacks a column that is kept, or has one that would be added.
     pub(super) fn create(source: &Path, keep: &Keep, to: File) -> Result<Self> {
+        guarded(|| Self::begin(source, keep, to))
+    }
+
+    fn begin(source: &Path, keep: &Keep, to: File) -> Result<Self> {
         let file = File::open(source)?;
+        let bytes = file.metadata()?.len();
         let source = SerializedFileReader::new(file.try_clone()?)?;
         let schema = source.metadata().file_metadata().schema_descr();
         let root = schema.root_schema();
@@ -155,13 +174,23 @@ impl Table {
         let schema = Type::group_type_builder("schema").with_fields(fields).build()?;
         let writer = SerializedFileWriter::new(to, Arc::new(schema), Arc::new(properties))?;
         let (rows, row, models) = (Vec::new(), Row::default(), Vec::new());
-        Ok(Self { file, source, kept, form, writer, group: 0, rows, row, models })
+        Ok(Self { file, bytes, source, kept, form, writer, group: 0, rows, row, models })
+    }
+
+    /// What its rows may ask for.
+    pub(super) fn form(&self) -> Form {
+        self.form
+    }
+
+    /// Whether a score of this model may stand beside those that the row has.
+    pub(super) fn row_takes(&self, model: Option<&v1::ModelIdentity>) -> bool {
+        let first = self.row.model.and_then(|first| self.models.get(first));
+        first.is_none() || first == model
     }
 
     /// Takes the next item's outcome; `is_last` of its row.
     pub(super) fn item(
         &mut self,
-        side: Option<Side>,
         outcome: &std::result::Result<v1::Score, ItemFailure>,
         is_last: bool,
         model: Option<&v1::ModelIdentity>,
@@ -173,9 +202,7 @@ impl Table {
             if known.is_none() {
                 self.models.push(model.clone());
             }
-            if *row.model.get_or_insert(index) != index {
-                row.errors.push("ABORTED: scored by different versions".to_owned());
-            }
+            row.model = Some(index);
         }
         match outcome {
             Ok(score) => {
@@ -186,10 +213,6 @@ impl Table {
                 row.scores.push(None);
                 row.errors.push(failure.to_string());
             }
-        }
-        if (self.form == Form::Pair) != side.is_some() && is_last {
-            row.scores.clear();
-            row.errors.push("INVALID_ARGUMENT: asks for something else than the columns say".to_owned());
         }
         if is_last { self.end_row() } else { Ok(()) }
     }
@@ -202,7 +225,7 @@ impl Table {
 
     fn end_row(&mut self) -> Result<()> {
         self.rows.push(std::mem::take(&mut self.row));
-        self.write_full_groups()
+        guarded(|| self.write_full_groups())
     }
 
     /// Writes the group whose rows are complete, and groups without rows.
@@ -213,7 +236,7 @@ impl Table {
         {
             let mut out = self.writer.next_row_group()?;
             for &leaf in &self.kept {
-                copy(&mut out, &self.file, group, leaf)?;
+                copy(&mut out, &self.file, self.bytes, group, leaf)?;
             }
             write_scores(&mut out, self.form, &self.rows, &self.models)?;
             out.close()?;
@@ -228,7 +251,7 @@ impl Table {
     /// # Errors
     /// If rows of the input are missing, or it cannot be written.
     pub(super) fn finish(mut self) -> Result<()> {
-        self.write_full_groups()?;
+        guarded(|| self.write_full_groups())?;
         if self.group < self.source.metadata().num_row_groups() || !self.rows.is_empty() {
             return Err(ParquetError::General("not as many rows as the file says that it has".to_owned()));
         }
@@ -240,10 +263,16 @@ impl Table {
 fn copy(
     out: &mut SerializedRowGroupWriter<'_, File>,
     from: &File,
+    bytes: u64,
     group: &RowGroupMetaData,
     leaf: usize,
 ) -> Result<()> {
     let metadata = group.column(leaf).clone();
+    // Negative numbers are past every end, too.
+    let start = metadata.dictionary_page_offset().unwrap_or(metadata.data_page_offset()).cast_unsigned();
+    if start.checked_add(metadata.compressed_size().cast_unsigned()).is_none_or(|end| end > bytes) {
+        return Err(ParquetError::EOF(format!("column {} ends after the file", metadata.column_path())));
+    }
     let chunk = ColumnCloseResult {
         bytes_written: metadata.compressed_size().cast_unsigned(),
         rows_written: group.num_rows().cast_unsigned(),
@@ -330,4 +359,31 @@ fn write_column<T: DataType>(
     let mut column = out.next_column()?.ok_or_else(|| ParquetError::General("too many columns".to_owned()))?;
     column.typed::<T>().write_batch(values, Some(definition), repetition)?;
     column.close()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_damaged_file_is_an_error_or_a_table() {
+        let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures/parquet");
+        let whole = std::fs::read(fixtures.join("dialogues.parquet")).unwrap();
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("damaged.parquet");
+        let copied = |bytes: &[u8]| -> Result<()> {
+            std::fs::write(&path, bytes).unwrap();
+            let mut table = Table::create(&path, &Keep::All, tempfile::tempfile().unwrap())?;
+            for _ in 0..2 {
+                table.broken("not read")?;
+            }
+            table.finish()
+        };
+        copied(&whole).unwrap();
+        for at in (0..whole.len()).step_by(3) {
+            let mut changed = whole.clone();
+            changed[at] ^= 0x15;
+            let _ = copied(&changed);
+        }
+    }
 }
