@@ -363,3 +363,25 @@ REQUESTS = {
 }
 for name, (rpc, message) in REQUESTS.items():
     write(f"corpus/proto/{name}", bytes([rpc]) + message)
+
+# ---- requests over HTTP ----
+
+TURNS = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": [{"type": "text", "text": "So."}, "No."]}]
+RERANK = {"query": "Why is the sky blue?", "documents": ["Rayleigh.", {"text": "It is not."}]}
+BODIES = {
+    "get-reward": (0, {"query": ["The text.", "Another."], "prompts": ["The"], "labels": [None, {"x": 1}]}),
+    "get-reward-many": (0, {"query": [str(i) for i in range(20)], "request_id": "id"}),
+    "score": (1, {"model": "pm@1", "text_1": "Why?", "text_2": ["Because.", "So."], "use_activation": True}),
+    "score-pairs": (1, {"queries": ["a", "b"], "documents": ["c", {"text": "d"}], "activation": None}),
+    "score-items": (1, {"queries": ["a"], "items": ["b"], "truncate_prompt_tokens": 8, "truncation_side": "left"}),
+    "score-data": (1, {"data_1": "a", "data_2": "b", "model": "/checkpoints/pm/1"}),
+    "classify": (2, {"input": "The text.", "truncate_prompt_tokens": -1}),
+    "classify-turns": (2, {"messages": TURNS, "add_generation_prompt": False, "chat_template": None}),
+    "pooling-ids": (3, {"input": [[5, 6, 7], [8]], "add_special_tokens": False, "encoding_format": "base64"}),
+    "pooling-one": (3, {"input": [5, 6, 7], "model": "org/lm"}),
+    "rerank": (4, {**RERANK, "top_n": 1, "return_documents": False}),
+    "rerank-cohere": (5, {**RERANK, "documents": ["a"] * 12, "model": "pm", "return_documents": True}),
+    "embeddings": (6, {"input": ["a", "b"], "encoding_format": "float", "dimensions": None, "user": {"deep": [[]]}}),
+}
+for name, (route, body) in BODIES.items():
+    write(f"corpus/gateway/{name}", bytes([route]) + compact(body).encode())

@@ -11,6 +11,7 @@
 
 mod checkpoint;
 mod folder;
+mod gateway;
 mod options;
 mod request;
 mod template;
@@ -23,12 +24,14 @@ use std::panic;
 use cap::Cap;
 
 pub use self::checkpoint::{CONFIG, GGUF, MANIFEST, SAFETENSORS, TOKENIZER};
+pub use self::gateway::GATEWAY;
 pub use self::options::OPTIONS;
 pub use self::request::PROTO;
 pub use self::template::TEMPLATE;
 
 /// All targets.
-pub const TARGETS: [&Target; 8] = [&CONFIG, &GGUF, &MANIFEST, &OPTIONS, &PROTO, &SAFETENSORS, &TEMPLATE, &TOKENIZER];
+pub const TARGETS: [&Target; 9] =
+    [&CONFIG, &GATEWAY, &GGUF, &MANIFEST, &OPTIONS, &PROTO, &SAFETENSORS, &TEMPLATE, &TOKENIZER];
 
 /// Something that takes bytes from outside.
 pub struct Target {

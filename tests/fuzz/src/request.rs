@@ -1,5 +1,6 @@
 //! Requests, through the wire, to a server in this process.
 
+use std::net::SocketAddr;
 use std::sync::LazyLock;
 use std::time::Duration;
 
@@ -8,6 +9,7 @@ use plumb_proto::v1;
 use plumb_server::{Config, Server};
 use prost::Message;
 use prost::bytes::{Buf, BufMut};
+use serde_json::Value;
 use tokio::runtime::Runtime;
 use tonic::client::Grpc;
 use tonic::codec::{Codec, DecodeBuf, Decoder, EncodeBuf, Encoder};
@@ -44,8 +46,9 @@ const RPCS: [Rpc; 12] = [
 ];
 
 /// Small limits, so that what they allow is soon done.
-const FLAGS: [&str; 20] = [
+const FLAGS: [&str; 21] = [
     "--port=0",
+    "--http-port=0",
     "--prometheus-port=0",
     "--log=off",
     "--threads=1",
@@ -84,18 +87,25 @@ fn decode<M: Message + Default + PartialEq>(data: &[u8]) -> bool {
     true
 }
 
-struct Wire {
+/// A server of this process, and the ways to it.
+pub(crate) struct Wire {
     runtime: Runtime,
     channel: Channel,
+    pub(crate) http: SocketAddr,
 }
 
-static WIRE: LazyLock<Wire> = LazyLock::new(|| {
+pub(crate) static WIRE: LazyLock<Wire> = LazyLock::new(|| {
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().expect("threads");
-    let channel = runtime.block_on(async {
+    let (channel, http) = runtime.block_on(async {
         let models = ["pm", "lm"].map(|name| format!("--model={name}={}", folder::fixture(&format!("llama-{name}"))));
-        let hhh = folder::with(&[("hhh.txt", b"Human: a\n\nAssistant: b\n")]);
-        let hhh = format!("--hhh-prompt-file={}", hhh.path().join("hhh.txt").display());
-        let flags = ["plumb-server", &hhh].into_iter().chain(models.iter().map(String::as_str)).chain(FLAGS);
+        let files = folder::with(&[("hhh.txt", b"Human: a\n\nAssistant: b\n")]);
+        let ports = files.path().join("ports.json");
+        let paths = [
+            format!("--hhh-prompt-file={}", files.path().join("hhh.txt").display()),
+            format!("--port-file={}", ports.display()),
+        ];
+        let flags = models.iter().chain(&paths).map(String::as_str).chain(FLAGS);
+        let flags = std::iter::once("plumb-server").chain(flags);
         let config = Config::parse(flags).expect("a configuration");
         let server = Server::start(config).await.expect("a server");
         let address = format!("http://{}", server.grpc_address());
@@ -109,9 +119,11 @@ static WIRE: LazyLock<Wire> = LazyLock::new(|| {
                 tokio::time::sleep(Duration::from_millis(10)).await;
             }
         }
-        channel
+        let ports: Value = serde_json::from_slice(&std::fs::read(ports).expect("ports")).expect("JSON");
+        let http = ports["http"].as_str().and_then(|address| address.parse().ok());
+        (channel, http.expect("an address"))
     });
-    Wire { runtime, channel }
+    Wire { runtime, channel, http }
 });
 
 fn take(data: &[u8]) {
