@@ -380,7 +380,7 @@ BODIES = {
     "pooling-ids": (3, {"input": [[5, 6, 7], [8]], "add_special_tokens": False, "encoding_format": "base64"}),
     "pooling-one": (3, {"input": [5, 6, 7], "model": "org/lm"}),
     "rerank": (4, {**RERANK, "top_n": 1, "return_documents": False}),
-    "rerank-cohere": (5, {**RERANK, "documents": ["a"] * 12, "model": "pm:stable", "return_documents": True}),
+    "rerank-cohere": (5, {**RERANK, "documents": ["a"] * 12, "model": "pm", "return_documents": True}),
     "embeddings": (6, {"input": ["a", "b"], "encoding_format": "float", "dimensions": None, "user": {"deep": [[]]}}),
 }
 for name, (route, body) in BODIES.items():
