@@ -1,5 +1,5 @@
-//! Models too large to commit: those in the folder that `PLUMB_MODELS` names, `smollm2/` and `pm/`, as
-//! `../shared/tools/peers` makes them.
+//! Models too large to commit: those in the folder that `PLUMB_MODELS` names, `smollm2/`, SmolLM2-135M, and
+//! `pm/`, the same with a score head.
 
 use std::path::PathBuf;
 

@@ -84,7 +84,8 @@ impl Experiment for Poison {
             };
             let cast = context.cast_of(vec![checkpoint.clone()], Vec::new()).await?;
             cast.judge.begins(PM, 1, 0);
-            let launch = launch.model(PM, checkpoint).flags("--kv-cache-mib 64");
+            // A tenth of the first answers is poisoned, for which a new version would be taken back.
+            let launch = launch.model(PM, checkpoint).flags("--kv-cache-mib 64 --rollback-window-secs 0");
             let seen = self.feed(context, &cast, launch, fault.map(|fault| (fault, &faults)), token).await?;
             measures.extend(seen.measures(name));
         }
