@@ -3,7 +3,8 @@
 # run.sh DATA WORK LM
 #
 # DATA holds hellaswag and ethics; LM is SmolLM2-135M-Instruct in Hugging Face layout; WORK takes all that is made on the way,
-# and what is interrupted goes on there. About half an hour on two cores. Results go to results/ beside this script.
+# and what is interrupted goes on there. About half an hour on two cores. Results go to results/ beside this script,
+# and into the table of README.md.
 set -euo pipefail
 data=$(realpath "$1")
 mkdir -p "$2"
@@ -37,3 +38,4 @@ for set in hellaswag justice; do
         measure $set $objective "$set-$objective/checkpoint"
     done
 done
+python3 "$here/table.py"

@@ -6,12 +6,14 @@ import pathlib
 HERE = pathlib.Path(__file__).parent
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 MODELS = {"untrained": "not trained", "imitation": "imitation", "preference": "preference model"}
-# Set, file, metric, and the paper's models of 42M, 197M and 810M (figures 14 and 15).
+# Set, metric, title.
 ROWS = [
-    ("hellaswag", "accuracy", "HellaSwag, right of four", {"imitation": ".292 .373 .513", "preference": ".355 .490 .737"}),
-    ("justice", "group accuracy", "Justice, groups of four", {"imitation": ".219 .283 .408", "preference": ".218 .290 .403"}),
-    ("justice", "accuracy", "Justice, each", {}),
+    ("hellaswag", "accuracy", "HellaSwag, right of four"),
+    ("justice", "group accuracy", "Justice, groups of four"),
+    ("justice", "accuracy", "Justice, each"),
 ]
+# The paper's models nearest to ours.
+SIZES = ("42M", "197M", "810M")
 
 
 def read(data, model):
@@ -20,16 +22,19 @@ def read(data, model):
 
 
 def main():
+    paper = json.loads((HERE / "paper.json").read_text())
     lines = ["| set | | accuracy | 95 % interval | n | the paper's 42M, 197M, 810M |", "|---|---|---|---|---|---|"]
-    for data, metric, title, paper in ROWS:
+    for data, metric, title in ROWS:
         for model, name in MODELS.items():
             for found in read(data, model):
                 if found["metric"] != metric or found["name"] == "all":
                     continue
                 hard = ", hard test set" if "hard" in found["name"] else ""
-                beside = "" if hard else paper.get(model, "")
-                interval = f"{found['low']:.3f} to {found['high']:.3f}"
-                lines.append(f"| {title}{hard} | {name} | {found['value']:.3f} | {interval} | {found['n']} | {beside} |")
+                curve = paper[data].get(model) if metric == paper[data]["metric"] and not hard else None
+                theirs = dict(zip(paper["sizes"], curve, strict=True)) if curve else {}
+                beside = " ".join(f"{theirs[size]:.3f}".lstrip("0") for size in SIZES if size in theirs)
+                value = f"{found['value']:.3f} | {found['low']:.3f} to {found['high']:.3f} | {found['n']}"
+                lines.append(f"| {title}{hard} | {name} | {value} | {beside} |")
     page = HERE / "README.md"
     before, _, rest = page.read_text().partition(BEGIN)
     _, _, after = rest.partition(END)

@@ -16,18 +16,7 @@ from matplotlib.ticker import FuncFormatter, NullLocator  # noqa: E402
 import tables  # noqa: E402
 
 HERE = pathlib.Path(__file__).resolve().parent
-STYLE = {
-    "svg.hashsalt": "plumb",
-    "svg.fonttype": "path",
-    "font.size": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.color": "#e4e4e4",
-    "axes.axisbelow": True,
-    "legend.frameon": False,
-    "figure.constrained_layout.use": True,
-}
+STYLE = HERE.parent / "plots.mplstyle"
 # The scrambled rankings from dark to light.
 COLOURS = {
     "T1": "#0b3c6f",
@@ -44,7 +33,7 @@ TICKS = {100: "100", 200: "200", 500: "500", 1000: "1k", 2000: "2k", 5000: "5k",
 
 def main():
     results = json.loads((HERE / "results.json").read_text())
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.rc_context(fname=STYLE):
         figure, (ours, paper) = pyplot.subplots(ncols=2, sharey=True, figsize=(9.6, 4.2))
         for name, colour in COLOURS.items():
             found = tables.values(results, name)
@@ -66,7 +55,7 @@ def main():
             ax.xaxis.set_minor_locator(NullLocator())
             ax.set_xlabel("fine-tuning pairs of T0")
         figure.legend(title="pretraining on", loc="outside right center")
-        figure.savefig(HERE / "results.svg", facecolor="white", metadata={"Date": None})
+        figure.savefig(HERE / "results.svg", metadata={"Date": None})
 
 
 if __name__ == "__main__":
