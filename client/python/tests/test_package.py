@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -39,6 +40,24 @@ def test_the_generated_code_is_that_of_the_proto(module, tmp_path):
     # Newer compilers write names for JSON that can be derived.
     texts = [re.sub(r' *json_name: ".*"\n', "", str(file)) for file in (found, wanted)]
     assert texts[0] == texts[1], "run client/python/generate.sh"
+
+
+@pytest.mark.parametrize("kind", ["wheel", "sdist"])
+def test_what_is_built_can_be_imported(kind, tmp_path):
+    pytest.importorskip("hatchling", reason="there is no hatchling")
+    subprocess.run([sys.executable, "-m", "hatchling", "build", "-t", kind, "-d", tmp_path], cwd=PACKAGE, check=True)
+    [built] = tmp_path.iterdir()
+    shutil.unpack_archive(built, tmp_path / "in", "zip" if kind == "wheel" else "gztar")
+    inside = {str(path.relative_to(tmp_path / "in")) for path in (tmp_path / "in").rglob("*") if path.is_file()}
+    named = f"plumb_client-{plumb_client.__version__}"
+    licence, source = (
+        (f"{named}.dist-info/licenses/LICENSE", ".") if kind == "wheel" else (f"{named}/LICENSE", f"{named}/src")
+    )
+    assert {licence, str(Path(source, "plumb_client/py.typed"))} <= inside
+    code = "import plumb_client.aio as package; print(package.__file__)"
+    environment = {"PYTHONPATH": str(tmp_path / "in" / source)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.stdout.startswith(str(tmp_path)), done.stderr
 
 
 def test_every_service_of_the_contract_has_its_methods():
