@@ -4,7 +4,7 @@ usage: check_gateway.py ADDRESS MODEL_FOLDER
 
 ADDRESS is that of a gateway in front of the model of the folder, in f32. Expected rewards are computed by Transformers.
 A check whose packages are missing is skipped, and says so; nothing but a Python is needed to run the script. Packages
-are those of requirements-gateway.txt.
+are those of requirements-frameworks.txt and requirements-rollouts.txt; tests/frameworks.sh installs them.
 """
 
 import asyncio
