@@ -1,6 +1,6 @@
 """Checks deploy/: renders the Helm chart with Helm's own code for every file in its ci/, validates what comes out against
 the schemas of Kubernetes, and asserts what no schema knows, such as that grace periods and drain times match. Then the
-manifests, the compose files, Envoy's configuration and the systemd unit. No cluster and no network are needed.
+manifests, the compose files, the configurations of Envoy and HAProxy and the systemd unit. No cluster and no network are needed.
 
     python tests/python/check_deploy.py
 
@@ -342,6 +342,22 @@ def validate_envoy(text: str) -> None:
     assert said.returncode == 0, said.stderr
 
 
+def check_haproxy() -> None:
+    path = DEPLOY / "haproxy.cfg"
+    settings = [line.split("#")[0].split() for line in path.read_text().splitlines()]
+    # HAProxy 2.6 does not take tcp-ut from default-server; without it, calls to a machine that is gone wait for ever.
+    servers = [words for words in settings if words[:1] == ["server"]]
+    assert servers and all("tcp-ut" in words for words in servers) and ["option", "srvtcpka"] in settings
+    # A replica that is out has calls to finish: train_and_serve.py tries that.
+    assert not any("shutdown-sessions" in words for words in settings)
+    if not (program := shutil.which("haproxy")):
+        print("haproxy.cfg: not validated, there is no haproxy")
+        return
+    said = subprocess.run([program, "-c", "-f", path], check=False, capture_output=True, text=True)
+    assert said.returncode == 0 and "WARNING" not in said.stderr, said.stderr
+    print("haproxy.cfg: valid")
+
+
 def check_unit() -> None:
     unit = configparser.ConfigParser(strict=False, interpolation=None, delimiters="=")
     unit.optionxform = str
@@ -379,6 +395,7 @@ def main() -> None:
     check_manifests()
     check_compose()
     validate_envoy((DEPLOY / "envoy.yaml").read_text())
+    check_haproxy()
     check_unit()
     print("deploy is as it should be")
 
