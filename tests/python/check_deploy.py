@@ -343,6 +343,17 @@ def validate_envoy(text: str) -> None:
     assert said.returncode == 0, said.stderr
 
 
+def check_envoy_file() -> None:
+    text = (DEPLOY / "envoy.yaml").read_text()
+    validate_envoy(text)
+    manager = yaml.safe_load(text)["static_resources"]["listeners"][0]["filter_chains"][0]["filters"][0]["typed_config"]
+    for route in manager["route_config"]["virtual_hosts"][0]["routes"]:
+        retries = route["route"]["retry_policy"]
+        # What hangs an engine is unavailable, too: tried over and over it would go through all replicas.
+        assert "unavailable" not in retries["retry_on"] or retries["num_retries"] == 1
+    print("envoy.yaml: valid")
+
+
 def check_haproxy() -> None:
     path = DEPLOY / "haproxy.cfg"
     settings = [line.split("#")[0].split() for line in path.read_text().splitlines()]
@@ -404,7 +415,7 @@ def main() -> None:
     check_chart()
     check_manifests()
     check_compose()
-    validate_envoy((DEPLOY / "envoy.yaml").read_text())
+    check_envoy_file()
     check_haproxy()
     check_unit()
     print("deploy is as it should be")
