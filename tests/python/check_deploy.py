@@ -180,6 +180,9 @@ def check_pods(release: Release, values: Manifest) -> None:
     assert {"/data", "/tmp"} <= writable
     variables = {variable["name"]: variable.get("value") for variable in release.container["env"]}
     assert variables["HF_HOME"].startswith("/data/") and "HF_HUB_CACHE" not in variables
+    # The driver's own place for what it compiles cannot be written.
+    has_gpu = "gpu" in values
+    assert variables.get("CUDA_CACHE_PATH") == ("/data/cuda" if has_gpu else None)
     limits = release.container["resources"]["limits"]
     assert ("PLUMB_THREADS" in variables) != ("cpu" in limits or "threads" in release.config)
     # Files of keys and certificates are in volumes, not in environment variables or subPaths: they are read again.
