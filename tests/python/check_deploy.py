@@ -208,7 +208,11 @@ def check_envoy(release: Release, values: Manifest) -> None:
     for config in release.kind("ConfigMap"):
         if text := config["data"].get("envoy.yaml"):
             validate_envoy(text)
-            cluster = yaml.safe_load(text)["static_resources"]["clusters"][0]
+            resources = yaml.safe_load(text)["static_resources"]
+            for listener in resources["listeners"]:
+                address = listener["address"]["socket_address"]["address"]
+                assert address == release.config["hostname"], "Envoy and replicas are reached alike"
+            cluster = resources["clusters"][0]
             endpoint = cluster["load_assignment"]["endpoints"][0]["lb_endpoints"][0]["endpoint"]
             address = endpoint["address"]["socket_address"]
             service = release.named("Service", address["address"])

@@ -43,7 +43,7 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 
 {{/* What the chart sets in the server's configuration, as YAML. */}}
 {{- define "plumb.ownConfig" -}}
-hostname: 0.0.0.0
+hostname: {{ .Values.hostname | quote }}
 port: 50051
 prometheus-port: 9000
 json-output: true
@@ -87,7 +87,7 @@ tls-client-auth: {{ .clientAuth }}
 {{/* Each option with the value that decides on it, or "" if nothing may: what is set twice might not match. */}}
 {{- define "plumb.owned" -}}
 config: config
-hostname: ""
+hostname: hostname
 port: ""
 prometheus-port: ""
 port-file: ""
