@@ -132,16 +132,33 @@ def check_selectors(release: Release, values: Manifest) -> None:
             assert "clusterIP" not in service["spec"] or port["port"] == number, "a headless service has pods' ports"
     for budget in release.kind("PodDisruptionBudget"):
         release.selected(budget["spec"]["selector"]["matchLabels"])
-    for policy in release.kind("NetworkPolicy"):
-        workload = release.selected(policy["spec"]["podSelector"]["matchLabels"])
-        for rule in policy["spec"]["ingress"]:
+    policies = {p["metadata"]["name"]: p for p in release.kind("NetworkPolicy")}
+    for workload in release.workloads:
+        # Envoy has one too: who reaches it reaches replicas.
+        policy = policies.pop(workload["metadata"]["name"])
+        assert release.selected(policy["spec"]["podSelector"]["matchLabels"]) is workload
+        callers, monitoring = policy["spec"]["ingress"]
+        for rule in callers, monitoring:
             assert {port["port"] for port in rule["ports"]} <= ports(workload).keys()
-        assert rule["ports"] == [{"port": "metrics"}], "metrics are for others than rpcs are"
+        assert monitoring["ports"] == [{"port": "metrics"}], "metrics are for others than rpcs are"
+        given = values.get("networkPolicy", {})
+        here = [{"podSelector": {}}]
+        proxies = [w["spec"]["selector"] for w in release.workloads if workload is release.server is not w]
+        assert callers["from"] == given.get("clients", here) + [{"podSelector": labels} for labels in proxies]
+        # The Prometheus of a ServiceMonitor is in a namespace of its own.
+        default = [{"namespaceSelector": {}}] if release.kind("ServiceMonitor") else here
+        assert monitoring["from"] == given.get("monitoring", default)
+    assert not policies
     for monitor in release.kind("ServiceMonitor"):
         labels = monitor["spec"]["selector"]["matchLabels"].items()
         scraped = [s for s in release.kind("Service") if labels <= s["metadata"]["labels"].items()]
         assert len(scraped) == 1, "replicas are scraped once"
-        assert monitor["spec"]["endpoints"][0]["port"] in {port["name"] for port in scraped[0]["spec"]["ports"]}
+        endpoint = monitor["spec"]["endpoints"][0]
+        assert endpoint["port"] in {port["name"] for port in scraped[0]["spec"]["ports"]}
+        # The operator would name the job by the Service, and the alert that there is no such job would always fire.
+        job = {"action": "replace", "targetLabel": "job", "replacement": "plumb"}
+        assert endpoint["relabelings"] == [job]
+        assert 'job="plumb"' in (DEPLOY / "prometheus/rules.yml").read_text()
     for route in release.kind("GRPCRoute"):
         backend = route["spec"]["rules"][0]["backendRefs"][0]
         service = release.named("Service", backend["name"])
