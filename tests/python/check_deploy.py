@@ -1,7 +1,7 @@
-"""Checks deploy/: renders the Helm chart with Helm's own code for every file in its ci/, validates what comes out against
-the schemas of Kubernetes, and asserts what no schema knows, such as that grace periods and drain times match. Then the
-manifests, the compose files, the configurations of Envoy and HAProxy and the systemd unit. No cluster and no network are
-needed.
+"""Checks deploy/: renders the Helm chart with Helm's own code for every file in its ci/, validates what comes out
+against the schemas of Kubernetes, and asserts what no schema knows, such as that grace periods and drain times match.
+Then the manifests, the compose files, the configurations of Envoy and HAProxy and the systemd unit. No cluster and no
+network are needed.
 
     python tests/python/check_deploy.py
 
@@ -56,8 +56,8 @@ def validate(manifest: Manifest) -> None:
 # ---- the chart ----
 
 
-def render(values: Manifest, release: str = "plumb") -> list[Manifest]:
-    with Chart.load(CHART) as chart:
+def render(values: Manifest, release: str = "plumb", folder: Path = CHART) -> list[Manifest]:
+    with Chart.load(folder) as chart:
         files = chart.render(values, name=release, namespace="serving")
     return [
         manifest
@@ -215,10 +215,19 @@ def check_scaling(release: Release, values: Manifest) -> None:
     for scaler in scaled:
         target = scaler["spec"]["scaleTargetRef"]
         assert (target["kind"], target["name"]) == (release.server["kind"], release.server["metadata"]["name"])
-        query = scaler["spec"]["triggers"][0]["metadata"]["query"]
+        assert scaler["spec"]["minReplicaCount"] >= 1, "without a replica there is nothing to measure"
+        trigger = scaler["spec"]["triggers"][0]["metadata"]
+        assert trigger["ignoreNullValues"] == "false", "replicas that nobody sees would be taken for idle"
+        # Admission lets in a second of work, of which 15/16 for a priority, and 15/16 of that for a client.
+        assert 0 < float(trigger["threshold"]) < 0.87
+        query = trigger["query"]
         metric, service = re.fullmatch(r'sum\((\w+)\{namespace="serving",service="([\w-]+)"\}\)', query).groups()
+        assert metric.endswith("_seconds"), "a number of tokens is not as long for every replica"
         assert f'"{metric}"' in (ROOT / "server/src/telemetry/metrics.rs").read_text()
         assert "metrics" in {port["name"] for port in release.named("Service", service)["spec"]["ports"]}
+        assert release.kind("ServiceMonitor"), "the query's labels are those of the operator"
+    # Clients that stay connected come to replicas that are new, but for Envoy, which spreads calls.
+    assert ("max-connection-age-secs" in release.config) == (not values.get("envoy", {}).get("enabled"))
 
 
 def check_envoy(release: Release, values: Manifest) -> None:
@@ -269,12 +278,37 @@ CONTRADICTIONS: list[tuple[Manifest, str]] = [
     ({"auth": {"existingSecret": "s"}}, "auth.apiKeys"),
     ({"envoy": {"enabled": True}, "tls": {"existingSecret": "t"}}, "envoy.enabled"),
     ({"autoscaling": {"enabled": True, "minReplicas": 9}}, "maxReplicas"),
+    ({"autoscaling": {"enabled": True}}, "serviceMonitor.enabled"),
+    ({"autoscaling": {"minReplicas": 0}}, "minReplicas"),
+    ({"autoscaling": {"queueSecondsPerReplica": 0}}, "queueSecondsPerReplica"),
+    ({"hostname": "localhost"}, "hostname"),
+    ({"config": {"hostname": "::"}}, "by the value hostname"),
     ({"grpcRoute": {"enabled": True}}, "parentRefs"),
     ({"modelRoot": {"type": "existingClaim"}}, "existingClaim"),
     ({"modelRoot": {"type": "nfs"}}, "modelRoot"),
     ({"shutdown": {"lameDuckSecs": -1}}, "lameDuckSecs"),
     ({"replica": 3}, "replica"),
 ]
+
+
+def check_upgrade() -> None:
+    """Autoscaling that is turned on finds the replicas that there are: a Deployment without a number would have one."""
+    values = {"autoscaling": {"enabled": True}, "serviceMonitor": {"enabled": True}}
+    with tempfile.TemporaryDirectory() as folder:
+        chart = Path(folder) / "plumb"
+        shutil.copytree(CHART, chart)
+        template = chart / "templates/workload.yaml"
+        # Helm asks a cluster; this one has five.
+        asked = 'lookup "apps/v1" .Values.kind .Release.Namespace (include "plumb.fullname" .)'
+        text = template.read_text()
+        assert text.count(asked) == 1
+        template.write_text(text.replace(asked, 'dict "spec" (dict "replicas" 5.0)'))
+        for kind in ("Deployment", "StatefulSet"):
+            manifests = render(values | {"kind": kind}, folder=chart)
+            (server,) = (m for m in manifests if m["kind"] == kind)
+            validate(server)
+            assert server["spec"]["replicas"] == 5
+    print("chart: autoscaling finds the replicas that there are")
 
 
 def leaves(values: Manifest, path: str = "") -> Iterator[str]:
@@ -308,6 +342,7 @@ def check_chart() -> None:
         else:
             raise AssertionError(f"{values} is rendered")
     print(f"chart: {len(CONTRADICTIONS)} contradictions are refused")
+    check_upgrade()
     table = (CHART / "README.md").read_text()
     defaults = yaml.safe_load((CHART / "values.yaml").read_text())
     missing = [path for path in leaves(defaults) if f"`{path}`" not in table]
