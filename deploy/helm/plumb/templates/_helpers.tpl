@@ -43,7 +43,7 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 
 {{/* What the chart sets in the server's configuration, as YAML. */}}
 {{- define "plumb.ownConfig" -}}
-hostname: 0.0.0.0
+hostname: {{ .Values.hostname | quote }}
 port: 50051
 prometheus-port: 9000
 json-output: true
@@ -87,7 +87,7 @@ tls-client-auth: {{ .clientAuth }}
 {{/* Each option with the value that decides on it, or "" if nothing may: what is set twice might not match. */}}
 {{- define "plumb.owned" -}}
 config: config
-hostname: ""
+hostname: hostname
 port: ""
 prometheus-port: ""
 port-file: ""
@@ -114,6 +114,10 @@ tls-client-auth: tls
 {{- $config := dict -}}
 {{- range $key, $value := .Values.config -}}
 {{- $_ := set $config ($key | replace "_" "-") $value -}}
+{{- end -}}
+{{- if and (not .Values.envoy.enabled) (not (hasKey $config "max-connection-age-secs")) -}}
+{{/* A connection stays with one replica: it ends, so that new ones get their part. What streams on it has an hour. */}}
+{{- $config = merge $config (dict "max-connection-age-secs" 300 "max-connection-age-grace-secs" 3600) -}}
 {{- end -}}
 {{- range $key, $value := merge (include "plumb.ownConfig" . | fromYaml) $config -}}
 {{ $key }} = {{ toJson $value }}
@@ -166,6 +170,9 @@ tls-client-auth: tls
 {{- if and .enabled (gt (int .minReplicas) (int .maxReplicas)) -}}
 {{- fail "autoscaling.minReplicas is more than autoscaling.maxReplicas" -}}
 {{- end -}}
+{{- end -}}
+{{- if and .Values.autoscaling.enabled (not .Values.serviceMonitor.enabled) -}}
+{{- fail "autoscaling.enabled takes serviceMonitor.enabled, whose labels its query asks for" -}}
 {{- end -}}
 {{- if and .Values.grpcRoute.enabled (not .Values.grpcRoute.parentRefs) -}}
 {{- fail "grpcRoute.parentRefs names the Gateway" -}}

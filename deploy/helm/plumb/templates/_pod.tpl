@@ -79,6 +79,11 @@ spec:
           value: /etc/plumb/config/plumb.toml
         - name: HF_HOME
           value: /data/huggingface
+        {{- if .Values.gpu.count }}
+        # What the driver compiles for a GPU that is newer than the program; its own choice cannot be written.
+        - name: CUDA_CACHE_PATH
+          value: /data/cuda
+        {{- end }}
         {{- if and (dig "requests" "cpu" "" .Values.resources) (not (dig "limits" "cpu" "" .Values.resources)) (not (hasKey .Values.config "threads")) }}
         # Without a limit the server would take the machine's cores for its own.
         - name: PLUMB_THREADS
