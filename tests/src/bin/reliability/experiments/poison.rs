@@ -2,8 +2,8 @@
 
 use std::collections::BTreeSet;
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 use anyhow::{Context as _, Result};
@@ -18,7 +18,7 @@ use crate::checkpoint;
 use crate::context::{Cast, Context, Experiment};
 use crate::dialogues::{RESPONSES, dialogues};
 use crate::expected::{Judge, PM};
-use crate::load::{BATCH, End, check_score};
+use crate::load::{BATCH, Call, End, Kind, Sink, Tally, check_score};
 use crate::options::Common;
 use crate::report::Measure;
 use crate::server::{Launch, Server};
@@ -84,8 +84,7 @@ impl Experiment for Poison {
             };
             let cast = context.cast_of(vec![checkpoint.clone()], Vec::new()).await?;
             cast.judge.begins(PM, 1, 0);
-            // A tenth of the first answers is poisoned, for which a new version would be taken back.
-            let launch = launch.model(PM, checkpoint).flags("--kv-cache-mib 64 --rollback-window-secs 0");
+            let launch = launch.model(PM, checkpoint).flags("--kv-cache-mib 64").flags(surface::ROOMY);
             let seen = self.feed(context, &cast, launch, fault.map(|fault| (fault, &faults)), token).await?;
             measures.extend(seen.measures(name));
         }
@@ -129,6 +128,8 @@ struct Seen {
     sound_wrong: AtomicUsize,
     batches: AtomicUsize,
     not_serving: AtomicUsize,
+    /// Calls that ended as they should not have.
+    astray: Mutex<Tally>,
 }
 
 fn count(counter: &AtomicUsize) {
@@ -166,6 +167,7 @@ impl Poison {
         seen.batches.store(self::batches(&server).await? - batches, Ordering::Relaxed);
         let serving = server.client()?.health("").await.is_ok_and(|status| status == ServingStatus::Serving);
         seen.not_serving.store(usize::from(!serving), Ordering::Relaxed);
+        context.show(&seen.astray.lock().unwrap_or_else(PoisonError::into_inner));
         Arc::into_inner(seen).context("a caller goes on")
     }
 }
@@ -221,6 +223,13 @@ impl Caller {
             } else {
                 self.count_sound(&answer, began, i, item);
             }
+        }
+        // The only item's failure is its call's.
+        if let Err(error) = answer
+            && !(items == 1 && poisoned.is_some() && error.code() == Code::Internal)
+        {
+            let kind = if items == 1 { Kind::Single } else { Kind::Batch };
+            self.seen.astray.take(Call { kind, began, ended: Instant::now(), end: error.into() });
         }
         Ok(())
     }
