@@ -2,7 +2,7 @@
 //! for the constant info metrics what they inform about.
 
 use std::sync::OnceLock;
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use metrics::Unit;
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
@@ -113,6 +113,7 @@ metrics! {
     RECORD_DROPPED = "plumb_record_dropped_total", Kind::Counter, Count, "Calls that were to be recorded and were not, by reason: queue_full, disk, too_long, closed.";
     READY = "plumb_ready", Kind::Gauge, Count, "1 while the server as a whole is SERVING.";
     RESIDENT_MEMORY = "plumb_resident_memory_bytes", Kind::Gauge, Bytes, "Physical memory of the process.";
+    START_TIME = "plumb_start_time_seconds", Kind::Gauge, Seconds, "When the process began, in seconds since 1970.";
     BUILD_INFO = "plumb_build_info", Kind::Gauge, Count, "1, with the version of the server.";
 }
 
@@ -148,7 +149,14 @@ fn recorder() -> Result<PrometheusHandle> {
         }
     }
     metrics::gauge!(BUILD_INFO.name, "version" => env!("CARGO_PKG_VERSION")).set(1.0);
+    metrics::gauge!(START_TIME.name).set(now());
     Ok(handle)
+}
+
+/// Seconds since 1970.
+pub(super) fn now() -> f64 {
+    // A clock that is before that tells nothing.
+    SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs_f64()
 }
 
 /// Keeps histograms small and the memory gauge fresh, for as long as it is polled.

@@ -1,5 +1,7 @@
 //! What `/metrics` says, read by a strict parser, and whether it follows what happens.
 
+use std::time::UNIX_EPOCH;
+
 use plumb_client::{text, v1};
 use plumb_tests::call::{self, candidate, ids, items, named};
 use plumb_tests::{Exposition, Kind, Launch};
@@ -76,6 +78,8 @@ async fn metrics_have_help_and_type_and_follow_the_calls() {
         assert_eq!(after.value(name, labels), value, "{name} {labels:?}");
     }
     assert!(after.value("plumb_resident_memory_bytes", &[]) > 1e6);
+    let since_start = UNIX_EPOCH.elapsed().unwrap().as_secs_f64() - after.value("plumb_start_time_seconds", &[]);
+    assert!((0.0..3600.0).contains(&since_start), "{since_start}");
     let [weights, cache, resident] =
         ["weight", "cache", "resident"].map(|part| after.value(&format!("plumb_model_{part}_bytes"), &[pm]));
     assert!(weights > 1e4 && cache > 1e5 && resident > weights + cache, "{weights} {cache} {resident}");
