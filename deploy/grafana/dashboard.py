@@ -119,9 +119,10 @@ ROWS = {
             "Queue, tokens",
             [
                 (f"sum(plumb_queue_tokens{{{SERVER}}})", "waiting"),
-                (f"sum(plumb_admitted_tokens{{{SERVER}}})", "admitted"),
+                (f"sum(plumb_admitted_prompt_tokens{{{SERVER}}})", "admitted"),
                 (f"sum(plumb_admission_limit_tokens{{{SERVER}}})", "limit"),
             ],
+            about="Of prompts, which others wait behind. Tokens that are to be generated have no part in it.",
         ),
         lines(
             "Queue, sequences",

@@ -213,8 +213,10 @@ impl Admission {
 }
 
 fn changed(policy: &Policy) {
+    let work = policy.work();
     AdmissionChanged {
-        tokens: policy.work().prompt + policy.work().new,
+        tokens: work.tokens(),
+        prompts: work.prompt,
         limit: policy.limit(),
         clients: policy.clients(),
         wait: policy.predicted_wait(),

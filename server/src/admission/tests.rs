@@ -70,6 +70,22 @@ fn a_stream_holds_what_it_has_still_to_do() {
 }
 
 #[test]
+fn what_is_to_be_generated_is_no_queue() {
+    let recorder = metrics_exporter_prometheus::PrometheusBuilder::new().build_recorder();
+    let (gate, work) = (gate(Some(1000)), Work { prompt: 100, new: 50 });
+    let check = |expected: &[&str]| {
+        let exposition = recorder.handle().render();
+        assert!(expected.iter().all(|line| exposition.contains(&format!("{line}\n"))), "{expected:?}: {exposition}");
+    };
+    metrics::with_local_recorder(&recorder, || {
+        let mut permit = gate.admit(Ask { work, ..ask("a", 100) }).unwrap();
+        check(&["plumb_admitted_tokens 150", "plumb_admitted_prompt_tokens 100", "plumb_admission_limit_tokens 1000"]);
+        permit.prompt_is_done();
+        check(&["plumb_admitted_tokens 50", "plumb_admitted_prompt_tokens 0"]);
+    });
+}
+
+#[test]
 fn higher_priorities_find_room_where_lower_ones_do_not() {
     let gate = gate(Some(1000));
     let fill = |priority| {

@@ -71,6 +71,7 @@ metrics! {
     QUEUE_SEQUENCES = "plumb_queue_sequences", Kind::Gauge, Count, "Sequences that wait for a batch.";
     QUEUE_TOKENS = "plumb_queue_tokens", Kind::Gauge, Count, "Tokens that wait for a batch.";
     ADMITTED_TOKENS = "plumb_admitted_tokens", Kind::Gauge, Count, "Tokens of work that are admitted and not yet done.";
+    ADMITTED_PROMPT_TOKENS = "plumb_admitted_prompt_tokens", Kind::Gauge, Count, "Tokens of prompts that are admitted and not yet computed; plumb_admission_limit_tokens is their limit.";
     ADMISSION_LIMIT = "plumb_admission_limit_tokens", Kind::Gauge, Count, "Tokens of prompts that may be admitted and not yet computed: --max-queue-tokens, or what the server does in about a second.";
     ADMISSION_CLIENTS = "plumb_admission_clients", Kind::Gauge, Count, "Clients with admitted work, or that were told to come back.";
     ADMISSION_WAIT = "plumb_admission_wait_seconds", Kind::Gauge, Seconds, "How long the prompts that are admitted take at the pace of late.";

@@ -72,6 +72,7 @@ async fn metrics_have_help_and_type_and_follow_the_calls() {
         ("plumb_model_loads_total", &[pm, ("code", "OK")], 1.0),
         ("plumb_requests_in_flight", &[], 0.0),
         ("plumb_admitted_tokens", &[], 0.0),
+        ("plumb_admitted_prompt_tokens", &[], 0.0),
         ("plumb_queue_sequences", &[], 0.0),
         ("plumb_queue_tokens", &[], 0.0),
     ] {

@@ -68,6 +68,8 @@ impl Rejected<'_> {
 pub struct AdmissionChanged {
     /// Tokens that are admitted and not yet done.
     pub tokens: usize,
+    /// Those of prompts among them.
+    pub prompts: usize,
     /// Tokens of prompts that may wait at a time.
     pub limit: usize,
     /// Clients with work in the gate, or that were told to come back.
@@ -80,6 +82,7 @@ impl AdmissionChanged {
     /// Shows it.
     pub fn emit(self) {
         gauge!(names::ADMITTED_TOKENS.name).set(self.tokens as f64);
+        gauge!(names::ADMITTED_PROMPT_TOKENS.name).set(self.prompts as f64);
         gauge!(names::ADMISSION_LIMIT.name).set(self.limit as f64);
         gauge!(names::ADMISSION_CLIENTS.name).set(self.clients as f64);
         gauge!(names::ADMISSION_WAIT.name).set(self.wait.as_secs_f64());
