@@ -206,7 +206,6 @@ impl World {
             work: Work::prompt(tokens),
             certain: tokens,
             deadline: timeout.map(|timeout| self.instant() + Duration::from_secs_f64(timeout)),
-            waits: false,
         };
         match self.policy.admit(&ask, self.instant()) {
             Ok((key, _)) => {

@@ -75,7 +75,7 @@ metrics! {
     ADMISSION_LIMIT = "plumb_admission_limit_tokens", Kind::Gauge, Count, "Tokens of prompts that may be admitted and not yet computed: --max-queue-tokens, or what the server does in about a second.";
     ADMISSION_CLIENTS = "plumb_admission_clients", Kind::Gauge, Count, "Clients with admitted work, or that were told to come back.";
     ADMISSION_WAIT = "plumb_admission_wait_seconds", Kind::Gauge, Seconds, "How long the prompts that are admitted take at the pace of late.";
-    ADMISSION_REFUSALS = "plumb_admission_refusals_total", Kind::Counter, Count, "Calls that admission turned away, by reason: queue, share, late, hopeless, too_large, calls, client_calls.";
+    ADMISSION_REFUSALS = "plumb_admission_refusals_total", Kind::Counter, Count, "Calls and requests of streams that were turned away, also after they had waited, by reason: queue, share, late, hopeless, too_large, calls, client_calls, memory.";
     REJECTIONS = "plumb_rejections_total", Kind::Counter, Count, "Calls that were turned away before any work was done on them, by reason.";
     BATCHES = "plumb_batches_total", Kind::Counter, Count, "Batches that ran.";
     BATCH_SEQUENCES = "plumb_batch_sequences", Kind::Histogram(SEQUENCES), Count, "Sequences in a batch.";

@@ -89,9 +89,9 @@ impl AdmissionChanged {
     }
 }
 
-/// A call found no way in, for one of the reasons that admission knows.
+/// A call found no way in and does not wait any longer, for one of the reasons that admission knows.
 pub struct AdmissionRefused {
-    /// Which: `queue`, `share`, `late`, `hopeless`, `too_large`, `calls` or `client_calls`.
+    /// Which: `queue`, `share`, `late`, `hopeless`, `too_large`, `calls`, `client_calls` or `memory`.
     pub reason: &'static str,
 }
 
