@@ -96,6 +96,7 @@ metrics! {
     REWARD = "plumb_reward", Kind::Histogram(REWARDS), Count, "Rewards of a preference model; compare versions to see drift.";
     NON_FINITE = "plumb_non_finite_total", Kind::Counter, Count, "NaN and infinite values that a model computed; each is answered as an error.";
     MODEL_STATE = "plumb_model_state", Kind::Gauge, Count, "State of a version, as numbered in plumb.v1.ModelState: 4 is available, 7 failed.";
+    MODEL_TROUBLE = "plumb_model_trouble_timestamp_seconds", Kind::Gauge, Seconds, "When a version last was in trouble, in seconds since 1970, by reason: non_finite, batch_failed, failed, rolled_back.";
     MODEL_INFO = "plumb_model_info", Kind::Gauge, Count, "1 for every version in memory, with its digest, dtype and kind.";
     MODEL_WEIGHT_BYTES = "plumb_model_weight_bytes", Kind::Gauge, Bytes, "Memory of a version's weights.";
     MODEL_CACHE_BYTES = "plumb_model_cache_bytes", Kind::Gauge, Bytes, "Memory of a version's keys and values, taken when it is loaded.";

@@ -7,6 +7,7 @@ use tracing::{debug, error, warn};
 
 use crate::engine::Loss;
 use crate::engine::scheduler::Prefixes;
+use crate::telemetry::events::model::in_trouble;
 use crate::telemetry::metrics as names;
 
 /// A batch ran to its end.
@@ -72,6 +73,7 @@ impl BatchFailed<'_> {
     pub fn emit(self) {
         let Self { model, version, sequences, rerun, cause } = self;
         warn!(target: "plumb::engine", model, version, sequences, rerun, cause, "a batch failed");
+        in_trouble(model, version, "batch_failed");
         let (model, version) = (model.to_owned(), version.to_string());
         count_rerun(rerun, &model, &version);
         counter!(names::BATCH_FAILURES.name, "model" => model, "version" => version).increment(1);

@@ -28,6 +28,9 @@ impl ModelStateChanged<'_> {
         info!(target: "plumb::models", model, version, state = to, "model");
         gauge!(names::MODEL_STATE.name, "model" => model.clone(), "version" => version.clone())
             .set(f64::from(self.status.state));
+        if self.status.state() == v1::ModelState::Failed {
+            in_trouble(&model, identity.version, "failed");
+        }
         let in_memory = match self.status.state() {
             v1::ModelState::Available => 1.0,
             v1::ModelState::Ended | v1::ModelState::Failed => 0.0,
@@ -48,6 +51,13 @@ impl ModelStateChanged<'_> {
         );
         info.set(in_memory);
     }
+}
+
+/// A time and not a count is what alerts ask for: a counter that somebody sees for the first time, or again after a
+/// while, does not say when it grew.
+pub(super) fn in_trouble(model: &str, version: u64, reason: &'static str) {
+    let (model, version) = (model.to_owned(), version.to_string());
+    gauge!(names::MODEL_TROUBLE.name, "model" => model, "version" => version, "reason" => reason).set(names::now());
 }
 
 /// A kind as it is written in logs, metrics and messages.
@@ -240,6 +250,7 @@ impl RolledBack<'_> {
         error!(target: "plumb::models", model, from, to, reason, "rolled back");
         remember(model, format!("rolled back from version {from} to {to}: {reason}"), false);
         counter!(names::MODEL_ROLLBACKS.name, "model" => model.to_owned()).increment(1);
+        in_trouble(model, from, "rolled_back");
     }
 }
 

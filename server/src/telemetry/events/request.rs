@@ -8,6 +8,7 @@ use tonic::Code;
 use tracing::{debug, warn};
 
 use crate::error::Error;
+use crate::telemetry::events::model::in_trouble;
 use crate::telemetry::metrics as names;
 
 /// A call came in.
@@ -157,6 +158,7 @@ impl ItemFailed<'_> {
             warn!(target: "plumb::request", model, version, %error, "the model computes no number");
             counter!(names::NON_FINITE.name, "model" => model.to_owned(), "version" => version.to_string())
                 .increment(1);
+            in_trouble(model, version, "non_finite");
         }
         counter!(names::ITEM_FAILURES.name, "model" => model.to_owned(), "code" => code).increment(1);
     }
