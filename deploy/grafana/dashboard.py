@@ -235,7 +235,10 @@ ROWS = {
         lines("Process", (f"plumb_resident_memory_bytes{{{SERVER}}}", "{{instance}}"), unit="bytes", width=8),
         lines(
             "Versions",
-            (f"sum by (model, version) (plumb_model_resident_bytes{{{VERSION}}}) > 0", "{{model}} {{version}}"),
+            (
+                f"sum by (model, version, device) (plumb_model_resident_bytes{{{VERSION}}}) > 0",
+                "{{model}} {{version}} {{device}}",
+            ),
             unit="bytes",
             width=8,
         ),

@@ -1,5 +1,5 @@
-//! Every metric: its name, type, unit, buckets and help. Labels are `model`, `version`, `rpc`, `code` and `reason`, and
-//! for the constant info metrics what they inform about.
+//! Every metric: its name, type, unit, buckets and help. Labels are `model`, `version`, `rpc`, `code`, `reason` and
+//! `device`, and for the constant info metrics what they inform about.
 
 use std::sync::OnceLock;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -99,8 +99,8 @@ metrics! {
     MODEL_TROUBLE = "plumb_model_trouble_timestamp_seconds", Kind::Gauge, Seconds, "When a version last was in trouble, in seconds since 1970, by reason: non_finite, batch_failed, failed, rolled_back.";
     MODEL_INFO = "plumb_model_info", Kind::Gauge, Count, "1 for every version in memory, with its digest, dtype and kind.";
     MODEL_WEIGHT_BYTES = "plumb_model_weight_bytes", Kind::Gauge, Bytes, "Memory of a version's weights.";
-    MODEL_CACHE_BYTES = "plumb_model_cache_bytes", Kind::Gauge, Bytes, "Memory of a version's keys and values, taken when it is loaded.";
-    MODEL_RESIDENT_BYTES = "plumb_model_resident_bytes", Kind::Gauge, Bytes, "Memory of a version: weights, keys and values, buffers of a batch.";
+    MODEL_CACHE_BYTES = "plumb_model_cache_bytes", Kind::Gauge, Bytes, "Memory of a version's keys and values, taken when it is loaded, on the CPU or GPUs.";
+    MODEL_RESIDENT_BYTES = "plumb_model_resident_bytes", Kind::Gauge, Bytes, "Memory of a version, on the CPU or GPUs: weights, keys and values, buffers of a batch.";
     MODEL_ACTIVE_VERSION = "plumb_model_active_version", Kind::Gauge, Count, "The version that a call gets which names none.";
     MODEL_SWAPS = "plumb_model_swaps_total", Kind::Counter, Count, "Times that a call which names no version began to get another one.";
     MODEL_ROLLBACKS = "plumb_model_rollbacks_total", Kind::Counter, Count, "Versions that were taken out of service because they were bad.";

@@ -83,6 +83,7 @@ async fn metrics_have_help_and_type_and_follow_the_calls() {
     assert!((0.0..3600.0).contains(&since_start), "{since_start}");
     let [weights, cache, resident] =
         ["weight", "cache", "resident"].map(|part| after.value(&format!("plumb_model_{part}_bytes"), &[pm]));
+    assert_eq!(after.value("plumb_model_resident_bytes", &[pm, ("device", "cpu")]), resident);
     assert!(weights > 1e4 && cache > 1e5 && resident > weights + cache, "{weights} {cache} {resident}");
     for family in &after.families {
         assert!(family.name.starts_with("plumb_"), "{}", family.name);

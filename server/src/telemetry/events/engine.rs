@@ -104,6 +104,8 @@ pub struct ModelMemory<'a> {
     pub model: &'a str,
     /// Its version.
     pub version: u64,
+    /// Whose memory it is: `cpu` is the process's own, `gpu` that of one or several GPUs.
+    pub device: &'static str,
     /// Bytes of its keys and values.
     pub cache: usize,
     /// Bytes of everything that it holds: weights, keys and values, buffers of a step.
@@ -113,9 +115,10 @@ pub struct ModelMemory<'a> {
 impl ModelMemory<'_> {
     /// Shows it.
     pub fn emit(self) {
-        for (gauge, bytes) in [(names::MODEL_CACHE_BYTES, self.cache), (names::MODEL_RESIDENT_BYTES, self.resident)] {
-            gauge!(gauge.name, "model" => self.model.to_owned(), "version" => self.version.to_string())
-                .set(bytes as f64);
+        let Self { model, version, device, cache, resident } = self;
+        for (gauge, bytes) in [(names::MODEL_CACHE_BYTES, cache), (names::MODEL_RESIDENT_BYTES, resident)] {
+            let (model, version) = (model.to_owned(), version.to_string());
+            gauge!(gauge.name, "model" => model, "version" => version, "device" => device).set(bytes as f64);
         }
     }
 }

@@ -40,11 +40,6 @@ impl ModelStateChanged<'_> {
         let kind = kind_name(details.kind());
         gauge!(names::MODEL_WEIGHT_BYTES.name, "model" => model.clone(), "version" => version.clone())
             .set(in_memory * details.weight_bytes as f64);
-        if in_memory == 0.0 {
-            for gauge in [names::MODEL_CACHE_BYTES, names::MODEL_RESIDENT_BYTES] {
-                gauge!(gauge.name, "model" => model.clone(), "version" => version.clone()).set(0.0);
-            }
-        }
         let info = gauge!(
             names::MODEL_INFO.name, "model" => model, "version" => version, "kind" => kind,
             "digest" => identity.weights_digest, "dtype" => details.dtype.clone()
