@@ -1,7 +1,7 @@
 //! Every metric: its name, type, unit, buckets and help. Labels are `model`, `version`, `rpc`, `code`, `reason` and
 //! `device`, and for the constant info metrics what they inform about.
 
-use std::sync::OnceLock;
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use metrics::Unit;
@@ -10,12 +10,13 @@ use metrics_util::MetricKindMask;
 
 use crate::error::{Error, Result};
 use crate::telemetry::events::process::MemorySampled;
+use crate::telemetry::gauges::{KEPT, Keeper};
 
-/// How often samples are folded into histograms, and memory is measured.
+/// How often samples are folded into histograms, gauges are kept and memory is measured.
 const UPKEEP_INTERVAL: Duration = Duration::from_secs(5);
 
-/// Counters and histograms that stand still for so long leave the exposition: where an RL loop loads a version at every
-/// step, those of past versions would fill it.
+/// What stands still for so long leaves the exposition, but for gauges that are [kept](super::gauges): where an RL loop
+/// loads a version at every step, metrics of past versions would fill it.
 const FORGOTTEN_AFTER: Duration = Duration::from_secs(24 * 3600);
 
 /// A metric's type.
@@ -132,8 +133,7 @@ pub fn install() -> Result<&'static PrometheusHandle> {
 
 fn recorder() -> Result<PrometheusHandle> {
     let wrong = |error: &dyn std::fmt::Display| Error::internal(format!("metrics: {error}"));
-    let mut builder = PrometheusBuilder::new()
-        .idle_timeout(MetricKindMask::COUNTER | MetricKindMask::HISTOGRAM, Some(FORGOTTEN_AFTER));
+    let mut builder = PrometheusBuilder::new().idle_timeout(MetricKindMask::ALL, Some(FORGOTTEN_AFTER));
     for metric in ALL {
         if let Kind::Histogram(buckets) = metric.kind {
             let matcher = Matcher::Full(metric.name.to_owned());
@@ -142,7 +142,8 @@ fn recorder() -> Result<PrometheusHandle> {
     }
     let recorder = builder.build_recorder();
     let handle = recorder.handle();
-    metrics::set_global_recorder(recorder).map_err(|error| wrong(&error))?;
+    let keeper = Keeper { recorder, kept: Arc::clone(&KEPT) };
+    metrics::set_global_recorder(keeper).map_err(|error| wrong(&error))?;
     for metric in ALL {
         match metric.kind {
             Kind::Counter => metrics::describe_counter!(metric.name, metric.unit, metric.help),
@@ -161,12 +162,13 @@ pub(super) fn now() -> f64 {
     SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs_f64()
 }
 
-/// Keeps histograms small and the memory gauge fresh, for as long as it is polled.
+/// Keeps histograms small, gauges from being forgotten and that of memory fresh, for as long as it is polled.
 pub async fn upkeep(handle: &PrometheusHandle) {
     let mut interval = tokio::time::interval(UPKEEP_INTERVAL);
     loop {
         interval.tick().await;
         handle.run_upkeep();
+        KEPT.touch();
         if let Some(bytes) = resident_memory() {
             MemorySampled { bytes }.emit();
         }

@@ -96,6 +96,23 @@ async fn metrics_have_help_and_type_and_follow_the_calls() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn versions_that_are_no_longer_listed_are_let_go() {
+    let server = Launch::of(["llama-pm"]).flags("--log info,plumb::models=debug").start().await;
+    let client = server.client().await;
+    let load = v1::LoadVersionRequest { name: "past".into(), source: "/nowhere".into(), ..Default::default() };
+    for _ in 0..34 {
+        client.load_version(load.clone()).await.unwrap_err();
+    }
+    // Of those that are over 32 are listed. What tells of the others goes when it has stood still for a day.
+    assert_eq!(client.list_models().await.unwrap().len(), 1 + 32);
+    let log = server.log();
+    let gone: Vec<_> = log.lines().filter(|line| line.contains("no longer listed")).collect();
+    assert!(gone.len() == 2 && gone[0].contains("version=1") && gone[1].contains("version=2"), "{gone:?}");
+    let failed = [("model", "past"), ("version", "34")];
+    assert_eq!(server.metrics().await.value("plumb_model_state", &failed), f64::from(v1::ModelState::Failed as i32));
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn probes_and_unknown_pages() {
     let server = Launch::of(["llama-pm"]).start().await;
     assert_eq!(server.page("/healthz").await, (200, "ok\n".into()));

@@ -7,9 +7,10 @@ use metrics::{counter, gauge, histogram};
 use plumb_model::checkpoint::Source;
 use plumb_proto::v1;
 use tonic::Code;
-use tracing::{error, info, warn};
+use tracing::{debug, error, info, warn};
 
 use crate::error::Error;
+use crate::telemetry::gauges::KEPT;
 use crate::telemetry::history::remember;
 use crate::telemetry::metrics as names;
 
@@ -45,6 +46,21 @@ impl ModelStateChanged<'_> {
             "digest" => identity.weights_digest, "dtype" => details.dtype.clone()
         );
         info.set(in_memory);
+    }
+}
+
+/// A version that is over is no longer listed.
+pub struct VersionForgotten<'a> {
+    /// The version as it was last.
+    pub status: &'a v1::ModelStatus,
+}
+
+impl VersionForgotten<'_> {
+    /// Logs it; its metrics leave the exposition a day later.
+    pub fn emit(self) {
+        let v1::ModelIdentity { name: model, version, .. } = self.status.model.clone().unwrap_or_default();
+        debug!(target: "plumb::models", model, version, "no longer listed");
+        KEPT.release(&model, &version.to_string());
     }
 }
 
