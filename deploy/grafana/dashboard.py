@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Writes plumb.json, the Grafana dashboard, from the panels below. With --check it says whether the file is that.
 
-Panels stand in rows of 24 columns, as in Grafana. `$instance`, `$model` and `$version` are the dashboard's variables.
+Panels stand in rows of 24 columns, as in Grafana. `$namespace`, `$job`, `$instance`, `$model` and `$version` are the
+dashboard's variables. All namespaces are also that of servers without one.
 """
 
 import json
@@ -11,10 +12,12 @@ import sys
 PATH = pathlib.Path(__file__).with_name("plumb.json")
 SOURCE = {"type": "prometheus", "uid": "${datasource}"}
 
-SERVER = 'instance=~"$instance"'
+JOB = 'namespace=~"$namespace",job=~"$job"'
+SERVER = f'{JOB},instance=~"$instance"'
 MODEL = f'{SERVER},model=~"$model"'
 VERSION = f'{MODEL},version=~"$version"'
-RULE = 'model=~"$model",version=~"$version"'
+# Rewards of the rules are those of all servers of a job.
+RULE = f'{JOB},model=~"$model",version=~"$version"'
 WINDOW = "[$__rate_interval]"
 
 STATES = ["unknown", "start", "loading", "warming", "available", "draining", "ended", "failed"]
@@ -116,9 +119,10 @@ ROWS = {
             "Queue, tokens",
             [
                 (f"sum(plumb_queue_tokens{{{SERVER}}})", "waiting"),
-                (f"sum(plumb_admitted_tokens{{{SERVER}}})", "admitted"),
+                (f"sum(plumb_admitted_prompt_tokens{{{SERVER}}})", "admitted"),
                 (f"sum(plumb_admission_limit_tokens{{{SERVER}}})", "limit"),
             ],
+            about="Of prompts, which others wait behind. Tokens that are to be generated have no part in it.",
         ),
         lines(
             "Queue, sequences",
@@ -231,7 +235,10 @@ ROWS = {
         lines("Process", (f"plumb_resident_memory_bytes{{{SERVER}}}", "{{instance}}"), unit="bytes", width=8),
         lines(
             "Versions",
-            (f"sum by (model, version) (plumb_model_resident_bytes{{{VERSION}}}) > 0", "{{model}} {{version}}"),
+            (
+                f"sum by (model, version, device) (plumb_model_resident_bytes{{{VERSION}}}) > 0",
+                "{{model}} {{version}} {{device}}",
+            ),
             unit="bytes",
             width=8,
         ),
@@ -374,7 +381,9 @@ def dashboard():
         "templating": {
             "list": [
                 {"type": "datasource", "name": "datasource", "label": "Prometheus", "query": "prometheus"},
-                variable("instance", "Server", "label_values(plumb_build_info, instance)"),
+                variable("namespace", "Namespace", "label_values(plumb_build_info, namespace)"),
+                variable("job", "Job", 'label_values(plumb_build_info{namespace=~"$namespace"}, job)'),
+                variable("instance", "Server", f"label_values(plumb_build_info{{{JOB}}}, instance)"),
                 variable("model", "Model", f"label_values(plumb_model_state{{{SERVER}}}, model)"),
                 variable("version", "Version", f"label_values(plumb_model_state{{{MODEL}}}, version)"),
             ]

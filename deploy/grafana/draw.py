@@ -182,7 +182,7 @@ def ask(prometheus, begin, end):
     for panel in json.loads((HERE / "plumb.json").read_text())["panels"]:
         for target in panel.get("targets", []):
             expr = target["expr"].replace("$__rate_interval", "16s")
-            expr = re.sub(r"\$(instance|model|version)", ".*", expr)
+            expr = re.sub(r"\$(namespace|job|instance|model|version)", ".*", expr)
             values = {"query": expr, "start": begin, "end": end, "step": STEP}
             result = get(f"{prometheus}query_range?{urllib.parse.urlencode(values)}")["data"]["result"]
             found[target["expr"]] = [(series["metric"], series["values"]) for series in result]

@@ -136,7 +136,8 @@ impl Health {
             self.reporter.set_service_status(service, status).await;
         }
         let (_, ready) = statuses[0];
-        if self.ready.send_replace(ready) != ready {
+        // The first time too: a server that never gets ready has to say so.
+        if self.ready.send_replace(ready) != ready || before.is_none() {
             ReadinessChanged { ready }.emit();
         }
     }
@@ -168,6 +169,15 @@ mod tests {
         check(Phase::Serving, no, yes, yes, [no; 5]);
         check(Phase::Starting, yes, yes, yes, [no; 5]);
         check(Phase::Stopping, yes, yes, yes, [no; 5]);
+    }
+
+    #[test]
+    fn a_server_that_was_never_ready_says_so() {
+        let recorder = metrics_exporter_prometheus::PrometheusBuilder::new().build_recorder();
+        let new = || Health::new(HealthReporter::new()).now_or_never().unwrap();
+        drop(metrics::with_local_recorder(&recorder, new));
+        let exposition = recorder.handle().render();
+        assert!(exposition.contains("plumb_ready 0\n"), "{exposition}");
     }
 
     #[tokio::test]

@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::str::FromStr;
+use std::time::UNIX_EPOCH;
 
 /// What `/metrics` says.
 #[derive(Debug)]
@@ -84,6 +85,13 @@ impl Exposition {
             |sample: &Sample| labels.iter().all(|(key, value)| sample.labels.get(*key).is_some_and(|v| v == value));
         let samples = self.families.iter().flat_map(|family| &family.samples);
         samples.filter(|sample| sample.name == name && has(sample)).fold(0.0, |sum, sample| sum + sample.value)
+    }
+
+    /// Whether a version was in trouble within the last hour, for a reason.
+    pub fn trouble(&self, model: &str, version: &str, reason: &str) -> bool {
+        let labels = [("model", model), ("version", version), ("reason", reason)];
+        let at = self.value("plumb_model_trouble_timestamp_seconds", &labels);
+        UNIX_EPOCH.elapsed().is_ok_and(|now| (0.0..3600.0).contains(&(now.as_secs_f64() - at)))
     }
 }
 

@@ -114,8 +114,6 @@ pub struct Ask {
     pub certain: usize,
     /// When its answer is of no use any more.
     pub deadline: Option<Instant>,
-    /// It waits where others are told to come back: then that is no refusal.
-    pub waits: bool,
 }
 
 /// Why a call is not let in.
@@ -188,7 +186,7 @@ impl Admission {
     /// `InvalidArgument` if there can never be room for so much, `ResourceExhausted` if there is none now, the client
     /// has had its share, or the queue is too long for the call's deadline; `DeadlineExceeded` if the call is too long
     /// for it by itself.
-    pub fn admit(self: &Arc<Self>, ask: Ask) -> Result<Permit> {
+    pub fn admit(self: &Arc<Self>, ask: Ask) -> Result<Permit, Refused> {
         let mut policy = self.lock();
         match policy.admit(&ask, Instant::now()) {
             Ok((client, work)) => {
@@ -198,10 +196,7 @@ impl Admission {
             }
             Err(refusal) => {
                 drop(policy);
-                if !ask.waits {
-                    AdmissionRefused { reason: refusal.reason() }.emit();
-                }
-                Err(refusal.into())
+                Err(Refused { reason: refusal.reason(), error: refusal.into() })
             }
         }
     }
@@ -213,13 +208,36 @@ impl Admission {
 }
 
 fn changed(policy: &Policy) {
+    let work = policy.work();
     AdmissionChanged {
-        tokens: policy.work().prompt + policy.work().new,
+        tokens: work.tokens(),
+        prompts: work.prompt,
         limit: policy.limit(),
         clients: policy.clients(),
         wait: policy.predicted_wait(),
     }
     .emit();
+}
+
+/// That a call was not let in. Who has patience may ask again, and nobody has been turned away.
+#[derive(Debug)]
+#[must_use]
+pub struct Refused {
+    reason: &'static str,
+    error: Error,
+}
+
+impl Refused {
+    /// When there should be room; `None` if there will be none in time, or never.
+    pub(crate) fn retry_after(&self) -> Option<Duration> {
+        self.error.retry_after()
+    }
+
+    /// What the caller is told: it does not wait, or no longer.
+    pub fn give_up(self) -> Error {
+        AdmissionRefused { reason: self.reason }.emit();
+        self.error
+    }
 }
 
 /// Room for a call, or for a part of it. Dropping it gives up what is not yet done.

@@ -8,11 +8,15 @@ fn gate(max_queue_tokens: Option<usize>) -> Arc<Admission> {
 
 fn ask(client: &str, tokens: usize) -> Ask {
     let work = Work::prompt(tokens);
-    Ask { client: client.into(), priority: Priority::Normal, work, certain: tokens, deadline: None, waits: false }
+    Ask { client: client.into(), priority: Priority::Normal, work, certain: tokens, deadline: None }
 }
 
 fn held(gate: &Admission) -> Work {
     gate.lock().work()
+}
+
+fn admit(gate: &Arc<Admission>, ask: Ask) -> Result<Permit> {
+    gate.admit(ask).map_err(Refused::give_up)
 }
 
 #[track_caller]
@@ -31,7 +35,7 @@ fn a_call_is_let_in_whole_or_not_at_all() {
     let gate = gate(Some(100));
     let permit = gate.admit(ask("a", 80)).unwrap();
     let mut permits = permit.split(&[Work::prompt(30), Work::prompt(50)]).unwrap();
-    refused(gate.admit(ask("a", 30)), "80 of 100 tokens are queued, the call needs 30");
+    refused(admit(&gate, ask("a", 30)), "80 of 100 tokens are queued, the call needs 30");
     drop(gate.admit(ask("a", 20)).unwrap());
     // A sequence that is done makes room although its call goes on.
     permits.remove(0).finish();
@@ -44,13 +48,32 @@ fn a_call_is_let_in_whole_or_not_at_all() {
 #[test]
 fn what_is_never_let_in_is_not_worth_a_retry() {
     let gate = gate(Some(100));
-    assert!(matches!(gate.admit(ask("a", 101)), Err(Error::InvalidArgument { .. })));
+    assert!(matches!(admit(&gate, ask("a", 101)), Err(Error::InvalidArgument { .. })));
     // A guess is no reason, but what has come of it is.
     let permit = gate.admit(Ask { certain: 10, ..ask("a", 1000) }).unwrap();
     assert_eq!(held(&gate), Work::prompt(100));
     assert!(matches!(permit.split(&[Work::prompt(60); 2]), Err(Error::InvalidArgument { .. })));
     assert_eq!(held(&gate), Work::default());
     assert!(gate.admit(ask("a", 0)).unwrap().split(&[]).unwrap().is_empty());
+}
+
+#[test]
+fn who_asks_again_was_not_turned_away() {
+    let recorder = metrics_exporter_prometheus::PrometheusBuilder::new().build_recorder();
+    let gate = gate(Some(100));
+    metrics::with_local_recorder(&recorder, || {
+        let _permit = gate.admit(ask("a", 80)).unwrap();
+        let refused = gate.admit(ask("a", 30)).unwrap_err();
+        assert!(refused.retry_after().is_some());
+        assert!(!recorder.handle().render().contains("plumb_admission_refusals_total"));
+        assert!(matches!(refused.give_up(), Error::ResourceExhausted { .. }));
+        drop(admit(&gate, ask("a", 101)));
+    });
+    let exposition = recorder.handle().render();
+    for reason in ["queue", "too_large"] {
+        let counted = format!("plumb_admission_refusals_total{{reason=\"{reason}\"}} 1\n");
+        assert!(exposition.contains(&counted), "{exposition}");
+    }
 }
 
 #[test]
@@ -67,6 +90,22 @@ fn a_stream_holds_what_it_has_still_to_do() {
     assert_eq!(held(&gate), Work { prompt: 0, new: 9 });
     drop(ranking);
     assert_eq!(held(&gate), Work::default());
+}
+
+#[test]
+fn what_is_to_be_generated_is_no_queue() {
+    let recorder = metrics_exporter_prometheus::PrometheusBuilder::new().build_recorder();
+    let (gate, work) = (gate(Some(1000)), Work { prompt: 100, new: 50 });
+    let check = |expected: &[&str]| {
+        let exposition = recorder.handle().render();
+        assert!(expected.iter().all(|line| exposition.contains(&format!("{line}\n"))), "{expected:?}: {exposition}");
+    };
+    metrics::with_local_recorder(&recorder, || {
+        let mut permit = gate.admit(Ask { work, ..ask("a", 100) }).unwrap();
+        check(&["plumb_admitted_tokens 150", "plumb_admitted_prompt_tokens 100", "plumb_admission_limit_tokens 1000"]);
+        permit.prompt_is_done();
+        check(&["plumb_admitted_tokens 50", "plumb_admitted_prompt_tokens 0"]);
+    });
 }
 
 #[test]
@@ -98,8 +137,8 @@ fn higher_priorities_find_room_where_lower_ones_do_not() {
 fn without_a_limit_there_is_room_for_two_batches_at_first_and_for_a_larger_call() {
     let gate = gate(None);
     let _large = gate.admit(ask("a", 5000)).unwrap();
-    refused(gate.admit(ask("a", 10)), "5000 of 200 tokens are queued");
-    assert!(matches!(gate.admit(ask("a", CEILING + 1)), Err(Error::InvalidArgument { .. })));
+    refused(admit(&gate, ask("a", 10)), "5000 of 200 tokens are queued");
+    assert!(matches!(admit(&gate, ask("a", CEILING + 1)), Err(Error::InvalidArgument { .. })));
 }
 
 #[test]

@@ -69,8 +69,18 @@ impl Device {
             self.workspace_bytes = workspace;
             let cache = self.model.kv_pages * self.model.page_bytes;
             let resident = self.model.info.weight_bytes as usize + cache + workspace;
-            ModelMemory { model: &self.name.0, version: self.name.1, cache, resident }.emit();
+            self.memory(cache, resident).emit();
         }
+    }
+
+    /// Tells that the model takes nothing any more.
+    pub(super) fn report_gone(&self) {
+        self.memory(0, 0).emit();
+    }
+
+    fn memory(&self, cache: usize, resident: usize) -> ModelMemory<'_> {
+        let device = if self.is_beside { "gpu" } else { "cpu" };
+        ModelMemory { model: &self.name.0, version: self.name.1, device, cache, resident }
     }
 }
 

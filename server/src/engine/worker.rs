@@ -241,7 +241,9 @@ impl Worker {
                 caller.fail(Error::Cancelled);
             }
         }
-        self.devices.remove(&key);
+        if let Some(device) = self.devices.remove(&key) {
+            device.report_gone();
+        }
     }
 
     fn add(&mut self, mut caller: Caller) {

@@ -12,7 +12,7 @@ use crate::error::{Error, Result};
 use crate::layers::caller::Caller;
 use crate::layers::inflow::{Inflow, Room, SMALL};
 use crate::layers::receive::late;
-use crate::telemetry::events::Rejected;
+use crate::telemetry::events::{AdmissionRefused, Rejected};
 
 /// When to come back for memory that others hold: bodies come and go with the calls that they ask for.
 const RETRY_AFTER: Duration = Duration::from_secs(1);
@@ -48,6 +48,7 @@ pub(super) async fn read(
         Err(_) => {
             let what = format!("there is no memory for the {bytes} bytes of the body");
             let error = Error::ResourceExhausted { what, retry_after: RETRY_AFTER };
+            AdmissionRefused { reason: "memory" }.emit();
             Rejected { error: &error }.emit();
             Err(error)
         }

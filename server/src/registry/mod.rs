@@ -32,7 +32,9 @@ pub(crate) use self::watch::Root;
 use crate::config::{Defaults, Versions};
 use crate::device::Places;
 use crate::error::Result;
-use crate::telemetry::events::{ActiveVersionChanged, LabelChanged, ModelStateChanged, RolledBack, TrafficChanged};
+use crate::telemetry::events::{
+    ActiveVersionChanged, LabelChanged, ModelStateChanged, RolledBack, TrafficChanged, VersionForgotten,
+};
 
 /// Changes that a watcher may be behind before its stream ends with an error: hundreds of loads.
 const MAX_CHANGES_BEHIND: usize = 1024;
@@ -183,8 +185,12 @@ impl Registry {
         let mut catalog = self.catalog.lock().unwrap_or_else(PoisonError::into_inner);
         let (before, active_before) = (catalog.statuses(), catalog.active_versions());
         let result = change(&mut catalog);
-        for status in catalog.statuses() {
-            let key = |status: &v1::ModelStatus| status.model.as_ref().map(|model| (model.name.clone(), model.version));
+        let after = catalog.statuses();
+        let key = |status: &v1::ModelStatus| status.model.as_ref().map(|model| (model.name.clone(), model.version));
+        for old in before.iter().filter(|old| after.iter().all(|status| key(status) != key(old))) {
+            VersionForgotten { status: old }.emit();
+        }
+        for status in after {
             let old = before.iter().find(|old| key(old) == key(&status));
             if old == Some(&status) {
                 continue;

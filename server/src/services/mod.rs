@@ -72,19 +72,20 @@ impl Context {
         let Call { ref caller, arrived, deadline, patience: Patience(patience) } = *call;
         let waits = !patience.is_zero();
         let end = [arrived.checked_add(patience), deadline].into_iter().flatten().min();
-        let ask = Ask { client: Arc::clone(&caller.0), priority, work, certain, deadline, waits };
+        let ask = Ask { client: Arc::clone(&caller.0), priority, work, certain, deadline };
         loop {
-            let refusal = match self.admission.admit(ask.clone()) {
+            let refused = match self.admission.admit(ask.clone()) {
                 Ok(permit) => return Ok(permit),
-                Err(refusal) => refusal,
+                Err(refused) => refused,
             };
-            match refusal.retry_after().map(|after| Instant::now() + after) {
+            match refused.retry_after().map(|after| Instant::now() + after) {
                 Some(then) if waits && end.is_none_or(|end| then < end) => {
                     tokio::time::sleep_until(then.into()).await;
                 }
                 _ => {
-                    Rejected { error: &refusal }.emit();
-                    return Err(refusal);
+                    let error = refused.give_up();
+                    Rejected { error: &error }.emit();
+                    return Err(error);
                 }
             }
         }

@@ -1,8 +1,8 @@
-//! Every metric: its name, type, unit, buckets and help. Labels are `model`, `version`, `rpc`, `code` and `reason`, and
-//! for the constant info metrics what they inform about.
+//! Every metric: its name, type, unit, buckets and help. Labels are `model`, `version`, `rpc`, `code`, `reason` and
+//! `device`, and for the constant info metrics what they inform about.
 
-use std::sync::OnceLock;
-use std::time::Duration;
+use std::sync::{Arc, OnceLock};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use metrics::Unit;
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
@@ -10,12 +10,13 @@ use metrics_util::MetricKindMask;
 
 use crate::error::{Error, Result};
 use crate::telemetry::events::process::MemorySampled;
+use crate::telemetry::gauges::{KEPT, Keeper};
 
-/// How often samples are folded into histograms, and memory is measured.
+/// How often samples are folded into histograms, gauges are kept and memory is measured.
 const UPKEEP_INTERVAL: Duration = Duration::from_secs(5);
 
-/// Counters and histograms that stand still for so long leave the exposition: where an RL loop loads a version at every
-/// step, those of past versions would fill it.
+/// What stands still for so long leaves the exposition, but for gauges that are [kept](super::gauges): where an RL loop
+/// loads a version at every step, metrics of past versions would fill it.
 const FORGOTTEN_AFTER: Duration = Duration::from_secs(24 * 3600);
 
 /// A metric's type.
@@ -71,10 +72,11 @@ metrics! {
     QUEUE_SEQUENCES = "plumb_queue_sequences", Kind::Gauge, Count, "Sequences that wait for a batch.";
     QUEUE_TOKENS = "plumb_queue_tokens", Kind::Gauge, Count, "Tokens that wait for a batch.";
     ADMITTED_TOKENS = "plumb_admitted_tokens", Kind::Gauge, Count, "Tokens of work that are admitted and not yet done.";
+    ADMITTED_PROMPT_TOKENS = "plumb_admitted_prompt_tokens", Kind::Gauge, Count, "Tokens of prompts that are admitted and not yet computed; plumb_admission_limit_tokens is their limit.";
     ADMISSION_LIMIT = "plumb_admission_limit_tokens", Kind::Gauge, Count, "Tokens of prompts that may be admitted and not yet computed: --max-queue-tokens, or what the server does in about a second.";
     ADMISSION_CLIENTS = "plumb_admission_clients", Kind::Gauge, Count, "Clients with admitted work, or that were told to come back.";
     ADMISSION_WAIT = "plumb_admission_wait_seconds", Kind::Gauge, Seconds, "How long the prompts that are admitted take at the pace of late.";
-    ADMISSION_REFUSALS = "plumb_admission_refusals_total", Kind::Counter, Count, "Calls that admission turned away, by reason: queue, share, late, hopeless, too_large, calls, client_calls.";
+    ADMISSION_REFUSALS = "plumb_admission_refusals_total", Kind::Counter, Count, "Calls and requests of streams that were turned away, also after they had waited, by reason: queue, share, late, hopeless, too_large, calls, client_calls, memory.";
     REJECTIONS = "plumb_rejections_total", Kind::Counter, Count, "Calls that were turned away before any work was done on them, by reason.";
     BATCHES = "plumb_batches_total", Kind::Counter, Count, "Batches that ran.";
     BATCH_SEQUENCES = "plumb_batch_sequences", Kind::Histogram(SEQUENCES), Count, "Sequences in a batch.";
@@ -95,10 +97,11 @@ metrics! {
     REWARD = "plumb_reward", Kind::Histogram(REWARDS), Count, "Rewards of a preference model; compare versions to see drift.";
     NON_FINITE = "plumb_non_finite_total", Kind::Counter, Count, "NaN and infinite values that a model computed; each is answered as an error.";
     MODEL_STATE = "plumb_model_state", Kind::Gauge, Count, "State of a version, as numbered in plumb.v1.ModelState: 4 is available, 7 failed.";
+    MODEL_TROUBLE = "plumb_model_trouble_timestamp_seconds", Kind::Gauge, Seconds, "When a version last was in trouble, in seconds since 1970, by reason: non_finite, batch_failed, failed, rolled_back.";
     MODEL_INFO = "plumb_model_info", Kind::Gauge, Count, "1 for every version in memory, with its digest, dtype and kind.";
     MODEL_WEIGHT_BYTES = "plumb_model_weight_bytes", Kind::Gauge, Bytes, "Memory of a version's weights.";
-    MODEL_CACHE_BYTES = "plumb_model_cache_bytes", Kind::Gauge, Bytes, "Memory of a version's keys and values, taken when it is loaded.";
-    MODEL_RESIDENT_BYTES = "plumb_model_resident_bytes", Kind::Gauge, Bytes, "Memory of a version: weights, keys and values, buffers of a batch.";
+    MODEL_CACHE_BYTES = "plumb_model_cache_bytes", Kind::Gauge, Bytes, "Memory of a version's keys and values, taken when it is loaded, on the CPU or GPUs.";
+    MODEL_RESIDENT_BYTES = "plumb_model_resident_bytes", Kind::Gauge, Bytes, "Memory of a version, on the CPU or GPUs: weights, keys and values, buffers of a batch.";
     MODEL_ACTIVE_VERSION = "plumb_model_active_version", Kind::Gauge, Count, "The version that a call gets which names none.";
     MODEL_SWAPS = "plumb_model_swaps_total", Kind::Counter, Count, "Times that a call which names no version began to get another one.";
     MODEL_ROLLBACKS = "plumb_model_rollbacks_total", Kind::Counter, Count, "Versions that were taken out of service because they were bad.";
@@ -113,6 +116,7 @@ metrics! {
     RECORD_DROPPED = "plumb_record_dropped_total", Kind::Counter, Count, "Calls that were to be recorded and were not, by reason: queue_full, disk, too_long, closed.";
     READY = "plumb_ready", Kind::Gauge, Count, "1 while the server as a whole is SERVING.";
     RESIDENT_MEMORY = "plumb_resident_memory_bytes", Kind::Gauge, Bytes, "Physical memory of the process.";
+    START_TIME = "plumb_start_time_seconds", Kind::Gauge, Seconds, "When the process began, in seconds since 1970.";
     BUILD_INFO = "plumb_build_info", Kind::Gauge, Count, "1, with the version of the server.";
 }
 
@@ -129,8 +133,7 @@ pub fn install() -> Result<&'static PrometheusHandle> {
 
 fn recorder() -> Result<PrometheusHandle> {
     let wrong = |error: &dyn std::fmt::Display| Error::internal(format!("metrics: {error}"));
-    let mut builder = PrometheusBuilder::new()
-        .idle_timeout(MetricKindMask::COUNTER | MetricKindMask::HISTOGRAM, Some(FORGOTTEN_AFTER));
+    let mut builder = PrometheusBuilder::new().idle_timeout(MetricKindMask::ALL, Some(FORGOTTEN_AFTER));
     for metric in ALL {
         if let Kind::Histogram(buckets) = metric.kind {
             let matcher = Matcher::Full(metric.name.to_owned());
@@ -139,7 +142,8 @@ fn recorder() -> Result<PrometheusHandle> {
     }
     let recorder = builder.build_recorder();
     let handle = recorder.handle();
-    metrics::set_global_recorder(recorder).map_err(|error| wrong(&error))?;
+    let keeper = Keeper { recorder, kept: Arc::clone(&KEPT) };
+    metrics::set_global_recorder(keeper).map_err(|error| wrong(&error))?;
     for metric in ALL {
         match metric.kind {
             Kind::Counter => metrics::describe_counter!(metric.name, metric.unit, metric.help),
@@ -148,15 +152,23 @@ fn recorder() -> Result<PrometheusHandle> {
         }
     }
     metrics::gauge!(BUILD_INFO.name, "version" => env!("CARGO_PKG_VERSION")).set(1.0);
+    metrics::gauge!(START_TIME.name).set(now());
     Ok(handle)
 }
 
-/// Keeps histograms small and the memory gauge fresh, for as long as it is polled.
+/// Seconds since 1970.
+pub(super) fn now() -> f64 {
+    // A clock that is before that tells nothing.
+    SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs_f64()
+}
+
+/// Keeps histograms small, gauges from being forgotten and that of memory fresh, for as long as it is polled.
 pub async fn upkeep(handle: &PrometheusHandle) {
     let mut interval = tokio::time::interval(UPKEEP_INTERVAL);
     loop {
         interval.tick().await;
         handle.run_upkeep();
+        KEPT.touch();
         if let Some(bytes) = resident_memory() {
             MemorySampled { bytes }.emit();
         }

@@ -334,6 +334,7 @@ async fn a_nan_is_an_internal_error_of_its_item_alone() {
     check(call::generate(&client, generate).await, Code::Internal, "not a finite number");
     let metrics = server.metrics().await;
     assert_eq!(metrics.value("plumb_non_finite_total", &[("model", "pm"), ("version", "1")]), 3.0);
+    assert!(metrics.trouble("pm", "1", "non_finite") && metrics.trouble("lm", "1", "non_finite"));
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -343,6 +343,8 @@ async fn a_call_waits_for_room_as_long_as_it_says() {
     let late = post_with(&server, "/classify", &[("x-request-timeout", "0.2")], &large).await;
     // Whatever is first: the last look for room, or the end of its time.
     assert!([503, 504].contains(&late.status), "{late:?}");
+    let refused = server.metrics().await.value("plumb_admission_refusals_total", &[]);
+    assert_eq!(refused, if late.status == 503 { 1.0 } else { 0.0 });
     let mut stream = connect(&server).await;
     stream.write_all(request("POST", "/classify", &[JSON], &large.to_string()).as_bytes()).await.unwrap();
     let waits = |m: &plumb_tests::Exposition| m.value("plumb_requests_in_flight", &[("rpc", "http/classify")]) == 1.0;
@@ -392,8 +394,11 @@ async fn what_is_too_much_work_at_a_time_is_the_lists_fault() {
     let candidates = vec![candidate_ids(&[5; 500]); 2];
     let ranked = client.rank(v1::RankRequest { prompt: Some(ids(&[5; 100])), candidates, ..Default::default() }).await;
     invalid(ranked, "candidates", words);
+    let refused = async || server.metrics().await.value("plumb_admission_refusals_total", &[("reason", "too_large")]);
+    let before = refused().await;
     let answer = post(&server, "/classify", json!({ "input": vec![vec![5; 600]; 2] })).await;
     answer.failed(400, "INVALID_ARGUMENT", "input: the call is 1200 tokens of work");
+    assert_eq!(refused().await, before + 1.0, "who would wait is counted too");
 }
 
 #[tokio::test(flavor = "multi_thread")]

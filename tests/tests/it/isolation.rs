@@ -128,6 +128,7 @@ async fn an_input_that_makes_kernels_fail_fails_alone_and_changes_no_bit_of_othe
     assert_eq!(value("plumb_isolated_inputs_total"), 2.0 * poisoned.len() as f64);
     assert!(value("plumb_batch_failures_total") >= value("plumb_isolated_inputs_total"));
     assert!(value("plumb_batch_reruns_total") > 0.0);
+    assert!(metrics.trouble("llama-pm", "1", "batch_failed"));
 }
 
 #[tokio::test(flavor = "multi_thread")]

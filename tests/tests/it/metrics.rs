@@ -1,5 +1,7 @@
 //! What `/metrics` says, read by a strict parser, and whether it follows what happens.
 
+use std::time::UNIX_EPOCH;
+
 use plumb_client::{text, v1};
 use plumb_tests::call::{self, candidate, ids, items, named};
 use plumb_tests::{Exposition, Kind, Launch};
@@ -70,14 +72,18 @@ async fn metrics_have_help_and_type_and_follow_the_calls() {
         ("plumb_model_loads_total", &[pm, ("code", "OK")], 1.0),
         ("plumb_requests_in_flight", &[], 0.0),
         ("plumb_admitted_tokens", &[], 0.0),
+        ("plumb_admitted_prompt_tokens", &[], 0.0),
         ("plumb_queue_sequences", &[], 0.0),
         ("plumb_queue_tokens", &[], 0.0),
     ] {
         assert_eq!(after.value(name, labels), value, "{name} {labels:?}");
     }
     assert!(after.value("plumb_resident_memory_bytes", &[]) > 1e6);
+    let since_start = UNIX_EPOCH.elapsed().unwrap().as_secs_f64() - after.value("plumb_start_time_seconds", &[]);
+    assert!((0.0..3600.0).contains(&since_start), "{since_start}");
     let [weights, cache, resident] =
         ["weight", "cache", "resident"].map(|part| after.value(&format!("plumb_model_{part}_bytes"), &[pm]));
+    assert_eq!(after.value("plumb_model_resident_bytes", &[pm, ("device", "cpu")]), resident);
     assert!(weights > 1e4 && cache > 1e5 && resident > weights + cache, "{weights} {cache} {resident}");
     for family in &after.families {
         assert!(family.name.starts_with("plumb_"), "{}", family.name);
@@ -87,6 +93,23 @@ async fn metrics_have_help_and_type_and_follow_the_calls() {
         assert!(!family.name.ends_with("_seconds") || family.kind != Kind::Counter, "{}", family.name);
     }
     assert!(after.families.iter().any(|family| family.kind == Kind::Histogram && family.name == "plumb_batch_tokens"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn versions_that_are_no_longer_listed_are_let_go() {
+    let server = Launch::of(["llama-pm"]).flags("--log info,plumb::models=debug").start().await;
+    let client = server.client().await;
+    let load = v1::LoadVersionRequest { name: "past".into(), source: "/nowhere".into(), ..Default::default() };
+    for _ in 0..34 {
+        client.load_version(load.clone()).await.unwrap_err();
+    }
+    // Of those that are over 32 are listed. What tells of the others goes when it has stood still for a day.
+    assert_eq!(client.list_models().await.unwrap().len(), 1 + 32);
+    let log = server.log();
+    let gone: Vec<_> = log.lines().filter(|line| line.contains("no longer listed")).collect();
+    assert!(gone.len() == 2 && gone[0].contains("version=1") && gone[1].contains("version=2"), "{gone:?}");
+    let failed = [("model", "past"), ("version", "34")];
+    assert_eq!(server.metrics().await.value("plumb_model_state", &failed), f64::from(v1::ModelState::Failed as i32));
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -114,9 +114,13 @@ async fn a_call_that_runs_keeps_its_version() {
         assert_eq!(get().await, Draining);
     }
     assert_eq!(ask(&client, named("lm")).await.0, 5);
+    let one = [("model", "lm"), ("version", "1")];
+    let taken = |m: &Exposition| ["weight", "cache", "resident"].map(|p| m.value(&format!("plumb_model_{p}_bytes"), &one));
+    assert!(taken(&server.metrics().await).iter().all(|bytes| *bytes > 0.0));
     drop(running);
-    let state = |m: &Exposition| m.value("plumb_model_state", &[("model", "lm"), ("version", "1")]);
-    server.until("the version has ended", |m| state(m) == f64::from(Ended as i32)).await;
+    let state = |m: &Exposition| m.value("plumb_model_state", &one);
+    let metrics = server.until("the version has ended", |m| state(m) == f64::from(Ended as i32)).await;
+    assert_eq!(taken(&metrics), [0.0; 3]);
     assert_eq!(get().await, Ended);
 }
 

@@ -167,7 +167,8 @@ fn expressions() -> Vec<String> {
     });
     let fill = |expression: Value| {
         let expression = expression.as_str().unwrap().replace("$__rate_interval", "10s").replace("$__interval", "10s");
-        ["$instance", "$model", "$version"].iter().fold(expression, |filled, name| filled.replace(name, ".*"))
+        let variables = ["$namespace", "$job", "$instance", "$model", "$version"];
+        variables.iter().fold(expression, |filled, name| filled.replace(name, ".*"))
     };
     targets.chain(swaps).chain(variables).map(fill).collect()
 }

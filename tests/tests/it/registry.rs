@@ -148,7 +148,11 @@ async fn a_new_version_that_computes_no_numbers_is_taken_back() {
     server.until("the bad version has failed", state(2, Failed)).await;
     let bad = client.get_model(version("pm", 2).unwrap()).await.unwrap();
     assert!(bad.error.contains("not finite numbers"), "{}", bad.error);
-    assert_eq!(server.metrics().await.value("plumb_model_rollbacks_total", &[("model", "pm")]), 1.0);
+    let metrics = server.metrics().await;
+    assert_eq!(metrics.value("plumb_model_rollbacks_total", &[("model", "pm")]), 1.0);
+    for reason in ["non_finite", "rolled_back", "failed"] {
+        assert!(metrics.trouble("pm", "2", reason) && !metrics.trouble("pm", "1", reason), "{reason}");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -7,6 +7,7 @@ use tracing::{debug, error, warn};
 
 use crate::engine::Loss;
 use crate::engine::scheduler::Prefixes;
+use crate::telemetry::events::model::in_trouble;
 use crate::telemetry::metrics as names;
 
 /// A batch ran to its end.
@@ -72,6 +73,7 @@ impl BatchFailed<'_> {
     pub fn emit(self) {
         let Self { model, version, sequences, rerun, cause } = self;
         warn!(target: "plumb::engine", model, version, sequences, rerun, cause, "a batch failed");
+        in_trouble(model, version, "batch_failed");
         let (model, version) = (model.to_owned(), version.to_string());
         count_rerun(rerun, &model, &version);
         counter!(names::BATCH_FAILURES.name, "model" => model, "version" => version).increment(1);
@@ -102,6 +104,8 @@ pub struct ModelMemory<'a> {
     pub model: &'a str,
     /// Its version.
     pub version: u64,
+    /// Whose memory it is: `cpu` is the process's own, `gpu` that of one or several GPUs.
+    pub device: &'static str,
     /// Bytes of its keys and values.
     pub cache: usize,
     /// Bytes of everything that it holds: weights, keys and values, buffers of a step.
@@ -111,9 +115,10 @@ pub struct ModelMemory<'a> {
 impl ModelMemory<'_> {
     /// Shows it.
     pub fn emit(self) {
-        for (gauge, bytes) in [(names::MODEL_CACHE_BYTES, self.cache), (names::MODEL_RESIDENT_BYTES, self.resident)] {
-            gauge!(gauge.name, "model" => self.model.to_owned(), "version" => self.version.to_string())
-                .set(bytes as f64);
+        let Self { model, version, device, cache, resident } = self;
+        for (gauge, bytes) in [(names::MODEL_CACHE_BYTES, cache), (names::MODEL_RESIDENT_BYTES, resident)] {
+            let (model, version) = (model.to_owned(), version.to_string());
+            gauge!(gauge.name, "model" => model, "version" => version, "device" => device).set(bytes as f64);
         }
     }
 }

@@ -7,9 +7,10 @@ use metrics::{counter, gauge, histogram};
 use plumb_model::checkpoint::Source;
 use plumb_proto::v1;
 use tonic::Code;
-use tracing::{error, info, warn};
+use tracing::{debug, error, info, warn};
 
 use crate::error::Error;
+use crate::telemetry::gauges::KEPT;
 use crate::telemetry::history::remember;
 use crate::telemetry::metrics as names;
 
@@ -28,6 +29,9 @@ impl ModelStateChanged<'_> {
         info!(target: "plumb::models", model, version, state = to, "model");
         gauge!(names::MODEL_STATE.name, "model" => model.clone(), "version" => version.clone())
             .set(f64::from(self.status.state));
+        if self.status.state() == v1::ModelState::Failed {
+            in_trouble(&model, identity.version, "failed");
+        }
         let in_memory = match self.status.state() {
             v1::ModelState::Available => 1.0,
             v1::ModelState::Ended | v1::ModelState::Failed => 0.0,
@@ -37,17 +41,34 @@ impl ModelStateChanged<'_> {
         let kind = kind_name(details.kind());
         gauge!(names::MODEL_WEIGHT_BYTES.name, "model" => model.clone(), "version" => version.clone())
             .set(in_memory * details.weight_bytes as f64);
-        if in_memory == 0.0 {
-            for gauge in [names::MODEL_CACHE_BYTES, names::MODEL_RESIDENT_BYTES] {
-                gauge!(gauge.name, "model" => model.clone(), "version" => version.clone()).set(0.0);
-            }
-        }
         let info = gauge!(
             names::MODEL_INFO.name, "model" => model, "version" => version, "kind" => kind,
             "digest" => identity.weights_digest, "dtype" => details.dtype.clone()
         );
         info.set(in_memory);
     }
+}
+
+/// A version that is over is no longer listed.
+pub struct VersionForgotten<'a> {
+    /// The version as it was last.
+    pub status: &'a v1::ModelStatus,
+}
+
+impl VersionForgotten<'_> {
+    /// Logs it; its metrics leave the exposition a day later.
+    pub fn emit(self) {
+        let v1::ModelIdentity { name: model, version, .. } = self.status.model.clone().unwrap_or_default();
+        debug!(target: "plumb::models", model, version, "no longer listed");
+        KEPT.release(&model, &version.to_string());
+    }
+}
+
+/// A time and not a count is what alerts ask for: a counter that somebody sees for the first time, or again after a
+/// while, does not say when it grew.
+pub(super) fn in_trouble(model: &str, version: u64, reason: &'static str) {
+    let (model, version) = (model.to_owned(), version.to_string());
+    gauge!(names::MODEL_TROUBLE.name, "model" => model, "version" => version, "reason" => reason).set(names::now());
 }
 
 /// A kind as it is written in logs, metrics and messages.
@@ -240,6 +261,7 @@ impl RolledBack<'_> {
         error!(target: "plumb::models", model, from, to, reason, "rolled back");
         remember(model, format!("rolled back from version {from} to {to}: {reason}"), false);
         counter!(names::MODEL_ROLLBACKS.name, "model" => model.to_owned()).increment(1);
+        in_trouble(model, from, "rolled_back");
     }
 }
 

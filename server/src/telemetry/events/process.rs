@@ -98,7 +98,7 @@ impl Serving<'_> {
     }
 }
 
-/// The server as a whole began or ceased to serve.
+/// The server as a whole began or ceased to serve, or has not begun yet.
 pub struct ReadinessChanged {
     /// Whether it serves now.
     pub ready: bool,

@@ -8,6 +8,7 @@ use tonic::Code;
 use tracing::{debug, warn};
 
 use crate::error::Error;
+use crate::telemetry::events::model::in_trouble;
 use crate::telemetry::metrics as names;
 
 /// A call came in.
@@ -68,6 +69,8 @@ impl Rejected<'_> {
 pub struct AdmissionChanged {
     /// Tokens that are admitted and not yet done.
     pub tokens: usize,
+    /// Those of prompts among them.
+    pub prompts: usize,
     /// Tokens of prompts that may wait at a time.
     pub limit: usize,
     /// Clients with work in the gate, or that were told to come back.
@@ -80,15 +83,16 @@ impl AdmissionChanged {
     /// Shows it.
     pub fn emit(self) {
         gauge!(names::ADMITTED_TOKENS.name).set(self.tokens as f64);
+        gauge!(names::ADMITTED_PROMPT_TOKENS.name).set(self.prompts as f64);
         gauge!(names::ADMISSION_LIMIT.name).set(self.limit as f64);
         gauge!(names::ADMISSION_CLIENTS.name).set(self.clients as f64);
         gauge!(names::ADMISSION_WAIT.name).set(self.wait.as_secs_f64());
     }
 }
 
-/// A call found no way in, for one of the reasons that admission knows.
+/// A call found no way in and does not wait any longer, for one of the reasons that admission knows.
 pub struct AdmissionRefused {
-    /// Which: `queue`, `share`, `late`, `hopeless`, `too_large`, `calls` or `client_calls`.
+    /// Which: `queue`, `share`, `late`, `hopeless`, `too_large`, `calls`, `client_calls` or `memory`.
     pub reason: &'static str,
 }
 
@@ -154,6 +158,7 @@ impl ItemFailed<'_> {
             warn!(target: "plumb::request", model, version, %error, "the model computes no number");
             counter!(names::NON_FINITE.name, "model" => model.to_owned(), "version" => version.to_string())
                 .increment(1);
+            in_trouble(model, version, "non_finite");
         }
         counter!(names::ITEM_FAILURES.name, "model" => model.to_owned(), "code" => code).increment(1);
     }
