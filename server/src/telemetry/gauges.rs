@@ -27,7 +27,9 @@ impl Kept {
     /// Leaves those of a version to be forgotten.
     pub(super) fn release(&self, model: &str, version: &str) {
         let is_of_it = |key: &Key| {
-            let has = |name: &str, value: &str| key.labels().any(|label: &Label| label.key() == name && label.value() == value);
+            let has = |name: &str, value: &str| {
+                key.labels().any(|label: &Label| label.key() == name && label.value() == value)
+            };
             has("model", model) && has("version", version)
         };
         self.0.write().unwrap_or_else(PoisonError::into_inner).retain(|key, _| !is_of_it(key));
@@ -102,8 +104,11 @@ mod tests {
         let lines = || {
             kept.touch();
             let exposition = handle.render();
-            let mut samples: Vec<_> =
-                exposition.lines().filter(|line| !line.is_empty() && !line.starts_with('#')).map(str::to_owned).collect();
+            let mut samples: Vec<_> = exposition
+                .lines()
+                .filter(|line| !line.is_empty() && !line.starts_with('#'))
+                .map(str::to_owned)
+                .collect();
             samples.sort();
             samples
         };

@@ -115,7 +115,8 @@ async fn a_call_that_runs_keeps_its_version() {
     }
     assert_eq!(ask(&client, named("lm")).await.0, 5);
     let one = [("model", "lm"), ("version", "1")];
-    let taken = |m: &Exposition| ["weight", "cache", "resident"].map(|p| m.value(&format!("plumb_model_{p}_bytes"), &one));
+    let taken =
+        |m: &Exposition| ["weight", "cache", "resident"].map(|p| m.value(&format!("plumb_model_{p}_bytes"), &one));
     assert!(taken(&server.metrics().await).iter().all(|bytes| *bytes > 0.0));
     drop(running);
     let state = |m: &Exposition| m.value("plumb_model_state", &one);
